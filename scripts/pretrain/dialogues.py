@@ -1,0 +1,287 @@
+"""Questions become conversations, conversations become rows of tokens.
+
+A row shows one scene (or none) and asks about it again and again until the row is full: the
+prompt's tokens are read once and pay for several answers. The loss counts answers, not tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from random import Random
+
+import numpy as np
+from pretrain.questions import ASK, TEXT_KINDS, Asked
+from transformers import Idefics3Processor
+
+from fedmllm.data.sample import Sample, Task
+from fedmllm.data.scenes import Scene, sample_scene, sample_single
+from fedmllm.prompts import IMAGE, STYLES, choice_options, choice_question
+from fedmllm.rng import stream, stream_seed
+
+ROW = 136  # tokens a row
+LETTER_WEIGHT, NAME_WEIGHT, SIGN_WEIGHT = 1.0, 0.4, 0.1
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer as they are written. `options` is empty for open questions."""
+
+    kind: str
+    user: str
+    answer: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass
+class Row:
+    """Token ids, the weight of each as a target, and the scene whose features the images are."""
+
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    scene: Scene | None = None
+    index: int = -1
+    # (position of the token that decides an answer, kind), for the running check
+    deciding: list[tuple[int, str]] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------- a question as a turn
+def option_names(rng: Random, asked: Asked, most: int) -> tuple[str, ...]:
+    """The answer and up to `most` - 1 wrong answers in random order.
+
+    Wrong answers are drawn from `asked.others`; those before a "|" go first.
+    """
+    groups: list[list[str]] = [[]]
+    taken = {asked.answer}
+    for name in asked.others:
+        if name == "|":
+            groups.append([])
+        elif name not in taken:
+            groups[-1].append(name)
+            taken.add(name)
+    wrong: list[str] = []
+    for group in groups:
+        wrong += rng.sample(group, min(len(group), most - 1 - len(wrong)))
+    names = [asked.answer, *wrong]
+    rng.shuffle(names)
+    return tuple(names)
+
+
+def choice_turn(rng: Random, asked: Asked, *, image: bool, most: int, style: str) -> Turn:
+    """The question in the exact multiple-choice format of `fedmllm.prompts`."""
+    names = option_names(rng, asked, most)
+    question = asked.question
+    if rng.random() < 0.3:
+        question = question[0].upper() + question[1:]
+    if question.endswith("?") and rng.random() < 0.8:
+        question = question[:-1] + "{modality}?"
+    shown = Sample(id="", answer="", text=asked.text, image=_SHOWN if image else None)
+    user = choice_question(shown, Task("", "choice", "accuracy", names, question), style)
+    options = choice_options(names)
+    return Turn(asked.kind, user, options[names.index(asked.answer)], options)
+
+
+class _Shown:
+    """Stands for an image that exists: the prompt asks only whether there is one."""
+
+    key = ""
+
+    def open(self):
+        """Never called: the row holds the image's features."""
+        raise NotImplementedError
+
+
+_SHOWN = _Shown()
+
+
+def open_turn(rng: Random, asked: Asked, *, image: bool) -> Turn:
+    """The bare question, after its text line when it has one."""
+    lines = [IMAGE] if image else []
+    if asked.text is not None:
+        lines.append(asked.text if rng.random() < 0.5 else f"Text: {asked.text}")
+    return Turn(asked.kind, "\n".join([*lines, asked.question]), asked.answer)
+
+
+def short_choice_turn(rng: Random, asked: Asked, *, image: bool, most: int) -> Turn:
+    """Question and options alone, a cheaper lesson in letters."""
+    names = option_names(rng, asked, most)
+    options = choice_options(names)
+    turn = open_turn(rng, asked, image=image)
+    user = "\n".join([turn.user, *options])
+    return Turn(asked.kind, user, options[names.index(asked.answer)], options)
+
+
+# ---------------------------------------------------------------- the curriculum
+@dataclass(frozen=True)
+class Phase:
+    """What a stretch of training asks.
+
+    until: share of the steps at which the phase ends. kinds: relative frequency of each kind.
+    choice: share of multiple choice, of which `short` without the instruction lines.
+    single: share of one-thing scenes; textual: share of rows without an image.
+    """
+
+    until: float
+    kinds: dict[str, float]
+    choice: float
+    short: float
+    single: float
+    textual: float
+    most: int = 8
+
+
+_EVEN = dict.fromkeys(ASK, 1.0)
+PHASES = (
+    Phase(
+        0.08,
+        _EVEN | {"lookup": 3, "caption": 2, "rule": 0, "match": 0, "negated": 0, "exist": 2},
+        choice=0.4,
+        short=0.8,
+        single=0.6,
+        textual=0.4,
+        most=5,
+    ),
+    Phase(
+        0.25,
+        _EVEN | {"lookup": 2, "caption": 1.5, "exist": 2.5, "negated": 1.5, "rule": 0.3},
+        choice=0.45,
+        short=0.5,
+        single=0.5,
+        textual=0.25,
+    ),
+    Phase(
+        0.7,
+        _EVEN | {"exist": 2, "negated": 2, "match": 3, "caption": 0.5, "copy": 0.7, "rule": 1},
+        choice=0.5,
+        short=0.25,
+        single=0.35,
+        textual=0.15,
+    ),
+    Phase(
+        1.0,
+        _EVEN | {"exist": 1.5, "negated": 2, "match": 3, "caption": 0.2, "copy": 0.5, "rule": 1.5},
+        choice=0.55,
+        short=0.15,
+        single=0.35,
+        textual=0.15,
+    ),
+)
+JOINT_PHASES = (replace(PHASES[2], until=0.3), PHASES[3])
+
+
+def phase_at(share: float, phases: tuple[Phase, ...] = PHASES) -> Phase:
+    """The phase in force after this share of the steps."""
+    return next(p for p in phases if share < p.until or p.until == 1.0)
+
+
+def ask(rng: Random, scene: Scene | None, kinds: dict[str, float]) -> Asked:
+    """A question of a drawn kind that the scene allows."""
+    allowed = [k for k in kinds if scene is not None or k in TEXT_KINDS]
+    weights = [kinds[k] for k in allowed]
+    while True:
+        asked = ASK[rng.choices(allowed, weights)[0]](rng, scene)  # type: ignore[arg-type]
+        if asked is not None:
+            return asked
+
+
+def make_turn(rng: Random, phase: Phase, scene: Scene | None, image: bool) -> Turn:
+    """One turn under a phase; `image` says whether the turn carries the image line."""
+    asked = ask(rng, scene, phase.kinds)
+    as_choice = asked.others and (asked.kind == "lookup" or rng.random() < phase.choice)
+    if not as_choice:
+        return open_turn(rng, asked, image=image)
+    most = rng.randint(2, phase.most)
+    if rng.random() < phase.short:
+        return short_choice_turn(rng, asked, image=image, most=most)
+    turn = choice_turn(
+        rng, asked, image=image or scene is not None, most=most, style=rng.choice(STYLES)
+    )
+    return turn if image else replace(turn, user=turn.user.removeprefix(f"{IMAGE}\n"))
+
+
+def draw_scene(seed: int, single: float, *ids: object) -> Scene:
+    """One thing anywhere or in a quadrant, or several; `single` is the share of the first two."""
+    rng = stream(seed, *map(str, ids[:1]), *ids[1:])
+    kind = rng.random()
+    if kind < single / 2:
+        return sample_single(rng)
+    return sample_scene(rng, count=1) if kind < single else sample_scene(rng)
+
+
+# ---------------------------------------------------------------- tokens
+class Writer:
+    """Turns conversations into rows of tokens, in the words of the chat template."""
+
+    def __init__(self, processor: Idefics3Processor) -> None:
+        self.backend = processor.tokenizer.backend_tokenizer
+        self.image = "<fake_token_around_image><global-img>" + "<image>" * 16
+        self.image += "<fake_token_around_image>"
+        self.pad = processor.tokenizer.pad_token_id
+        self._line = lru_cache(100_000)(self._encode_line)
+
+    def _encode_line(self, line: str) -> list[int]:
+        return self.backend.encode(line.replace(IMAGE, self.image)).ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text whose image line is still a single mark.
+
+        No token reaches past a line break, so lines are encoded apart and most come from a cache.
+        """
+        return [token for line in text.splitlines(keepends=True) for token in self._line(line)]
+
+    def turn(self, turn: Turn, *, first: bool) -> tuple[list[int], list[int]]:
+        """Ids of the prompt up to ``Assistant:``, and of the answer with its end mark."""
+        start = "User:\n" if first else "\nUser:\n"
+        prompt = self.encode(f"{start}{turn.user}<end_of_utterance>\nAssistant:")
+        return prompt, self.encode(f" {turn.answer}<end_of_utterance>")
+
+    def append(self, row: Row, turn: Turn) -> bool:
+        """Add a turn; False, and no change, when the row has no room for it."""
+        prompt, answer = self.turn(turn, first=not row.ids)
+        if len(row.ids) + len(prompt) + len(answer) > ROW:
+            return False
+        spot = len(row.ids) + len(prompt) + bool(turn.options)
+        row.deciding.append((spot, ("choice_" if turn.options else "") + turn.kind))
+        row.ids += prompt + answer
+        row.weights += [0.0] * len(prompt) + answer_weights(len(answer), bool(turn.options))
+        return True
+
+    def row(self, rng: Random, phase: Phase, scene: Scene | None) -> Row:
+        """A row full of turns about one scene, or about texts when there is none."""
+        row, misses = Row(scene=scene), 0
+        while misses < 2:
+            turn = make_turn(rng, phase, scene, image=scene is not None and not row.ids)
+            misses += not self.append(row, turn)
+            if not row.ids:
+                misses = 0
+        return row
+
+    def batch(self, seed: int, step: int, rows: int, phase: Phase) -> list[Row]:
+        """The rows of one training step, a pure function of (seed, step)."""
+        out = []
+        for i in range(rows):
+            rng = Random(stream_seed(seed, "dialogue", step, i))
+            scene = None
+            if rng.random() >= phase.textual:
+                scene = draw_scene(seed, phase.single, "dialogue-scene", step, i)
+            out.append(self.row(rng, phase, scene))
+        return out
+
+    def arrays(self, rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+        """Right-padded ids and target weights, both (B, ROW)."""
+        ids = np.full((len(rows), ROW), self.pad, dtype=np.int64)
+        weights = np.zeros((len(rows), ROW), dtype=np.float32)
+        for i, row in enumerate(rows):
+            ids[i, : len(row.ids)] = row.ids
+            weights[i, : len(row.ids)] = row.weights
+        return ids, weights
+
+
+def answer_weights(length: int, choice: bool) -> list[float]:
+    """Weight of each answer token: the deciding ones weigh most, an answer about one in all."""
+    if choice:  # " (", letter, ")", name…, end
+        names = length - 4
+        return [SIGN_WEIGHT, LETTER_WEIGHT, SIGN_WEIGHT / 2, *[NAME_WEIGHT / names] * names,
+                SIGN_WEIGHT]  # fmt: skip
+    words = length - 1
+    return [*[words**-0.5] * words, SIGN_WEIGHT]

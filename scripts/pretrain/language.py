@@ -1,0 +1,100 @@
+"""Stage `language`: the language model learns to talk about scenes given as codes, not pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from pretrain.common import SEED, Codebook, Trainer, run_stage
+from pretrain.dialogues import PHASES, Row, Writer, phase_at
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Idefics3Processor
+
+ROWS = 56
+FEATURE_NOISE = 0.04  # half a code's standard deviation
+
+
+def embedded(text_model: nn.Module, ids: Tensor, features: Tensor, image_id: int) -> Tensor:
+    """Token embeddings with image features (B', 16, W) in the places of the image tokens."""
+    tokens = text_model.embed_tokens(ids)
+    return tokens.masked_scatter((ids == image_id)[..., None], features.to(tokens.dtype))
+
+
+def symbolic(book: Codebook, rows: list[Row], noise: float, seed: int, step: int) -> Tensor:
+    """Codes of the rows that show a scene, with noise of a strength drawn per row."""
+    scenes = [row.scene for row in rows if row.scene is not None]
+    features = book.features(*book.contents(scenes))
+    torch.manual_seed(seed * 1_000_003 + step)
+    strength = torch.rand(len(scenes), 1, 1) * noise
+    return features + torch.randn_like(features) * strength
+
+
+def targets(ids: np.ndarray, weights: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Flat positions that predict an answer token, the tokens, and their weights."""
+    spots = np.flatnonzero(weights)
+    return (
+        torch.from_numpy(spots - 1),
+        torch.from_numpy(ids.ravel()[spots]),
+        torch.from_numpy(weights.ravel()[spots]),
+    )
+
+
+def answer_loss(hidden: Tensor, head: Tensor, ids: np.ndarray, weights: np.ndarray) -> Tensor:
+    """Weighted cross-entropy of the answer tokens; the head runs on nothing else."""
+    spots, tokens, share = targets(ids, weights)
+    logits = (hidden.flatten(0, 1)[spots] @ head.T).float()
+    return (functional.cross_entropy(logits, tokens, reduction="none") * share).sum() / share.sum()
+
+
+def train(
+    folder: Path, model: nn.Module, processor: Idefics3Processor, steps: int, seed: int = SEED
+) -> float:
+    """Train `model`'s language model in place on codes; returns the seconds it took."""
+    book, writer = Codebook(seed), Writer(processor)
+    text_model = model.model.text_model.bfloat16()
+    text_model.config._attn_implementation = "eager"
+    trainer = Trainer(dict(text_model.named_parameters()), steps)
+    forward = torch.compile(text_model, dynamic=False)
+    image_id = model.config.image_token_id
+
+    def loss_of(rows: list[Row], step: int, noise: float) -> Tensor:
+        ids, weights = writer.arrays(rows)
+        features = symbolic(book, rows, noise, seed, step)
+        inputs = embedded(text_model, torch.from_numpy(ids), features, image_id)
+        hidden = forward(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        return answer_loss(hidden, text_model.embed_tokens.weight, ids, weights)
+
+    def loss_at(step: int) -> Tensor:
+        rows = writer.batch(seed, step, ROWS, phase_at(step / steps))
+        return loss_of(rows, step, FEATURE_NOISE)
+
+    def check() -> dict:
+        return letters_and_words(forward, text_model, writer, book, image_id, seed)
+
+    seconds = run_stage(folder, "language", trainer, loss_at, check=check, every=200)
+    model.float()
+    with torch.no_grad():
+        for name, p in text_model.named_parameters():
+            p.copy_(trainer.master[name])
+    return seconds
+
+
+@torch.no_grad()
+def letters_and_words(
+    forward, text_model: nn.Module, writer: Writer, book: Codebook, image_id: int, seed: int
+) -> dict[str, float]:
+    """Share of deciding answer tokens predicted right, per kind, open and by letter."""
+    right: dict[str, list[bool]] = {}
+    for step in range(6):
+        rows = writer.batch(seed + 1, step, ROWS, PHASES[-1])
+        ids, _ = writer.arrays(rows)
+        features = symbolic(book, rows, 0.0, seed, step)
+        inputs = embedded(text_model, torch.from_numpy(ids), features, image_id)
+        hidden = forward(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        for i, row in enumerate(rows):
+            for spot, kind in row.deciding:
+                logits = hidden[i, spot - 1] @ text_model.embed_tokens.weight.T
+                right.setdefault(kind, []).append(logits.argmax().item() == ids[i, spot])
+    return {k: round(sum(v) / len(v), 3) for k, v in sorted(right.items())}

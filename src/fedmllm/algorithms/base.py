@@ -1,0 +1,207 @@
+"""What a federated algorithm is: two pure functions around a streamed mean.
+
+    state = algorithm.init(params)
+    mean  = StreamingMean(algorithm.weighting); mean.fold(update) for each update as it arrives
+    state = algorithm.step(state, mean)
+
+State goes in and state comes out, so checkpoints, resuming and tests come free (the shape is
+that of google/fedjax). FedProx, FedAvgM and the FedOpt family are FedAvg with another local
+objective or another server optimiser, not loops of their own.
+
+Notation, as in the papers: theta is the global adapter, d_k = theta_k - theta the update of
+client k, n_k its number of samples, S the cohort of a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fedmllm.errors import UserError, unknown
+
+Params = dict[str, torch.Tensor]
+"""PEFT adapter keys -> float32 CPU tensors, in sorted order of names."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sends back after local training.
+
+    delta: d_k = theta_k - theta. extra: further averaged tensors by slot name, e.g. SCAFFOLD's
+    ``{"control": c_k_new - c_k_old}``. num_samples: n_k > 0. metrics: e.g. ``{"loss": 0.7}``.
+    """
+
+    client: str
+    num_samples: int
+    delta: Params
+    extra: Mapping[str, Params] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """The server between two rounds: all that a resumed run needs of it.
+
+    round: number of rounds done. slots: the server optimiser's moments and SCAFFOLD's control.
+    """
+
+    round: int
+    params: Params
+    slots: Mapping[str, Params] = field(default_factory=dict)
+
+
+WEIGHTINGS = ("samples", "uniform")
+
+
+class StreamingMean:
+    """Mean of updates, folded one by one: memory does not grow with the number of clients.
+
+    weighting ``samples`` weights d_k by n_k (each sample counts the same, the FedAvg objective);
+    ``uniform`` weights every client alike (Reddi et al. 2021, Algorithm 2). Extras are always
+    averaged uniformly (SCAFFOLD, Algorithm 1, line 17). Sums are float64: the result does not
+    lose digits with many clients. The caller folds in cohort order, which makes it bit-stable.
+    """
+
+    def __init__(self, weighting: str) -> None:
+        if weighting not in WEIGHTINGS:
+            raise UserError(unknown("weighting", weighting, WEIGHTINGS))
+        self.weighting = weighting
+        self.count = 0
+        self.total_weight = 0.0
+        self._sum: Params = {}
+        self._extra: dict[str, Params] = {}
+
+    def fold(self, update: Update) -> None:
+        """Add one update.
+
+        Raises `UserError` naming the client if the update claims no samples, is not finite or has
+        other tensors than the updates before it; the sums are then as they were.
+        """
+        _check_update(update)
+        self._check_same_layout(update)
+        weight = float(update.num_samples) if self.weighting == "samples" else 1.0
+        _accumulate(self._sum, update.delta, weight)
+        for slot, values in update.extra.items():
+            _accumulate(self._extra.setdefault(slot, {}), values, 1.0)
+        self.total_weight += weight
+        self.count += 1
+
+    def delta(self) -> Params:
+        """The weighted mean of d_k, float32. Raises ValueError before the first fold."""
+        return _scaled(self._sum, self.total_weight)
+
+    def extra(self, slot: str) -> Params:
+        """The uniform mean of an extra over the clients folded so far."""
+        if self.count and slot not in self._extra:
+            raise UserError(
+                f"the updates carry no {slot!r}: clients and server must run the same algorithm"
+            )
+        return _scaled(self._extra.get(slot, {}), float(self.count))
+
+    def _check_same_layout(self, update: Update) -> None:
+        if not self.count:
+            return
+        who = f"update of {update.client}"
+        check_layout(self._sum, update.delta, who)
+        if update.extra.keys() != self._extra.keys():
+            raise UserError(
+                f"{who} carries extras {sorted(update.extra)}, but those before it carry "
+                f"{sorted(self._extra)}: all clients must run the same algorithm"
+            )
+        for slot, values in update.extra.items():
+            check_layout(self._extra[slot], values, f"{slot} in the {who}")
+
+
+ServerOptimizer = Callable[[ServerState, StreamingMean], ServerState]
+
+
+@dataclass(frozen=True)
+class LocalObjective:
+    """What an algorithm or strategy adds to a client's own loss.
+
+    mu: proximal coefficient; the term is mu/2 * weight * ||theta - theta_global||^2 over the
+        adapters of the layers s <= l <= L-1-s, with s = `edge_layers` (FedProx: s = 0, weight 1).
+    control: correct gradients with SCAFFOLD's control variates.
+    """
+
+    mu: float = 0.0
+    weight: float = 1.0
+    edge_layers: int = 0
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A federated algorithm.
+
+    name: registry name. init_slots: names of the state that starts at zero or at a constant.
+    step: the server optimiser. local: what clients add. broadcast: slots sent to the clients.
+    """
+
+    name: str
+    weighting: str
+    init: Callable[[Params], ServerState]
+    step: ServerOptimizer
+    local: LocalObjective = LocalObjective()
+    broadcast: tuple[str, ...] = ()
+
+
+def zeros_like(params: Params) -> Params:
+    """Zeros of the same names and shapes."""
+    return {name: torch.zeros_like(value) for name, value in params.items()}
+
+
+def check_layout(expected: Params, given: Params, what: str) -> None:
+    """Raise `UserError` unless `given` has the names and shapes of `expected`, in any order."""
+    missing = sorted(expected.keys() - given.keys())
+    excess = sorted(given.keys() - expected.keys())
+    if missing or excess:
+        raise UserError(
+            f"{what} has other tensors than expected (missing: {_few(missing)}; "
+            f"not expected: {_few(excess)}): all parties must train the same adapter"
+        )
+    for name, value in expected.items():
+        if value.shape != given[name].shape:
+            raise UserError(
+                f"{what} has shape {tuple(given[name].shape)} at {name}, but "
+                f"{tuple(value.shape)} is expected: all parties must use the same LoRA rank"
+            )
+
+
+def _few(names: list[str], limit: int = 3) -> str:
+    listed = ", ".join(names[:limit]) or "none"
+    return listed + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _accumulate(total: Params, values: Params, weight: float) -> None:
+    for name, value in values.items():
+        if name not in total:
+            total[name] = torch.zeros(value.shape, dtype=torch.float64)
+        total[name].add_(value, alpha=weight)
+
+
+def _scaled(total: Params, weight: float) -> Params:
+    if not weight:
+        raise ValueError("the mean of no updates is not defined")
+    return {name: (value / weight).float() for name, value in total.items()}
+
+
+def _check_update(update: Update) -> None:
+    if update.num_samples <= 0:
+        raise UserError(
+            f"update of {update.client} claims {update.num_samples} samples: at least 1 is needed"
+        )
+    _check_finite(update.delta, update.client)
+    for slot, values in update.extra.items():
+        _check_finite(values, update.client, f"{slot} ")
+
+
+def _check_finite(values: Params, client: str, prefix: str = "") -> None:
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            raise UserError(
+                f"update of {client} is not finite at {prefix}{name}: its training diverged; "
+                "lower training.lr or look at that client's data"
+            )

@@ -1,0 +1,53 @@
+"""Arithmetic on server states, shared by all algorithms. Nothing here changes its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from fedmllm.algorithms.base import Params, ServerState, check_layout
+from fedmllm.errors import UserError
+
+
+def first_state(params: Params, slots: Mapping[str, float] | None = None) -> ServerState:
+    """Round 0 at `params` (copied, sorted by name) with each slot filled with one number.
+
+    `slots` maps a slot's name to the value of all its entries, e.g. ``{"m": 0, "v": tau**2}``.
+    """
+    copied = {name: params[name].detach().clone() for name in sorted(params)}
+    filled = {
+        slot: {name: torch.full_like(value, number) for name, value in copied.items()}
+        for slot, number in (slots or {}).items()
+    }
+    return ServerState(0, copied, filled)
+
+
+def map_params(function: Callable[..., torch.Tensor], first: Params, *others: Params) -> Params:
+    """Apply `function` tensor by tensor, matched by name; the result is sorted by name.
+
+    Sorted, because safetensors gives tensors back in any order. Raises `UserError` if names or
+    shapes differ, e.g. when a checkpoint of another adapter rank is resumed: without the check,
+    broadcasting would hide it.
+    """
+    for other in others:
+        check_layout(first, other, "an update or a slot of the server's state")
+    return {name: function(first[name], *(o[name] for o in others)) for name in sorted(first)}
+
+
+def slot_of(state: ServerState, slot: str) -> Params:
+    """A slot of the state; `UserError` if it is absent (a checkpoint of another algorithm)."""
+    if slot not in state.slots:
+        raise UserError(
+            f"the server's state has slots {sorted(state.slots)} but not {slot!r}: it was written "
+            "by another algorithm; resume with that one or start a new run"
+        )
+    return state.slots[slot]
+
+
+def advance(
+    state: ServerState, direction: Params, eta: float, slots: Mapping[str, Params] | None = None
+) -> ServerState:
+    """The next round's state: theta + eta * direction, with new slots."""
+    params = map_params(lambda theta, d: theta + eta * d, state.params, direction)
+    return ServerState(state.round + 1, params, dict(slots or {}))

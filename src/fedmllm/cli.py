@@ -1,0 +1,159 @@
+"""The command line: `fedmllm run | ls | predict | report | demo`.
+
+Heavy modules are imported inside the commands, so that `--help` answers at once. A `UserError`
+is printed without a traceback and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedmllm.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Quiet, offline and one thread per process unless the user says otherwise. Set before torch and
+# transformers are imported.
+for _name, _value in {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+app = typer.Typer(
+    name="fedmllm",
+    help="Federated fine-tuning of multimodal LLMs when the parties hold different modalities.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def run(
+    experiment: Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. training.rounds=5 scenario=cross.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder. [default: runs/NAME]", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last round.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run folder that exists.")
+    ] = False,
+) -> None:
+    """Run one experiment and write its folder: result, curves, manifest, adapter."""
+    from fedmllm.config import load_config
+
+    config = load_config(experiment, overrides or [])
+    from fedmllm.experiment import run as run_experiment
+    from fedmllm.progress import RunProgress
+    from fedmllm.report import load_results, summary_table, write_report
+
+    folder = out or Path("runs") / config.name
+    with RunProgress() as progress:
+        run_experiment(
+            config, out=folder, resume=resume, overwrite=overwrite, listener=progress.listen
+        )
+    found, problems = load_results([folder])
+    page = write_report(found, folder / "report.html", title=config.title or config.name)
+    _console().print(summary_table(found))
+    for problem in problems:
+        _console().print(problem)
+    _console().print(f"report  {page}\nresult  {folder / 'result.json'}")
+
+
+@app.command()
+def ls() -> None:
+    """List datasets, models, scenarios, settings, algorithms, topologies and prompt styles."""
+    from rich.table import Table
+
+    from fedmllm.listing import sections
+
+    console = _console()
+    for title, lines in sections():
+        console.print(f"[bold]{title}[/bold]")
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="cyan", no_wrap=True)
+        for name, summary in lines:
+            table.add_row(f"  {name}", summary)
+        console.print(table, highlight=False)
+
+
+@app.command()
+def predict(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder of a run, e.g. runs/x/adapter.")],
+    image: Annotated[Path | None, typer.Option(help="An image file.")] = None,
+    text: Annotated[str | None, typer.Option(help="The text of the sample.")] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(help="A free question, instead of the adapter's own task."),
+    ] = None,
+) -> None:
+    """Answer for one image and/or text with a trained adapter."""
+    from fedmllm.predict import predict as answer
+
+    answer_, options = answer(adapter, image=image, text=text, question=question)
+    console = _console()
+    console.print(f"[bold]{answer_}[/bold]", highlight=False)
+    for option, probability in options:
+        console.print(f"  {probability:.3f}  {option}", highlight=False)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, result files, or a parent.")],
+    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Its title.")] = "FedMLLM runs",
+) -> None:
+    """Make the table and the HTML page from result files (no model is loaded)."""
+    from fedmllm.report import load_results, summary_table, write_report
+
+    found, problems = load_results(runs)
+    page = write_report(found, out, title=title, problems=problems)
+    _console().print(summary_table(found))
+    for problem in problems:
+        _console().print(problem)
+    _console().print(f"report  {page}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the runs and the report go.")] = Path(
+        "runs/demo"
+    ),
+    processes: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
+) -> None:
+    """Six runs on the embedded model and meme task: what modality heterogeneity costs."""
+    from fedmllm.demo import run_demo
+
+    run_demo(out, processes=processes)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def main() -> None:
+    """Entry point of the `fedmllm` command."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

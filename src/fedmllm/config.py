@@ -1,0 +1,351 @@
+"""The config of an experiment: a YAML file, `key=value` overrides, and every error at once.
+
+The static part is a set of pydantic models; the options of a dataset, scenario or algorithm are
+checked against its registry entry. Nothing below this layer sees a config object.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedmllm.algorithms import ALGORITHMS
+from fedmllm.data import DATASETS
+from fedmllm.errors import UserError, unknown
+from fedmllm.models import MODELS
+from fedmllm.scenarios import SCENARIOS, SETTINGS
+
+# sections whose options come from a registry: (section, registry, what it lists, default name)
+NAMED: tuple[tuple[str, Mapping[str, Any], str, str], ...] = (
+    ("data", DATASETS, "dataset", "memes"),
+    ("scenario", SCENARIOS, "scenario", "aligned"),
+    ("algorithm", ALGORITHMS, "algorithm", "fedavg"),
+)
+# `scenario: missing` is short for `scenario: {name: missing}`
+SHORTHAND = ("model", "partition", "data", "scenario", "algorithm")
+CONDITION_NAMES = ("both", "image_withheld", "text_withheld", "neither")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(_Section):
+    """Which multimodal LLM. `name` is a registry name or, with `path`, any label."""
+
+    name: str = "embedded"
+    path: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+
+
+class LoraSection(_Section):
+    """LoRA on the q, k, v and o projections of every layer of the language model."""
+
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(8, ge=1)
+    dropout: float = Field(0.05, ge=0, lt=1)
+
+
+class PartitionSection(_Section):
+    """How the training samples are shared out among the clients."""
+
+    name: Literal["dirichlet", "even"] = "dirichlet"
+    clients: int = Field(10, ge=1)
+    alpha: float = Field(0.5, gt=0)
+
+
+class TrainingSection(_Section):
+    """Rounds and local training; the defaults are the paper's except where the model is tiny."""
+
+    rounds: int = Field(25, ge=0)
+    clients_per_round: int = Field(2, ge=1)
+    local_epochs: int = Field(1, ge=1)
+    batch_size: int = Field(8, ge=1)
+    micro_batch: int = Field(8, ge=1)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    weight_decay: float = Field(0.1, ge=0)
+    warmup: float = Field(0.01, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, ge=0)
+    max_length: int = Field(1200, ge=8)
+
+
+class EvaluationSection(_Section):
+    """When and on what the global adapter is tested. `every` 0: only at the end."""
+
+    every: int = Field(5, ge=0)
+    limit: int | None = Field(None, ge=1)
+    conditions: tuple[Literal["both", "image_withheld", "text_withheld", "neither"], ...] = (
+        CONDITION_NAMES  # type: ignore[assignment]
+    )
+    batch_size: int = Field(64, ge=1)
+
+
+class Config(_Section):
+    """One experiment. `data`, `scenario` and `algorithm` carry their own options."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    title: str = ""
+    seed: int = Field(0, ge=0)
+    topology: Literal["federated", "centralised", "local", "zero-shot"] = "federated"
+    prompt: Literal["plain", "agnostic"] = "plain"
+    threads: int = Field(1, ge=1)
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    data: dict[str, Any] = Field(default_factory=dict)
+    partition: PartitionSection = PartitionSection()
+    scenario: dict[str, Any] = Field(default_factory=dict)
+    algorithm: dict[str, Any] = Field(default_factory=dict)
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides and check everything.
+
+    Raises `UserError` that lists all problems, each with what is allowed.
+    """
+    file = Path(path)
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        near = _nearest_file(file)
+        raise UserError(f"config {str(file)!r} does not exist{near}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {str(file)!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise UserError(f"config {str(file)!r} is not valid YAML{line}: {problem}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"config {str(file)!r} must be a mapping of keys to values")
+    raw.setdefault("name", file.stem)
+    return make_config(raw, overrides, source=str(file))
+
+
+def make_config(
+    raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "config"
+) -> Config:
+    """Check a mapping (with overrides applied) and return the resolved config."""
+    merged, problems = _with_overrides(raw, overrides)
+    for section in SHORTHAND:
+        if isinstance(merged.get(section), str):
+            merged[section] = {"name": merged[section]}
+    merged, more = _with_setting(merged)
+    problems += more
+    config: Config | None = None
+    try:
+        config = Config.model_validate_json(json.dumps(merged, default=str))
+    except ValidationError as error:
+        problems += [_explain(item, merged) for item in error.errors()]
+    chosen = {}
+    for section, registry, kind, default in NAMED:
+        chosen[section], lines = _options(section, merged.get(section), registry, kind, default)
+        problems += lines
+    if config is not None:
+        config = config.model_copy(update=chosen)
+        problems += _combinations(config)
+    if problems:
+        listed = "\n".join(f"  - {line}" for line in dict.fromkeys(problems))
+        count = len(dict.fromkeys(problems))
+        raise UserError(f"{source}: {count} problem{'s' * (count > 1)}\n{listed}")
+    assert config is not None
+    return config
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 of what decides the numbers: everything but the name, the title and threads."""
+    facts = config.model_dump(mode="json", exclude={"name", "title", "threads"})
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+# -- problems ----------------------------------------------------------------------------------
+
+
+def _with_overrides(
+    raw: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    merged: dict[str, Any] = json.loads(json.dumps(dict(raw), default=str))
+    problems = []
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        if not sign or not key:
+            problems.append(f"override {item!r} must read key=value, e.g. training.rounds=5")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            problems.append(f"override {item!r}: the value is not valid YAML")
+            continue
+        problems += _put(merged, key.split("."), _number(value), item)
+    return merged, problems
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any, item: str) -> list[str]:
+    """Set a nested key."""
+    for part in path[:-1]:
+        if part in SHORTHAND and isinstance(tree.get(part), str):
+            tree[part] = {"name": tree[part]}
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            return [f"override {item!r}: {part!r} is not a section"]
+    tree[path[-1]] = value
+    return []
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as a string; people write it all the time."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _with_setting(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Expand `setting: missing-b0.5`, one of the paper's twelve, into scenario and alpha."""
+    if "setting" not in raw:
+        return raw, []
+    raw = dict(raw)
+    name = raw.pop("setting")
+    if name not in SETTINGS:
+        return raw, [unknown("setting", name, SETTINGS)]
+    partition = raw.get("partition") or {}
+    if "scenario" in raw or (isinstance(partition, dict) and "alpha" in partition):
+        return raw, [
+            f"setting {name!r} fixes the scenario and partition.alpha: give either the setting "
+            "or those keys, not both"
+        ]
+    found = SETTINGS[name]
+    raw["scenario"] = {"name": found.scenario, **found.options}
+    raw["partition"] = {**(partition if isinstance(partition, dict) else {}), "alpha": found.alpha}
+    return raw, []
+
+
+def _options(
+    section: str, given: Any, registry: Mapping[str, Any], kind: str, default: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Check a section whose options come from a registry entry; fill in the defaults."""
+    if not isinstance(given, dict | None):
+        return {}, [f"{section}: {given!r} is not a section: give {section}: {{name: {default}}}"]
+    given = {"name": default, **(given or {})}
+    if given["name"] not in registry:
+        return {}, [f"{section}.name: {unknown(kind, given['name'], registry)}"]
+    allowed = registry[given["name"]].options
+    full = {"name": given["name"], **allowed}
+    problems = []
+    for key, value in given.items():
+        if key == "name":
+            continue
+        if key not in allowed:
+            what = f"option of {kind} {given['name']}"
+            hint = unknown(what, key, allowed) if allowed else f"{given['name']} has no options"
+            problems.append(f"{section}.{key}: {hint}")
+        elif not _same_type(value, allowed[key]):
+            problems.append(
+                f"{section}.{key}: {value!r} is not {_type_words(allowed[key])}, as "
+                f"{allowed[key]!r} is"
+            )
+        else:
+            full[key] = float(value) if type(allowed[key]) is float else value
+    return full, problems
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    if default is None:
+        return value is None or isinstance(value, str | int | float | list)
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, int):
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(default, tuple | list):
+        return isinstance(value, list)
+    return isinstance(value, type(default))
+
+
+def _type_words(default: Any) -> str:
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    return names.get(type(default), "a list")
+
+
+def _explain(item: Any, raw: Mapping[str, Any]) -> str:
+    """One pydantic error in the project's words: where, what was given, what is allowed."""
+    path = [str(part) for part in item["loc"]]
+    where = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        allowed = _fields_at(path[:-1])
+        hint = _near(path[-1], allowed)
+        section = f"{'.'.join(path[:-1])} takes" if path[:-1] else "an experiment takes"
+        return f"{where}: unknown key; {section} {', '.join(allowed)}{hint}"
+    if item["type"] == "missing":
+        return f"{where}: is needed"
+    message = item["msg"].removeprefix("Input ").replace("should be", "must be")
+    given = item["input"]
+    near = ""
+    if item["type"] == "literal_error" and isinstance(given, str):
+        expected = str(item["ctx"]["expected"])
+        near = _near(given, [w.strip("' ") for w in expected.replace(" or ", ", ").split(",")])
+    return f"{where}: {given!r} {message}{near}"
+
+
+def _near(given: str, allowed: Sequence[str]) -> str:
+    match = difflib.get_close_matches(given, allowed, n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _fields_at(path: Sequence[str]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        model = model.model_fields[part].annotation
+    names = list(model.model_fields)
+    return [*names, "setting"] if model is Config else names
+
+
+def _combinations(config: Config) -> list[str]:
+    """Values that are each fine and together are not."""
+    problems = []
+    training, clients = config.training, config.partition.clients
+    ready = config.data["name"] == "conversations"  # its parties come from files
+    if config.model.path is None and config.model.name not in MODELS:
+        problems.append(
+            f"model.name: {unknown('model', config.model.name, MODELS)}; or give model.path"
+        )
+    if config.topology == "federated" and training.clients_per_round > clients and not ready:
+        problems.append(
+            f"training.clients_per_round: {training.clients_per_round} of {clients} clients "
+            f"cannot be sampled: at most {clients}, or raise partition.clients"
+        )
+    if training.micro_batch > training.batch_size:
+        problems.append(
+            f"training.micro_batch: {training.micro_batch} is more than training.batch_size "
+            f"{training.batch_size}: the step's samples cannot fill it"
+        )
+    if config.topology != "federated" and config.algorithm["name"] != "fedavg":
+        problems.append(
+            f"algorithm.name: topology {config.topology} has nothing to aggregate, so "
+            f"{config.algorithm['name']} would do nothing: leave fedavg or choose "
+            "topology federated"
+        )
+    if config.evaluation.limit is not None and config.evaluation.limit < 2:
+        problems.append("evaluation.limit: at least 2 samples are needed for a metric")
+    return problems
+
+
+def _nearest_file(file: Path) -> str:
+    names = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+    near = difflib.get_close_matches(file.name, names, n=1)
+    return f" (did you mean {str(file.parent / near[0])!r}?)" if near else ""

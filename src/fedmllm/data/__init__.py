@@ -1,0 +1,29 @@
+"""The datasets by name. To add one: a module with a `SPEC`, and one line in `DATASETS`."""
+
+from __future__ import annotations
+
+from fedmllm.data import conversations, crisis, easy_vqa, medical, memes
+from fedmllm.data.dataset import Dataset, DatasetSpec
+from fedmllm.errors import UserError, unknown
+
+DATASETS: dict[str, DatasetSpec] = {
+    "memes": memes.SPEC,
+    "crisis": crisis.SPEC,
+    "medical": medical.SPEC,
+    "conversations": conversations.SPEC,
+    "easy-vqa": easy_vqa.SPEC,
+}
+
+
+def load_dataset(name: str, **options: object) -> Dataset:
+    """Load a dataset by name with the options of its spec.
+
+    Raises `UserError` for an unknown name or option, and what the loader raises.
+    """
+    if name not in DATASETS:
+        raise UserError(unknown("dataset", name, DATASETS))
+    spec = DATASETS[name]
+    for option in options:
+        if option not in spec.options:
+            raise UserError(unknown(f"option of dataset {name!r}", option, spec.options))
+    return spec.load(**{**spec.options, **options})

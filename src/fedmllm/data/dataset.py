@@ -1,0 +1,44 @@
+"""What every dataset loader returns, and what a loader is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedmllm.data.sample import Sample, Task
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A loaded dataset; images stay unread.
+
+    task: what is asked. train, test: samples; test samples hold both modalities.
+    flashcards: text-only training samples for the parties that hold text, where a domain is made
+        of two sources (medical: image questions and flashcards). They are split among the
+        text-holding parties and `train` among the image-holding ones, evenly at random.
+    parties: training samples by party, where they come ready split (a user's own files); then
+        `train` is their concatenation and no partition is drawn.
+    """
+
+    task: Task
+    train: Sequence[Sample]
+    test: Sequence[Sample]
+    flashcards: Sequence[Sample] = ()
+    parties: Mapping[str, Sequence[Sample]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A registry entry: one line for `fedmllm ls`, where it comes from, and its loader.
+
+    load: called with keyword options (config keys under ``data`` except ``name``); raises
+        `UserError` for bad files.
+    options: the option names that `load` takes, with their default values.
+    """
+
+    summary: str
+    load: Callable[..., Dataset]
+    options: Mapping[str, object] = field(default_factory=dict)
+    source: str = ""
+    licence: str = ""
+    citation: str = ""

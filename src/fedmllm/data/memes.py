@@ -1,0 +1,101 @@
+"""Embedded memes: the twin of Hateful-Memes, drawn, with benign confounders by construction.
+
+A text says of a thing that it does not belong here, or that only it belongs here; the picture
+shows a thing. The meme is hateful if the picture shows what the text excludes. Memes come in
+groups of four: two texts by two pictures, each text once hateful and once benign, each picture
+likewise. So, as in Hateful-Memes (Kiela et al., NeurIPS 2020), the same text turns with another
+image and the same image with another text, and neither modality alone tells the label.
+
+Sample fields: text, image 64x64, label 0 not-hateful or 1 hateful.
+Train and test differ in their things, pictures and wording draws; both are balanced.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from fedmllm.data.dataset import Dataset, DatasetSpec
+from fedmllm.data.images import MemoryImage
+from fedmllm.data.sample import Sample, Task
+from fedmllm.data.scenes import COLOURS, KINDS, Scene, draw, sample_scene
+from fedmllm.errors import UserError
+from fedmllm.rng import stream
+
+TASK = Task(
+    name="memes",
+    kind="choice",
+    metric="auc",
+    classes=("not-hateful", "hateful"),
+    question="Is the content hateful{modality}?",
+)
+# What the text says of a thing: (excluded if shown, wordings)
+AGAINST = ("{x} does not belong here", "nobody wants {x} here", "keep {x} away from here")
+ONLY = ("only {x} belongs here", "only {x} is welcome here", "everyone wants only {x} here")
+
+
+def load(*, train: int = 1600, test: int = 1200, draw_seed: int = 0) -> Dataset:
+    """Draw the dataset; sizes are rounded up to whole groups of four."""
+    for name, count in (("train", train), ("test", test)):
+        if count < 4:
+            raise UserError(f"data.{name}: {count} samples are too few: at least 4")
+    return Dataset(
+        task=TASK,
+        train=_samples("train", train, draw_seed),
+        test=_samples("test", test, draw_seed),
+    )
+
+
+SPEC = DatasetSpec(
+    summary="drawn memes, hateful or not: needs text and image together (twin of Hateful-Memes)",
+    load=load,
+    options={"train": 1600, "test": 1200, "draw_seed": 0},
+    source="drawn by this package",
+    licence="Apache-2.0",
+)
+
+
+def _samples(split: str, count: int, seed: int) -> list[Sample]:
+    groups = (count + 3) // 4
+    return [sample for group in range(groups) for sample in _group(split, group, seed)]
+
+
+def _group(split: str, group: int, seed: int) -> list[Sample]:
+    """Two texts by two pictures; a text is hateful with exactly one of the pictures."""
+    rng = stream(seed, "memes", split, group)
+    scenes = _two_scenes(rng)
+    against = bool(rng.integers(2))
+    wordings = AGAINST if against else ONLY
+    texts = [wordings[rng.integers(len(wordings))].format(x=_name(scene)) for scene in scenes]
+    return [
+        _sample(f"memes-{split}-{group:05d}-{t}{s}", texts[t], scenes[s], (t == s) == against)
+        for t in range(2)
+        for s in range(2)
+    ]
+
+
+def _two_scenes(rng: np.random.Generator) -> tuple[Scene, Scene]:
+    """Pictures of two things that differ in kind or colour, often in one of them only."""
+    first = sample_scene(rng, count=1)
+    kind, colour = first.things[0].kind, first.things[0].colour
+    near = rng.integers(3)  # 0: same colour, 1: same kind, 2: neither
+    kinds = [kind] if near == 1 else [k for k in KINDS if k != kind]
+    colours = [colour] if near == 0 else [c for c in COLOURS if c != colour]
+    return first, sample_scene(rng, count=1, kinds=kinds, colours=colours)
+
+
+def _name(scene: Scene) -> str:
+    thing = str(scene.things[0])
+    return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+
+
+def _sample(name: str, text: str, scene: Scene, hateful: bool) -> Sample:
+    label = int(hateful)
+    return Sample(
+        id=name,
+        answer=TASK.classes[label],
+        text=text,
+        image=MemoryImage(f"scene:{scene!r}", partial(draw, scene)),
+        label=label,
+    )

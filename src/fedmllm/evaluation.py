@@ -1,0 +1,106 @@
+"""Evaluation of an adapter on test samples, under the modality conditions.
+
+Test samples hold both modalities; a condition withholds some. Choice tasks are scored from the
+probabilities of the options, open tasks from greedily generated answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fedmllm import metrics
+from fedmllm.data.sample import Sample, Task
+from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.prompts import render
+
+CONDITIONS: dict[str, tuple[bool, bool]] = {
+    # name -> (keep image, keep text)
+    "both": (True, True),
+    "image_withheld": (False, True),
+    "text_withheld": (True, False),
+    "neither": (False, False),
+}
+
+
+class TestSet:
+    """Test samples under each condition, encoded once and used for every evaluation of a run."""
+
+    __test__ = False  # not a pytest class
+
+    def __init__(
+        self, mllm: Mllm, task: Task, samples: Sequence[Sample], *, style: str, max_length: int
+    ) -> None:
+        self.mllm, self.task, self.samples = mllm, task, samples
+        self.style, self.max_length = style, max_length
+        self._encoded: dict[tuple[str, int], list[Encoded]] = {}
+
+    def encoded(self, condition: str, limit: int) -> list[Encoded]:
+        if (condition, limit) not in self._encoded:
+            image, text = CONDITIONS[condition]
+            self._encoded[condition, limit] = [
+                self.mllm.encode(
+                    render(s.masked(keep_image=image, keep_text=text), self.task, self.style),
+                    max_length=self.max_length,
+                )
+                for s in self.samples[:limit]
+            ]
+        return self._encoded[condition, limit]
+
+    def evaluate(
+        self, condition: str = "both", *, limit: int | None = None, batch_size: int = 64
+    ) -> dict[str, float]:
+        """Metrics of the model's present adapter; `limit` takes the first so many samples."""
+        items = self.encoded(condition, min(limit or len(self.samples), len(self.samples)))
+        samples = self.samples[: len(items)]
+        if self.task.kind == "choice":
+            scores = self.mllm.score_options(items, batch_size=batch_size).numpy()
+            return choice_metrics(scores, [int(s.label or 0) for s in samples], self.task)
+        answers = self.mllm.generate(items, batch_size=batch_size)
+        return open_metrics(answers, samples)
+
+
+def choice_metrics(scores: np.ndarray, labels: Sequence[int], task: Task) -> dict[str, float]:
+    """Metrics of option probabilities [n, classes]."""
+    predictions = scores.argmax(1)
+    accuracy = float((predictions == np.asarray(labels)).mean())
+    found: dict[str, float] = {
+        "n": len(labels),
+        "accuracy": accuracy,
+        "accuracy_se": metrics.accuracy_standard_error(accuracy, len(labels)),
+        "macro_f1": metrics.macro_f1(labels, predictions.tolist(), len(task.classes)),
+    }
+    if len(task.classes) == 2:
+        found["auc"] = metrics.auc(labels, scores[:, 1].tolist())
+        found["auc_se"] = metrics.auc_standard_error(labels, scores[:, 1].tolist())
+        found["hard_letter_auc"] = metrics.hard_letter_auc(labels, predictions.tolist())
+    return found
+
+
+def open_metrics(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+    """VQA accuracy of generated answers, for all questions and for each kind of question."""
+    groups = metrics.vqa_accuracy(
+        list(answers), [s.answer for s in samples], [s.kind for s in samples]
+    )
+    overall = groups.pop("all")
+    return {
+        "n": len(samples),
+        "accuracy": overall,
+        "accuracy_se": metrics.accuracy_standard_error(overall, len(samples)),
+        **{f"accuracy_{kind}": value for kind, value in groups.items()},
+    }
+
+
+def mean_over(results: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean, spread and extremes of each metric over clients."""
+    spread = {}
+    for name in sorted(set.intersection(*(set(r) for r in results))):
+        values = np.array([r[name] for r in results], dtype=float)
+        spread[name] = {
+            "mean": float(values.mean()),
+            "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+            "min": float(values.min()),
+            "max": float(values.max()),
+        }
+    return spread

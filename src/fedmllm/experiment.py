@@ -1,0 +1,422 @@
+"""From a config to a result: the one place that takes a config apart.
+
+    result = run(load_config("experiments/memes-fedavg.yaml"), out="runs/mine")
+
+Zero-shot, local and centralised differ from federated only in who federates with whom
+(`federations`); the loop is the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fedmllm import checkpoint, manifest, results
+from fedmllm.algorithms import make_algorithm
+from fedmllm.algorithms.base import Algorithm, Params, ServerState
+from fedmllm.client import LocalPlan
+from fedmllm.config import Config, config_hash
+from fedmllm.data import load_dataset
+from fedmllm.data.dataset import Dataset
+from fedmllm.data.sample import Sample, Task
+from fedmllm.errors import UserError
+from fedmllm.evaluation import TestSet, mean_over
+from fedmllm.federation import InProcessRunner, RoundRecord, cohort_of, payload, run_round
+from fedmllm.models import model_path
+from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.prompts import render
+
+Event = Mapping[str, Any]
+Listener = Callable[[Event], None]
+EVERYONE = "all"
+ADAPTER_FACTS = "fedmllm.json"
+
+
+@dataclass
+class Federation:
+    """Who trains together: its name, the samples of each client, and the rounds it runs."""
+
+    name: str
+    samples: Mapping[str, Sequence[Sample]]
+    rounds: int
+
+
+@dataclass
+class Session:
+    """What the federations of one run share."""
+
+    config: Config
+    folder: Path
+    mllm: Mllm
+    task: Task
+    test: TestSet
+    listener: Listener
+    started: float
+
+
+def run(
+    config: Config,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+    mllm: Mllm | None = None,
+) -> dict[str, Any]:
+    """Run one experiment and return its result, which also lies in `out`/result.json.
+
+    out: the run folder, by default runs/NAME; it must not exist unless `resume` (go on from its
+    last checkpoint) or `overwrite`. listener: called with progress events. mllm: a loaded model
+    of the same config to use again (a base is loaded once for many runs).
+    Raises `UserError` for anything the user can mend.
+    """
+    torch.set_num_threads(config.threads)
+    began = time.perf_counter()
+    folder = Path(out) if out is not None else Path("runs") / config.name
+    prepare_folder(folder, config, resume=resume, overwrite=overwrite)
+    dataset = load_dataset(**config.data)
+    held = make_manifest(config, dataset)
+    manifest.save(held, folder / "manifest.json")
+    session = Session(
+        config=config,
+        folder=folder,
+        mllm=mllm or load_model(config),
+        task=dataset.task,
+        test=None,  # type: ignore[arg-type]
+        listener=listener or (lambda event: None),
+        started=began,
+    )
+    session.test = TestSet(
+        session.mllm,
+        dataset.task,
+        dataset.test,
+        style=config.prompt,
+        max_length=config.training.max_length,
+    )
+    _tell(session, "start", parameters=session.mllm.parameter_counts())
+    outcomes = [
+        run_federation(session, federation) for federation in federations(config, dataset, held)
+    ]
+    _save_adapter(session, outcomes)
+    result = _result(session, held, outcomes, time.perf_counter() - began)
+    results.write_json(folder / "result.json", result)
+    _tell(session, "done", metrics=result["metrics"], result=str(folder / "result.json"))
+    return result
+
+
+def prepare_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Make the run folder, or refuse one that would lose something."""
+    resolved = folder / "config.yaml"
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        if overwrite:
+            if not resolved.exists():
+                raise UserError(
+                    f"{folder} is not a run folder (no config.yaml): it is not overwritten; "
+                    "choose another --out"
+                )
+            shutil.rmtree(folder)
+        elif not resume:
+            raise UserError(
+                f"run folder {folder} exists: use --resume to go on with it, --overwrite to "
+                "replace it, or choose another with --out"
+            )
+        elif not resolved.exists():
+            raise UserError(f"{folder} has no config.yaml: there is no run to go on with")
+        elif yaml.safe_load(resolved.read_text())["config_sha256"] != config_hash(config):
+            raise UserError(
+                f"run folder {folder} holds a run with another config ({resolved}): "
+                "resume it with that config or choose another --out"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {**config.model_dump(mode="json"), "config_sha256": config_hash(config)}
+    draft = folder / "config.yaml.draft"
+    draft.write_text(yaml.safe_dump(facts, sort_keys=False))
+    draft.replace(resolved)
+
+
+def load_model(config: Config) -> Mllm:
+    """The base of a config with a fresh adapter."""
+    return Mllm.load(
+        config.model.name,
+        model_path(config.model.name, config.model.path),
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        dtype=getattr(torch, config.model.dtype),
+        device=config.model.device,
+    )
+
+
+def make_manifest(config: Config, dataset: Dataset) -> manifest.Manifest:
+    """Who holds what, drawn from the seed."""
+    options = {key: value for key, value in config.scenario.items() if key != "name"}
+    return manifest.build_manifest(
+        config.data["name"],
+        dataset,
+        clients=config.partition.clients,
+        partition=config.partition.name,
+        alpha=config.partition.alpha,
+        scenario=config.scenario["name"],
+        scenario_options=options,
+        seed=config.seed,
+    )
+
+
+def federations(config: Config, dataset: Dataset, held: manifest.Manifest) -> list[Federation]:
+    """Who federates with whom, by topology."""
+    samples = manifest.client_samples(held, dataset)
+    rounds = config.training.rounds
+    if config.topology == "zero-shot":
+        return [Federation(EVERYONE, samples, 0)]
+    if config.topology == "centralised":
+        pooled = [sample for client in sorted(samples) for sample in samples[client]]
+        return [Federation(EVERYONE, {"pooled": pooled}, rounds)]
+    if config.topology == "local":
+        return [Federation(name, {name: samples[name]}, rounds) for name in sorted(samples)]
+    return [Federation(EVERYONE, samples, rounds)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished federation: its adapter, its rounds and its test metrics by condition."""
+
+    name: str
+    params: Params
+    history: list[dict[str, Any]]
+    metrics: dict[str, dict[str, float]]
+    evaluate_seconds: float
+
+
+def run_federation(session: Session, federation: Federation) -> Outcome:
+    """Run (or go on with) one federation to its last round and test it."""
+    config = session.config
+    algorithm = _algorithm(config, len(federation.samples))
+    runner = _runner(session, federation)
+    folder = session.folder / "state" / federation.name
+    state = algorithm.init(session.mllm.init_adapter(config.seed))
+    history: list[dict[str, Any]] = []
+    found = checkpoint.load(folder)
+    if found is not None:
+        state, history = found.state, found.history
+        runner.memory = dict(found.memory)
+    while state.round < federation.rounds:
+        cohort = cohort_of(
+            list(federation.samples),
+            config.training.clients_per_round,
+            seed=config.seed,
+            round_=state.round + 1,
+        )
+        lr = runner.lr(state.round + 1)
+        state, record = run_round(runner, algorithm, state, cohort, lr=lr)
+        history.append(_record(session, federation, record, state.params))
+        checkpoint.save(folder, checkpoint.Checkpoint(state, runner.memory, history))
+        _write_history(session.folder, federation.name, history)
+        _tell(session, "round", federation=federation.name, rounds=federation.rounds, **history[-1])
+    return _test(session, federation, state, history)
+
+
+def _algorithm(config: Config, clients: int) -> Algorithm:
+    options = {key: value for key, value in config.algorithm.items() if key != "name"}
+    return make_algorithm(config.algorithm["name"], num_clients=clients, **options)
+
+
+def _runner(session: Session, federation: Federation) -> InProcessRunner:
+    config, training = session.config, session.config.training
+    encoded: dict[str, list[Encoded]] = {}
+
+    def samples(client: str) -> list[Encoded]:
+        if client not in encoded:
+            encoded[client] = [
+                session.mllm.encode(
+                    render(sample, session.task, config.prompt), max_length=training.max_length
+                )
+                for sample in federation.samples[client]
+            ]
+        return encoded[client]
+
+    plan = LocalPlan(
+        epochs=training.local_epochs,
+        batch_size=training.batch_size,
+        micro_batch=training.micro_batch,
+        optimizer=training.optimizer,
+        beta1=training.beta1,
+        beta2=training.beta2,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+    )
+    return InProcessRunner(
+        mllm=session.mllm,
+        samples=samples,
+        plan=plan,
+        seed=config.seed,
+        rounds=federation.rounds,
+        peak_lr=training.lr,
+        warmup=training.warmup,
+    )
+
+
+def _record(
+    session: Session, federation: Federation, record: RoundRecord, params: Params
+) -> dict[str, Any]:
+    """A round's line, with the test metrics when an evaluation is due."""
+    evaluation = session.config.evaluation
+    due = evaluation.every and record.round % evaluation.every == 0
+    found, seconds = None, 0.0
+    if due and record.round < federation.rounds and session.config.topology != "local":
+        began = time.perf_counter()
+        session.mllm.set_adapter(params)
+        limit, size = evaluation.limit, evaluation.batch_size
+        found = {"both": session.test.evaluate("both", limit=limit, batch_size=size)}
+        seconds = time.perf_counter() - began
+    line = asdict(record)
+    line["clients"] = list(line.pop("cohort"))
+    return {**line, "metrics": found, "evaluate_seconds": seconds}
+
+
+def _test(
+    session: Session, federation: Federation, state: ServerState, history: list[dict[str, Any]]
+) -> Outcome:
+    """Test the final adapter under every condition; the last round's line gets the metrics."""
+    evaluation = session.config.evaluation
+    began = time.perf_counter()
+    session.mllm.set_adapter(state.params)
+    found: dict[str, dict[str, float]] = {}
+    for condition in evaluation.conditions:
+        found[condition] = session.test.evaluate(condition, batch_size=evaluation.batch_size)
+        _tell(session, "test", federation=federation.name, condition=condition)
+    if history:
+        history[-1] = {**history[-1], "metrics": found}
+        _write_history(session.folder, federation.name, history)
+    seconds = time.perf_counter() - began + sum(r["evaluate_seconds"] for r in history)
+    return Outcome(federation.name, state.params, history, found, seconds)
+
+
+def _write_history(folder: Path, federation: str, history: list[dict[str, Any]]) -> None:
+    """Rewrite metrics.jsonl (or metrics-CLIENT.jsonl for a local run) up to the last round."""
+    name = "metrics.jsonl" if federation == EVERYONE else f"metrics-{federation}.jsonl"
+    draft = folder / f"{name}.draft"
+    draft.unlink(missing_ok=True)
+    for record in history:
+        results.append_line(draft, record)
+    draft.replace(folder / name)
+
+
+def _save_adapter(session: Session, outcomes: list[Outcome]) -> None:
+    """adapter/ in PEFT's format; a local run has one per client, under adapter/CLIENT."""
+    for outcome in outcomes:
+        folder = session.folder / "adapter"
+        if outcome.name != EVERYONE:
+            folder = folder / outcome.name
+        session.mllm.set_adapter(outcome.params)
+        session.mllm.save_adapter(folder)
+        facts = {
+            "model": session.config.model.model_dump(mode="json"),
+            "lora": session.config.lora.model_dump(mode="json"),
+            "prompt": session.config.prompt,
+            "task": asdict(session.task),
+        }
+        results.write_json(folder / ADAPTER_FACTS, facts)
+
+
+def _result(
+    session: Session, held: manifest.Manifest, outcomes: list[Outcome], seconds: float
+) -> dict[str, Any]:
+    config = session.config
+    lines = [line for outcome in outcomes for line in outcome.history]
+    result: dict[str, Any] = {
+        "schema": results.SCHEMA,
+        "name": config.name,
+        "title": config.title or config.name,
+        "status": "complete",
+        "config": config.model_dump(mode="json"),
+        "config_sha256": config_hash(config),
+        "seed": config.seed,
+        "task": asdict(session.task),
+        "metrics": _mean_metrics([outcome.metrics for outcome in outcomes]),
+        "history": _mean_history([outcome.history for outcome in outcomes]),
+        "bytes": {
+            "up": sum(line["bytes_up"] for line in lines),
+            "down": sum(line["bytes_down"] for line in lines),
+            "per_client_round": {"lora": payload(outcomes[0].params)},
+        },
+        "parameters": session.mllm.parameter_counts(),
+        "time": {
+            "train_seconds": sum(line["seconds"] for line in lines),
+            "evaluate_seconds": sum(outcome.evaluate_seconds for outcome in outcomes),
+            "total_seconds": seconds,
+        },
+        "peak_memory_bytes": results.peak_memory_bytes(),
+        "versions": results.versions(),
+        "commit": results.commit(),
+        "hardware": results.hardware(config.threads, config.model.device),
+        "started": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds"),
+        "manifest": _holdings(held),
+    }
+    if config.topology != "federated":  # nothing crossed a network
+        result["bytes"].update(up=0, down=0)
+    if config.topology == "local":
+        result["per_client"] = {outcome.name: outcome.metrics for outcome in outcomes}
+        result["spread"] = {
+            condition: mean_over([outcome.metrics[condition] for outcome in outcomes])
+            for condition in config.evaluation.conditions
+        }
+    return result
+
+
+def _mean_metrics(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    if len(found) == 1:
+        return found[0]
+    return {
+        condition: {
+            name: spread["mean"]
+            for name, spread in mean_over([metrics[condition] for metrics in found]).items()
+        }
+        for condition in found[0]
+    }
+
+
+def _mean_history(histories: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rounds of the only federation, or the mean over clients of a local run."""
+    if len(histories) == 1:
+        return histories[0]
+    merged = []
+    for lines in zip(*histories, strict=True):
+        mean = {key: sum(line[key] for line in lines) / len(lines) for key in ("loss", "seconds")}
+        merged.append({**lines[0], **mean, "clients": [c for x in lines for c in x["clients"]]})
+        if lines[0]["metrics"]:
+            merged[-1]["metrics"] = _mean_metrics([line["metrics"] for line in lines])
+    return merged
+
+
+def _holdings(held: manifest.Manifest) -> dict[str, Any]:
+    clients = []
+    for summary in manifest.holdings(held):
+        totals = {
+            combination: sum(by.get(combination, 0) for by in summary.counts.values())
+            for combination in manifest.COMBINATIONS
+        }
+        clients.append(
+            {
+                "id": summary.id,
+                "samples": summary.samples,
+                "image_text": totals["image+text"],
+                "image": totals["image"],
+                "text": totals["text"],
+                "neither": totals["neither"],
+                "labels": {label: sum(by.values()) for label, by in summary.counts.items()},
+            }
+        )
+    return {"sha256": held.sha256, "clients": clients, "notes": list(held.notes)}
+
+
+def _tell(session: Session, kind: str, **facts: Any) -> None:
+    elapsed = time.perf_counter() - session.started
+    session.listener({"event": kind, "name": session.config.name, "elapsed": elapsed, **facts})

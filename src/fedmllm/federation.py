@@ -1,0 +1,139 @@
+"""The loop: round after round, clients turn the global adapter into updates and the server
+algorithm folds them into the next one.
+
+The loop does not know where clients train. A `Runner` takes the cohort and the state and yields
+updates as they arrive; in process that is one after another, on several machines it is a network.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fedmllm.algorithms.base import Algorithm, Params, ServerState, StreamingMean, Update
+from fedmllm.client import LocalPlan, learning_rate, train_client
+from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.rng import stream
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What is kept of a round. bytes_up, bytes_down: all clients together, payload only."""
+
+    round: int
+    cohort: tuple[str, ...]
+    loss: float
+    lr: float
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+class Runner(Protocol):
+    """Where clients train."""
+
+    def train(
+        self, round_: int, cohort: Sequence[str], algorithm: Algorithm, state: ServerState
+    ) -> Iterator[tuple[int, Update]]:
+        """Yield (position in the cohort, update) in any order, each once."""
+        ...
+
+
+def cohort_of(clients: Sequence[str], size: int, *, seed: int, round_: int) -> list[str]:
+    """The clients of a round: `size` of them without replacement, a function of (seed, round)."""
+    names = sorted(clients)
+    if size >= len(names):
+        return names
+    chosen = stream(seed, "cohort", round_).choice(len(names), size, replace=False)
+    return [names[i] for i in sorted(chosen)]
+
+
+def run_round(
+    runner: Runner, algorithm: Algorithm, state: ServerState, cohort: Sequence[str], *, lr: float
+) -> tuple[ServerState, RoundRecord]:
+    """One round. Returns the next state and the round's record."""
+    began = time.perf_counter()
+    mean = StreamingMean(algorithm.weighting)
+    loss, up = 0.0, 0
+    for update in in_order(runner.train(state.round + 1, cohort, algorithm, state)):
+        mean.fold(update)
+        loss += update.metrics.get("loss", 0.0) / len(cohort)
+        up += payload(update.delta, *update.extra.values())
+    sent = payload(state.params, *(state.slots[slot] for slot in algorithm.broadcast))
+    record = RoundRecord(
+        round=state.round + 1,
+        cohort=tuple(cohort),
+        loss=loss,
+        lr=lr,
+        bytes_up=up,
+        bytes_down=sent * len(cohort),
+        seconds=time.perf_counter() - began,
+    )
+    return algorithm.step(state, mean), record
+
+
+def in_order(arrivals: Iterable[tuple[int, Update]]) -> Iterator[Update]:
+    """Updates in cohort order, each as soon as its predecessors are there.
+
+    Sums of floats depend on their order; this makes a round's result independent of who was
+    quicker. Only updates that overtook another are held.
+    """
+    held: dict[int, Update] = {}
+    position = 0
+    for index, update in arrivals:
+        held[index] = update
+        while position in held:
+            yield held.pop(position)
+            position += 1
+    if held:
+        raise ValueError(f"no update at position {position}, but later ones came: {sorted(held)}")
+
+
+def payload(*parts: Params) -> int:
+    """Bytes of tensors."""
+    return sum(value.nbytes for part in parts for value in part.values())
+
+
+@dataclass
+class InProcessRunner:
+    """Clients one after the other on one shared base.
+
+    samples: the encoded samples of a client, by name (called when the client first trains).
+    memory: what clients keep between rounds (SCAFFOLD's c_k), part of a checkpoint.
+    """
+
+    mllm: Mllm
+    samples: Callable[[str], Sequence[Encoded]]
+    plan: LocalPlan
+    seed: int
+    rounds: int
+    peak_lr: float
+    warmup: float = 0.01
+    memory: dict[str, Params] = field(default_factory=dict)
+
+    def lr(self, round_: int) -> float:
+        return learning_rate(round_, rounds=self.rounds, peak=self.peak_lr, warmup=self.warmup)
+
+    def train(
+        self, round_: int, cohort: Sequence[str], algorithm: Algorithm, state: ServerState
+    ) -> Iterator[tuple[int, Update]]:
+        broadcast: Mapping[str, Params] = {s: state.slots[s] for s in algorithm.broadcast}
+        for position, client in enumerate(cohort):
+            update, memory = train_client(
+                self.mllm,
+                state.params,
+                self.samples(client),
+                client=client,
+                round_=round_,
+                seed=self.seed,
+                lr=self.lr(round_),
+                plan=self.plan,
+                objective=algorithm.local,
+                broadcast=broadcast,
+                memory=self.memory.get(client),
+            )
+            if memory is not None:
+                self.memory[client] = memory
+            yield position, update

@@ -1,0 +1,33 @@
+"""What `fedmllm ls` prints: the names a config can use, one line each."""
+
+from __future__ import annotations
+
+from fedmllm.algorithms import ALGORITHMS
+from fedmllm.data import DATASETS
+from fedmllm.models import MODELS
+from fedmllm.scenarios import SCENARIOS, SETTINGS
+
+TOPOLOGIES = {
+    "federated": "the clients train one adapter together",
+    "centralised": "one party holds all samples: the upper anchor",
+    "local": "each client trains alone: mean and spread over clients",
+    "zero-shot": "the base model, untouched",
+}
+PROMPTS = {
+    "plain": "the prompt names the modalities that the sample has",
+    "agnostic": "the paper's prompt strategy: every sample reads the same whatever it holds",
+}
+
+
+def sections() -> list[tuple[str, list[tuple[str, str]]]]:
+    """(title, [(name, one line)]) for each registry."""
+    settings = ", ".join(SETTINGS)
+    return [
+        ("datasets  data.name", [(n, s.summary) for n, s in DATASETS.items()]),
+        ("models  model.name", [(n, s.summary) for n, s in MODELS.items()]),
+        ("scenarios  scenario.name", [(n, s.summary) for n, s in SCENARIOS.items()]),
+        ("settings  setting", [("the paper's twelve", settings)]),
+        ("algorithms  algorithm.name", [(n, s.summary) for n, s in ALGORITHMS.items()]),
+        ("topologies  topology", list(TOPOLOGIES.items())),
+        ("strategies  prompt", list(PROMPTS.items())),
+    ]

@@ -1,0 +1,179 @@
+"""Scores of predictions: AUC, macro-F1, VQA accuracy, and how uncertain each is.
+
+All are shares between 0 and 1 (multiply by 100 for tables), higher is better. A prediction that
+could not be parsed is the class -1, which is always wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import rankdata, t
+from sklearn.metrics import f1_score, roc_auc_score
+
+from fedmllm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A headline metric. compute: (truth, predictions or scores, …) -> float."""
+
+    summary: str
+    compute: Callable[..., float]
+    higher_is_better: bool = True
+
+
+def auc(labels: Sequence[int], scores: Sequence[float]) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties half.
+
+    labels: 0 or 1. scores: finite, e.g. the probability of class 1.
+    Returns nan if one of the classes is absent. Raises `UserError` for scores not finite.
+    """
+    y_N, s_N = _binary(labels, scores)
+    if y_N.all() or not y_N.any():
+        return math.nan
+    return float(roc_auc_score(y_N, s_N))
+
+
+def auc_standard_error(labels: Sequence[int], scores: Sequence[float]) -> float:
+    """Standard error of `auc`, ties included.
+
+    DeLong, DeLong, Clarke-Pearson, Biometrics 44 (1988): with V10_i the share of negatives below
+    positive i and V01_j the share of positives above negative j, var = S10/m + S01/n, S the
+    sample variances. Returns nan with fewer than two samples of a class.
+    """
+    y_N, s_N = _binary(labels, scores)
+    pos_M, neg_N = s_N[y_N], s_N[~y_N]
+    m, n = len(pos_M), len(neg_N)
+    if min(m, n) < 2:
+        return math.nan
+    rank = rankdata(np.concatenate([pos_M, neg_N]))
+    v10_M = (rank[:m] - rankdata(pos_M)) / n
+    v01_N = 1 - (rank[m:] - rankdata(neg_N)) / m
+    return float(np.sqrt(v10_M.var(ddof=1) / m + v01_N.var(ddof=1) / n))
+
+
+def hard_letter_auc(labels: Sequence[int], predictions: Sequence[int]) -> float:
+    """AUC of hard answers, for comparison with published figures: the balanced accuracy.
+
+    labels: 0 or 1. predictions: 0, 1, or -1 for an answer without a letter, which counts as
+    undecided, between the two (the reference counts it as a class above both).
+    """
+    score = {0: 0.0, 1: 1.0, -1: 0.5}
+    return auc(labels, [score[int(prediction)] for prediction in predictions])
+
+
+def macro_f1(labels: Sequence[int], predictions: Sequence[int], num_classes: int) -> float:
+    """Mean of the F1 of each of the task's classes, all weighted alike.
+
+    F1_c = 2 TP / (2 TP + FP + FN). All `num_classes` count: a class absent from both labels and
+    predictions has F1 0, so that a score does not depend on which classes a test set has.
+    """
+    if not len(labels):
+        return math.nan
+    classes = list(range(num_classes))
+    return float(f1_score(labels, predictions, labels=classes, average="macro", zero_division=0))
+
+
+def accuracy(predictions: Sequence[str], answers: Sequence[str]) -> float:
+    """Share of predictions equal to the answer after `vqa_normalise`; nan for none."""
+    matches = _matches(predictions, answers)
+    return float(np.mean(matches)) if matches else math.nan
+
+
+def accuracy_standard_error(value: float, count: int) -> float:
+    """Binomial standard error sqrt(p (1 - p) / n) of an accuracy over n > 0 samples."""
+    return math.sqrt(value * (1 - value) / count)
+
+
+def vqa_accuracy(
+    predictions: Sequence[str], answers: Sequence[str], kinds: Sequence[str] | None = None
+) -> dict[str, float]:
+    """`accuracy` over ``all`` questions and over each kind that occurs, e.g. open, closed."""
+    groups: dict[str, list[bool]] = {"all": _matches(predictions, answers)}
+    for kind, match in zip(kinds or (), groups["all"] if kinds else (), strict=True):
+        if kind:
+            groups.setdefault(kind, []).append(match)
+    return {name: float(np.mean(m)) if m else math.nan for name, m in groups.items()}
+
+
+def mean_and_ci(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Mean and half width of its confidence interval, by Student's t with n - 1 degrees.
+
+    The half width is nan for a single value. Raises ValueError for none.
+    """
+    if not len(values):
+        raise ValueError("the mean of no values is not defined")
+    mean, n = float(np.mean(values)), len(values)
+    if n == 1:
+        return mean, math.nan
+    quantile = t.ppf((1 + level) / 2, n - 1)
+    return mean, float(quantile * np.std(values, ddof=1) / math.sqrt(n))
+
+
+METRICS: dict[str, Metric] = {
+    "auc": Metric("area under the ROC curve, binary choice", auc),
+    "macro_f1": Metric("mean F1 over all classes of the task", macro_f1),
+    "accuracy": Metric("exact match after VQA normalisation", accuracy),
+}
+
+# --- VQA normalisation -------------------------------------------------------------------
+
+_UP_TO_TEN = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_UP_TO_TEN)}}
+_ARTICLES = {"a", "an", "the"}
+_NEGATED = "ai are ca could did does do had has have is might must need ought sha should was"
+_NEGATED += " were wo would"
+# Not here: ill, well, were, hell, shell, shed, wed, id, its, which are words of their own.
+_CLIPPED = "i'm i've let's that's there's here's what's who's where's when's how's why's he's she's"
+_CLIPPED += " it'll that'll there'll what'll who'll they'll you'll they're you're what're who're"
+_CLIPPED += " they've you've we've could've should've would've might've must've who've what've"
+_CLIPPED += " they'd you'd it'd there'd who'd how'd where'd o'clock y'all ma'am 'twas"
+_CONTRACTIONS = {
+    whole.replace("'", ""): whole
+    for whole in [f"{verb}n't" for verb in _NEGATED.split()] + _CLIPPED.split()
+}
+_PUNCTUATION = re.escape(';/[]"{}()=+\\_-<>@`,?!:*#|。、「」《》“”')
+
+
+def vqa_normalise(answer: str) -> str:
+    """An answer in the form in which VQA answers are compared.
+
+    Lower case; punctuation gone (a space where it joins two words; kept are apostrophes and
+    decimal points; ``1,000`` is ``1000``); number words up to ten as digits, ``none`` as 0;
+    contractions with their apostrophe (``dont`` is ``don't``); no articles. As described by
+    Antol et al., "VQA", ICCV 2015, and the evaluation page of Goyal et al., CVPR 2017.
+
+    Beyond the description: full-width and other compatibility characters are unified (NFKC),
+    quotes, ``: * # |`` and the commonest Chinese marks removed; an answer of articles only, such
+    as the letter A, stays.
+    """
+    text = unicodedata.normalize("NFKC", answer).lower().replace("’", "'").replace("‘", "'")
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(rf"[{_PUNCTUATION}]", " ", text)
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [word.strip("'") for word in text.split()]
+    words = [_NUMBERS.get(word, _CONTRACTIONS.get(word, word)) for word in words if word]
+    return " ".join([word for word in words if word not in _ARTICLES] or words)
+
+
+def _matches(predictions: Sequence[str], answers: Sequence[str]) -> list[bool]:
+    pairs = zip(predictions, answers, strict=True)
+    return [vqa_normalise(prediction) == vqa_normalise(answer) for prediction, answer in pairs]
+
+
+def _binary(labels: Sequence[int], scores: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels as booleans, scores as float64, both (N,), checked."""
+    y_N, s_N = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if y_N.shape != s_N.shape or y_N.ndim != 1:
+        raise ValueError(f"labels {y_N.shape} and scores {s_N.shape} must be two equal lists")
+    if not np.isin(y_N, (0, 1)).all():
+        raise ValueError("AUC is for two classes: labels must be 0 or 1")
+    if not np.isfinite(s_N).all():
+        raise UserError("a score is not finite, so there is no AUC: the model diverged")
+    return y_N.astype(bool), s_N

@@ -1,0 +1,97 @@
+"""Several runs on several processes, one thread each, one base per process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from fedmllm.config import Config
+from fedmllm.experiment import Listener
+
+_EVENTS: Any = None  # the queue to the parent; set once in each worker
+_MODELS: dict[str, Any] = {}  # a worker loads a base once
+
+
+def run_many(
+    configs: Sequence[Config], out: Path, *, processes: int, listener: Listener
+) -> dict[str, dict[str, Any]]:
+    """Run experiments in order of the list on `processes` processes; results by name.
+
+    Each run's folder is out/NAME and is replaced. The first failure stops those not yet started
+    and is raised.
+    """
+    context = multiprocessing.get_context("spawn")
+    events = context.Queue()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    results: dict[str, dict[str, Any]] = {}
+    pump = _Pump(events, listener)
+    with ProcessPoolExecutor(
+        max_workers=min(processes, len(configs)),
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(events,),
+    ) as pool:
+        waiting: dict[Future[dict[str, Any]], str] = {
+            pool.submit(_run_one, config, out / config.name): config.name for config in configs
+        }
+        try:
+            while waiting:
+                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    results[waiting.pop(future)] = future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+        finally:
+            pump.stop()
+    return results
+
+
+class _Pump:
+    """A thread that hands the workers' events to the listener."""
+
+    def __init__(self, events: Any, listener: Listener) -> None:
+        self._events, self._listener = events, listener
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                self._listener(self._events.get(timeout=0.1))
+            except queue.Empty:
+                if self._stopped.is_set():
+                    return
+
+
+def _start_worker(events: Any) -> None:
+    global _EVENTS
+    _EVENTS = events
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _run_one(config: Config, folder: Path) -> dict[str, Any]:
+    from fedmllm.experiment import load_model, run
+
+    key = repr((config.model, config.lora))
+    if key not in _MODELS:
+        _MODELS[key] = load_model(config)
+    return run(config, out=folder, overwrite=True, listener=_tell, mllm=_MODELS[key])
+
+
+def _tell(event: Mapping[str, Any]) -> None:
+    _EVENTS.put(dict(event))

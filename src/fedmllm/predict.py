@@ -1,0 +1,73 @@
+"""Answer for one image and/or text with a trained adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from fedmllm.data.images import ImageFile
+from fedmllm.data.sample import Sample, Task
+from fedmllm.errors import UserError
+from fedmllm.experiment import ADAPTER_FACTS
+from fedmllm.models import model_path
+from fedmllm.models.mllm import Mllm
+from fedmllm.prompts import render
+
+
+def load_adapter(folder: Path) -> tuple[Mllm, dict[str, Any]]:
+    """The base with the adapter of a run's folder, and the facts the run left beside it.
+
+    Raises `UserError` if the folder is no adapter of a run or does not fit its model.
+    """
+    try:
+        facts = json.loads((folder / ADAPTER_FACTS).read_text(encoding="utf-8"))
+        weights = load_file(folder / "adapter_model.safetensors")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} is not the adapter of a run: {Path(error.filename or folder).name} is "
+            "missing; give the folder `adapter` inside a run folder"
+        ) from error
+    except Exception as error:
+        raise UserError(f"the adapter in {folder} cannot be read: {error}") from error
+    model, lora = facts["model"], facts["lora"]
+    mllm = Mllm.load(
+        model["name"],
+        model_path(model["name"], model["path"]),
+        rank=lora["rank"],
+        alpha=lora["alpha"],
+        dropout=lora["dropout"],
+        device=model["device"],
+    )
+    mllm.set_adapter(weights)
+    return mllm, facts
+
+
+def predict(
+    adapter: Path,
+    *,
+    image: Path | None = None,
+    text: str | None = None,
+    question: str | None = None,
+) -> tuple[str, list[tuple[str, float]]]:
+    """The answer and, for a choice task, each option with its probability."""
+    if image is None and text is None and question is None:
+        raise UserError("nothing to answer: give --image, --text or --question")
+    source = ImageFile(image) if image is not None else None
+    if source is not None:
+        source.open()
+    mllm, facts = load_adapter(adapter)
+    task = Task(**{**facts["task"], "classes": tuple(facts["task"]["classes"])})
+    sample = Sample(id="input", answer="", image=source, text=text, question=question or "")
+    if question is not None or task.kind == "open":
+        if question is None:
+            raise UserError(f"task {task.name} has open questions: give --question")
+        prompted = render(sample, Task(task.name, "open", "accuracy"), facts["prompt"])
+        return mllm.generate([mllm.encode(prompted)])[0], []
+    labelled = Sample(id="input", answer="", image=source, text=text, label=0)
+    encoded = mllm.encode(render(labelled, task, facts["prompt"]))
+    scores = mllm.score_options([encoded])[0].tolist()
+    ranked = sorted(zip(task.classes, scores, strict=True), key=lambda pair: -pair[1])
+    return ranked[0][0], ranked

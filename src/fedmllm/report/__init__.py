@@ -1,0 +1,10 @@
+"""The report: tables and one HTML page, made from result files alone (no torch, no data).
+
+Importing this package is light; matplotlib and jinja2 are loaded when something is drawn.
+"""
+
+from fedmllm.report.loading import load_results
+from fedmllm.report.page import write_report
+from fedmllm.report.tables import csv_table, markdown_table, summary_table
+
+__all__ = ["csv_table", "load_results", "markdown_table", "summary_table", "write_report"]

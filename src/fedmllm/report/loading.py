@@ -1,0 +1,255 @@
+"""Find, read and check result files.
+
+A report is only as good as the files under it, so nothing is trusted: a file that is cut off,
+unfinished, of another program or that contradicts itself is named and left out. What is optional
+may be absent; what is present must be right.
+
+The checks are generators of sentences, so that one pass names every fault of a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmllm.errors import UserError
+
+Result = dict[str, Any]
+
+SCHEMA = 1
+# The order of a reader's questions: nothing learnt, alone, together, everything in one place.
+TOPOLOGIES = ("zero-shot", "local", "federated", "centralised")
+HOLDINGS = ("image_text", "image", "text", "neither")
+_BOUNDED = ("auc", "macro_f1", "accuracy")
+_SECTIONS = ("metrics", "spread", "per_client", "bytes", "parameters", "time", "versions")
+
+
+def load_results(paths: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
+    """Read result files; return the good ones in reading order and a line for each fault.
+
+    paths: result files, run folders, or folders with run folders anywhere below.
+    Each result gains the key ``_path``. Raises `UserError` if nothing readable remains.
+    """
+    results: list[Result] = []
+    problems: list[str] = []
+    for path in _find(paths, problems):
+        data, faults = _read(path)
+        problems += [f"{path}: {fault}" for fault in faults]
+        if data is not None:
+            results.append({**data, "_path": str(path)})
+    if not results:
+        seen = "\n  ".join(problems) or "no path was given"
+        raise UserError(f"no readable result.json: run an experiment first\n  {seen}")
+    return sorted(results, key=_rank), problems
+
+
+def _rank(result: Result) -> int:
+    return TOPOLOGIES.index(result["config"].get("topology", "federated"))
+
+
+def _find(paths: Iterable[str | Path], problems: list[str]) -> Iterator[Path]:
+    """Every result file under the paths, once, in a stable order."""
+    seen = set()
+    for path in map(Path, paths):
+        found = sorted(path.rglob("result.json"), key=_natural) if path.is_dir() else [path]
+        if not found:
+            problems.append(f"{path}: no result.json in this folder or below it")
+        for file in found:
+            if file.resolve() not in seen:
+                seen.add(file.resolve())
+                yield file
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Orders run-9 before run-10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def _read(path: Path) -> tuple[Result | None, list[str]]:
+    """The result and no fault, or None and the faults."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return None, [f"cannot be read ({error.strerror})"]
+    except (ValueError, RecursionError) as error:
+        return None, [f"is not valid JSON ({error}); it may be cut off: repeat the run"]
+    faults = list(_faults(data))
+    return (None, faults) if faults else (data, [])
+
+
+def _faults(data: Any) -> Iterator[str]:
+    """What is wrong with a result, a sentence each."""
+    if not isinstance(data, dict) or "schema" not in data:
+        yield "is not a FedMLLM result (no key 'schema')"
+        return
+    if data["schema"] != SCHEMA:
+        yield f"has schema {data['schema']!r}; this version reads schema {SCHEMA}"
+        return
+    if data.get("status") != "complete":
+        yield f"has status {data.get('status')!r}, not 'complete': finish the run with --resume"
+    shapes = list(_shape_faults(data))
+    yield from shapes
+    if not shapes:
+        yield from _metric_faults(data)
+        yield from _history_faults(data.get("history") or [])
+        yield from _manifest_faults(data.get("manifest") or {})
+        if data.get("config_sha256") not in (None, config_digest(data["config"])):
+            yield "was changed after it was written: its config does not match its config_sha256"
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """The hash that `fedmllm.config.config_hash` writes, from the file alone.
+
+    Config checking knows the algorithms and so needs torch; a report must not. A test holds the
+    two together.
+    """
+    facts = {k: v for k, v in config.items() if k not in ("name", "title", "threads")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _shape_faults(data: Result) -> Iterator[str]:
+    """The right kinds of value in the right places; later checks rely on them."""
+    if not isinstance(data.get("name"), str) or not data["name"].strip():
+        yield "has no name"
+    yield from _config_faults(data.get("config"))
+    task = data.get("task")
+    if not isinstance(task, dict) or not all(isinstance(task.get(k), str) for k in _TASK):
+        yield "has no task with a name and a metric"
+    if not isinstance(data.get("metrics"), dict):
+        yield "has no metrics"
+    for key in (*_SECTIONS, "hardware", "manifest"):
+        if data.get(key) is not None and not isinstance(data[key], dict):
+            yield f"{key} is {_kind(data[key])}, not an object"
+    if not isinstance(data.get("history") or [], list):
+        yield f"history is {_kind(data['history'])}, not a list"
+    yield from _quantity_faults(data)
+
+
+_TASK = ("name", "metric")
+
+
+def _config_faults(config: Any) -> Iterator[str]:
+    if not isinstance(config, dict):
+        yield "has no config"
+        return
+    topology = config.get("topology", "federated")
+    if topology not in TOPOLOGIES:
+        yield f"has topology {topology!r}: known are {', '.join(TOPOLOGIES)}"
+
+
+def _quantity_faults(data: Result) -> Iterator[str]:
+    """Bytes, seconds, weights and memory are numbers from zero up."""
+    wanted = {
+        "bytes": ("up", "down"),
+        "parameters": ("total", "trainable"),
+        "time": ("train_seconds", "evaluate_seconds", "total_seconds"),
+    }
+    for section, keys in wanted.items():
+        values = data.get(section)
+        for key in keys if isinstance(values, dict) else ():
+            if not _is_amount(values.get(key, 0)):
+                yield f"{section}.{key} is {values[key]!r}, not a number from zero up"
+    if not _is_amount(data.get("peak_memory_bytes") or 0):
+        yield f"peak_memory_bytes is {data['peak_memory_bytes']!r}, not a number from zero up"
+
+
+def _metric_faults(data: Result) -> Iterator[str]:
+    """The headline metric under every condition: in its range, with a standard error from 0 up."""
+    metric = data["task"]["metric"]
+    yield from _scores_faults(data["metrics"], metric, "metrics")
+    for client, scores in (data.get("per_client") or {}).items():
+        yield from _scores_faults(scores, metric, f"per_client.{client}")
+    for condition, spread in (data.get("spread") or {}).items():
+        values = spread.get(metric, {}) if _is_object(spread) else None
+        if not _is_object(values):
+            yield f"spread.{condition} is not an object of objects"
+            continue
+        for key, value in values.items():
+            yield from _score_faults(value, metric, f"spread.{condition}.{metric}.{key}")
+
+
+def _scores_faults(scores: Any, metric: str, where: str) -> Iterator[str]:
+    if not isinstance(scores, dict):
+        yield f"{where} is {_kind(scores)}, not an object"
+        return
+    for condition, values in scores.items():
+        if not isinstance(values, dict):
+            yield f"{where}.{condition} is {_kind(values)}, not an object"
+            continue
+        yield from _score_faults(values.get(metric), metric, f"{where}.{condition}.{metric}")
+        error = values.get(f"{metric}_se")
+        if error is not None and not _is_amount(error):
+            yield f"{where}.{condition}.{metric}_se is {error!r}, not a number from zero up"
+
+
+def _score_faults(value: Any, metric: str, where: str) -> Iterator[str]:
+    """Null means not measured (an AUC over one class); a NaN is a fault, never a gap."""
+    if value is None:
+        return
+    if not _is_number(value):
+        yield f"{where} is {value!r}, not a number"
+    elif metric in _BOUNDED and not 0 <= value <= 1:
+        yield f"{where} is {value!r}, outside 0 to 1"
+
+
+def _history_faults(history: list[Any]) -> Iterator[str]:
+    """Rounds count up. A loss may be null or NaN: the curve then has a gap."""
+    last = -1
+    for i, entry in enumerate(history):
+        number = entry.get("round") if isinstance(entry, dict) else None
+        if not isinstance(number, int) or number <= last:
+            yield f"history[{i}] has round {number!r} after round {last}"
+            return
+        last = number
+        if not isinstance(entry.get("loss") or 0.0, int | float):
+            yield f"history[{i}].loss is {entry['loss']!r}, not a number"
+        metrics = entry.get("metrics") or {}
+        if not isinstance(metrics, dict) or not all(isinstance(m, dict) for m in metrics.values()):
+            yield f"history[{i}].metrics is not an object of objects"
+
+
+def _manifest_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Every party's parts add up to its samples."""
+    clients = manifest.get("clients") or []
+    if not isinstance(clients, list):
+        yield f"manifest.clients is {_kind(clients)}, not a list"
+        return
+    for i, client in enumerate(clients):
+        yield from (f"manifest.clients[{i}] {fault}" for fault in _client_faults(client))
+
+
+def _client_faults(client: Any) -> Iterator[str]:
+    if not isinstance(client, dict) or not isinstance(client.get("id"), str):
+        yield "has no id"
+        return
+    labels = client.get("labels") or {}
+    parts = [client.get(key, 0) for key in HOLDINGS]
+    counts = [client.get("samples"), *parts, *(labels.values() if _is_object(labels) else [None])]
+    if not all(isinstance(n, int) and n >= 0 for n in counts):
+        yield "has a count that is not a whole number from zero up"
+        return
+    if sum(parts) != client["samples"]:
+        yield f"holds {client['samples']} samples, but its modalities add up to {sum(parts)}"
+    if labels and sum(labels.values()) != client["samples"]:
+        yield f"holds {client['samples']} samples, but its labels add up to {sum(labels.values())}"
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text", bool: "a truth value"}.get(type(value), repr(value))

@@ -1,0 +1,384 @@
+"""One HTML file for a newcomer: what was run, how it went, who held what, how to do it again.
+
+The file holds its style and its figures, fetches nothing and opens from a disk. It has no date
+of its own: the same results make the same page. This module gathers what the page says;
+`page.html` says it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fedmllm.errors import UserError
+from fedmllm.report import facts, figures, tables
+from fedmllm.report.loading import HOLDINGS, Result
+from fedmllm.scenarios import SCENARIOS
+
+PAPER = "https://arxiv.org/abs/2411.14717"
+METRIC_HELP = {
+    "auc": "AUC is the chance that the model ranks a positive example above a negative one: "
+    "0.5 is guessing, 1 is perfect.",
+    "macro_f1": "Macro-F1 is the mean over classes of F1, so that a rare class counts as much as "
+    "a common one; 1 is perfect.",
+    "accuracy": "Accuracy is the share of right answers; 1 is perfect.",
+}
+CARDS = {
+    "zero-shot": "Untrained",
+    "local": "Each party alone",
+    "federated": "Federated, best run",
+    "centralised": "All data pooled",
+}
+# Keys that name a run and do not make it.
+_NAMES = ("name", "title")
+
+
+def write_report(
+    results: Sequence[Result],
+    out_path: str | Path,
+    *,
+    title: str = "FedMLLM report",
+    problems: Sequence[str] = (),
+) -> Path:
+    """Write the page and return its path. `results` and `problems` come from `load_results`.
+
+    Links to result files are relative to the page. Raises `UserError` if there is no result or
+    the page cannot be written.
+    """
+    if not results:
+        raise UserError("there is no result to report: run an experiment first")
+    out = Path(out_path)
+    text = _template().render(_contents(results, out.parent, title, problems))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {out}: {error.strerror}") from error
+    return out
+
+
+def _template() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["score"] = facts.format_score
+    return environment.get_template("page.html")
+
+
+def _contents(
+    results: Sequence[Result], folder: Path, title: str, problems: Sequence[str]
+) -> dict[str, Any]:
+    """Everything that the template prints."""
+    ordered = [result for group in facts.by_task(results) for result in group]
+    return {
+        "title": title,
+        "paper": PAPER,
+        "dash": facts.DASH,
+        "intro": _intro(ordered),
+        "tasks": [_task(group, ordered, i) for i, group in enumerate(facts.by_task(results))],
+        "holdings": _holdings(ordered),
+        "problems": problems,
+        "provenance": _provenance(ordered, folder),
+        "versions": facts.lookup(ordered[0], "versions") or {},
+    }
+
+
+# --- what was run ----------------------------------------------------------------------------
+
+
+def _intro(results: Sequence[Result]) -> dict[str, Any]:
+    """The facts of the opening sentences."""
+    federated = [r for r in results if facts.topology(r) == "federated"]
+    sizes = sorted({len(facts.clients(r)) for r in federated if facts.clients(r)})
+    trainable, total = _agreed(results, "trainable"), _agreed(results, "total")
+    return {
+        "runs": len(results),
+        "parties": _parties_words(sizes),
+        "kinds": facts.topologies(results),
+        "tasks": list(dict.fromkeys(result["task"]["name"] for result in results)),
+        "total": facts.format_count(total) if total else "",
+        "trainable": facts.format_count(trainable) if trainable else "",
+        "share": f"{100 * trainable / total:.2g} %" if trainable and total else "",
+        "upload": _upload(federated),
+    }
+
+
+def _agreed(results: Sequence[Result], key: str) -> float | None:
+    """A count of weights if all runs that state it have the same."""
+    found = {facts.lookup(result, "parameters", key) for result in results} - {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _parties_words(sizes: Sequence[int]) -> str:
+    """``Eight``, ``Eight to 60``; ``Several`` if no run says."""
+    return (
+        " to ".join(dict.fromkeys(map(_number, (*sizes[:1], *sizes[-1:])))).capitalize()
+        or "Several"
+    )
+
+
+def _number(count: int) -> str:
+    words = "one two three four five six seven eight nine ten eleven twelve".split()
+    return words[count - 1] if 0 < count <= len(words) else str(count)
+
+
+def _upload(federated: Sequence[Result]) -> str:
+    """What one client sends in one round, if all federated runs agree."""
+    parts = [facts.lookup(r, "bytes", "per_client_round") for r in federated]
+    sums = {sum(part.values()) for part in parts if isinstance(part, Mapping)}
+    return f"{facts.format_megabytes(sums.pop())} MB" if len(sums) == 1 else ""
+
+
+# --- results of one task ---------------------------------------------------------------------
+
+
+def _task(group: Sequence[Result], results: Sequence[Result], number: int) -> dict[str, Any]:
+    """Table, figures and sentences for runs that may be compared."""
+    first = group[0]
+    wanted = {id(result) for result in group}
+    rows = [row for row in tables.rows(results) if id(row.result) in wanted]
+    swatches = [figures.swatch(style) for style in figures.run_styles(group)]
+    return {
+        "name": first["task"]["name"],
+        "question": str(first["task"].get("question") or "").replace("{modality}", ""),
+        "metric": facts.metric_name(first),
+        "metric_help": METRIC_HELP.get(facts.metric_key(first), ""),
+        "conditions": {c: facts.condition_name(c) for c in facts.conditions(group)},
+        "rows": list(zip(rows, swatches, strict=True)),
+        "cards": _cards(group),
+        "finding": _finding(group),
+        "overview": _overview(group, f"t{number}"),
+        "curves": _curves(group, f"t{number}"),
+        "parties": _parties(group, rows, f"t{number}"),
+        "scenarios": _scenarios(group),
+    }
+
+
+def _cards(group: Sequence[Result]) -> list[dict[str, Any]]:
+    """The headline metric of the best run of each topology."""
+    condition = facts.headline(group)
+    names = dict(zip(map(id, group), facts.labels(group), strict=True))
+    cards = []
+    for kind, words in CARDS.items():
+        run = facts.best(group, condition, kind)
+        if run is not None:
+            value, error = facts.score(run, condition), facts.score_se(run, condition)
+            cards.append(
+                {
+                    "kind": kind,
+                    "words": words,
+                    "value": facts.format_score(value),
+                    "error": "" if error is None else facts.format_score(error),
+                    "run": names[id(run)],
+                }
+            )
+    return cards
+
+
+def _finding(group: Sequence[Result]) -> str:
+    """One sentence: how the best federated run compares with its references."""
+    condition = facts.headline(group)
+    best = facts.best(group, condition)
+    if best is None:
+        return ""
+    names = dict(zip(map(id, group), facts.labels(group), strict=True))
+    words = {"zero-shot": "the untrained model", "local": "training alone"}
+    words["centralised"] = "pooling all data"
+    parts = [
+        _difference(best, other, condition) + words[kind]
+        for kind in words
+        if (other := facts.best(group, condition, kind)) is not None
+    ]
+    value = facts.format_score(facts.score(best, condition))
+    found = f"The best federated run, {names[id(best)]}, reaches {facts.metric_name(best)} {value}"
+    return found + (": " + ", ".join(parts) if parts else "") + "."
+
+
+def _difference(best: Result, other: Result, condition: str) -> str:
+    """``0.120 above ``; says so when it is within two standard errors of the difference."""
+    a, b = facts.score(best, condition) or 0.0, facts.score(other, condition) or 0.0
+    errors = [facts.score_se(run, condition) for run in (best, other)]
+    known = [error for error in errors if error is not None]
+    noise = 2 * math.hypot(*known) if len(known) == 2 else 0.0
+    if abs(a - b) <= noise:
+        return f"within two standard errors ({a - b:+.3f}) of ".replace("-", "−")
+    return f"{abs(a - b):.3f} {'above' if a > b else 'below'} "
+
+
+def _overview(group: Sequence[Result], key: str) -> str:
+    height = 1.0 + (0.56 if len(group) <= 8 else 0.36) * len(group)
+    figure = figures.draw_panels(
+        [(figures.draw_conditions, (group,))], size=(figures.HALF[0], height)
+    )
+    return figures.inline(figure, f"{key}-overview", "All runs under all test conditions")
+
+
+def _curves(group: Sequence[Result], key: str) -> list[str]:
+    """A panel for each condition that was followed over rounds, and one for the loss."""
+    shown = facts.conditions(group)
+    followed = [c for c in shown if any(len(facts.curve(r, c)) > 1 for r in group)]
+    panels = []
+    for condition in followed or shown[:1]:
+        figure = figures.draw_panels([(figures.draw_metric, (group, condition))])
+        label = f"{facts.metric_name(group[0])} over rounds, {facts.condition_name(condition)}"
+        panels.append(figures.inline(figure, f"{key}-{len(panels)}", label))
+    if any(facts.losses(result) for result in group):
+        figure = figures.draw_panels([(figures.draw_loss, (group,))])
+        panels.append(figures.inline(figure, f"{key}-loss", "Training loss over rounds"))
+    return panels if any(facts.history(result) for result in group) else []
+
+
+def _parties(group: Sequence[Result], rows: Sequence[tables.Row], key: str) -> list[dict[str, Any]]:
+    """Figure and numbers of each local run that names its parties' results."""
+    local = [row for row in rows if row.result.get("per_client")]
+    return [_party_scores(row, group, f"{key}-parties{i}") for i, row in enumerate(local)]
+
+
+def _party_scores(row: tables.Row, group: Sequence[Result], key: str) -> dict[str, Any]:
+    shown = facts.conditions([row.result])
+    size = (figures.HALF[0], 1.0 + 0.5 * len(shown))
+    figure = figures.draw_panels([(figures.draw_parties, (row.result, group))], size=size)
+    scores = [facts.party_scores(row.result, condition) for condition in shown]
+    return {
+        "run": row.label,
+        "svg": figures.inline(figure, key, f"{row.label}: the result of each party"),
+        "heads": [facts.condition_name(condition) for condition in shown],
+        "rows": {
+            client: [facts.format_score(column.get(client)) for column in scores]
+            for client in row.result["per_client"]
+        },
+    }
+
+
+def _scenarios(group: Sequence[Result]) -> dict[str, str]:
+    """The scenarios that occur, explained by their registry."""
+    found = dict.fromkeys(facts.lookup(r, "config", "scenario", "name") for r in group)
+    return {name: SCENARIOS[name].summary for name in found if name in SCENARIOS}
+
+
+# --- who holds what --------------------------------------------------------------------------
+
+
+def _holdings(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """A picture for each distinct manifest of the runs with several parties."""
+    names = dict(zip(map(id, results), facts.labels(results), strict=True))
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        if facts.topology(result) in ("federated", "local") and facts.clients(result):
+            groups.setdefault(_manifest_key(result), []).append(result)
+    return [_holding(runs, names, f"h{i}") for i, runs in enumerate(groups.values())]
+
+
+def _manifest_key(result: Result) -> str:
+    return str(facts.lookup(result, "manifest", "sha256") or facts.clients(result))
+
+
+def _holding(runs: Sequence[Result], names: Mapping[int, str], key: str) -> dict[str, Any]:
+    first = runs[0]
+    draws = {"modality": figures.draw_modalities}
+    if figures.has_classes(first):
+        draws["class"] = figures.draw_classes
+    classes = dict.fromkeys(k for c in facts.clients(first) for k in facts.class_counts(c))
+    return {
+        "scenario": facts.named(facts.lookup(first, "config", "scenario")) or "holdings",
+        "partition": facts.named(facts.lookup(first, "config", "partition")),
+        "runs": [names[id(run)] for run in runs],
+        "notes": facts.lookup(first, "manifest", "notes") or [],
+        "panels": [_holding_panel(draw, first, f"{key}-{what}") for what, draw in draws.items()],
+        "heads": [figures.HOLDING_STYLES[k][0] for k in HOLDINGS] + list(classes),
+        "parties": [_party_row(client, list(classes)) for client in facts.clients(first)],
+    }
+
+
+def _holding_panel(draw: Callable[..., None], result: Result, key: str) -> str:
+    size = (figures.HALF[0], figures.holdings_height(result))
+    figure = figures.draw_panels([(draw, (result,))], size=size)
+    return figures.inline(figure, key, f"Samples of each party by {key.split('-')[1]}")
+
+
+def _party_row(client: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
+    counts = [client.get(key, 0) for key in HOLDINGS]
+    counts += [facts.class_counts(client).get(name, 0) for name in classes]
+    return [client["id"], *(facts.format_count(n) for n in [client["samples"], *counts])]
+
+
+# --- provenance ------------------------------------------------------------------------------
+
+
+def _provenance(results: Sequence[Result], folder: Path) -> dict[str, Any]:
+    """What all runs share, what each has of its own, and where each result lies."""
+    names = facts.labels(results)
+    shared, own = _split([_origin(result) for result in results])
+    same, differ = _split([_settings(result) for result in results])
+    return {
+        "names": names,
+        "links": [_link(result, folder) for result in results],
+        "shared": shared,
+        "own": own,
+        "same": same,
+        "differ": differ,
+        "notes": {n: r["notes"] for n, r in zip(names, results, strict=True) if r.get("notes")},
+    }
+
+
+def _split(
+    tables_: Sequence[Mapping[str, str]],
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Keys with one value everywhere, and the others with a value a run."""
+    keys = dict.fromkeys(key for table in tables_ for key in table)
+    columns = {key: [table.get(key, facts.DASH) for table in tables_] for key in keys}
+    same = {key: values[0] for key, values in columns.items() if len(set(values)) == 1}
+    return same, {key: values for key, values in columns.items() if key not in same}
+
+
+def _settings(result: Result) -> dict[str, str]:
+    return {k: v for k, v in facts.flatten(result["config"]).items() if k not in _NAMES}
+
+
+def _origin(result: Result) -> dict[str, str]:
+    """Where a result was made and from what; hashes by their first twelve digits."""
+    peak = result.get("peak_memory_bytes")
+    found = {
+        "seed": result.get("seed"),
+        "commit": result.get("commit"),
+        "started": result.get("started"),
+        "config SHA-256": _short(result.get("config_sha256")),
+        "manifest SHA-256": _short(facts.lookup(result, "manifest", "sha256")),
+        "test samples": _test_samples(result),
+        "peak memory": None if peak is None else f"{facts.format_megabytes(peak)} MB",
+        **{f"{k}": v for k, v in (result.get("hardware") or {}).items()},
+        **{f"{k}": v for k, v in (result.get("versions") or {}).items()},
+    }
+    return {key: facts.DASH if value is None else str(value) for key, value in found.items()}
+
+
+def _short(digest: object) -> str | None:
+    return str(digest)[:12] if digest else None
+
+
+def _test_samples(result: Result) -> str | None:
+    counts: Iterable[Any] = (values.get("n") for values in result["metrics"].values())
+    known = sorted({facts.format_count(n) for n in counts if isinstance(n, int | float)})
+    return " to ".join(known) or None
+
+
+def _link(result: Result, folder: Path) -> str:
+    """The result file, relative to the page; empty if its place is not known."""
+    path = result.get("_path")
+    if not path:
+        return ""
+    try:
+        return quote(Path(os.path.relpath(path, folder)).as_posix())
+    except ValueError:  # another drive
+        return Path(path).resolve().as_uri()

@@ -1,0 +1,249 @@
+"""Whole runs: determinism, a real kill, topologies, algorithms, what lies in the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import fedmllm
+from fedmllm.algorithms import ALGORITHMS
+from fedmllm.config import make_config
+from fedmllm.errors import UserError
+from fedmllm.experiment import run
+from fedmllm.models.mllm import Mllm
+from fedmllm.scenarios import SETTINGS
+
+SMALL = {
+    "data": {"name": "memes", "train": 80, "test": 24},
+    "partition": {"clients": 4},
+    "training": {"rounds": 2, "clients_per_round": 2},
+    "evaluation": {"every": 1, "conditions": ["both", "image_withheld"]},
+}
+
+
+def small(name: str = "x", **change):
+    return make_config({"name": name, **SMALL, **change})
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def scores(result):
+    """All numbers of a result that must be the same in two runs."""
+    keep = ("round", "loss", "lr", "clients", "bytes_up", "bytes_down", "metrics")
+    return result["metrics"], [{k: line[k] for k in keep} for line in result["history"]]
+
+
+def test_the_folder_of_a_run(tmp_path, mllm: Mllm) -> None:
+    events = []
+    config = small(scenario={"name": "missing", "beta": 0.5})
+    result = run(config, out=tmp_path / "r", listener=events.append, mllm=mllm)
+    folder = tmp_path / "r"
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert yaml.safe_load((folder / "config.yaml").read_text())["scenario"]["beta"] == 0.5
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2]
+    assert set(lines[-1]["metrics"]) == {"both", "image_withheld"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["sha256"] == result["manifest"]["sha256"]
+    assert sum(c["samples"] for c in result["manifest"]["clients"]) == 80
+    one = result["bytes"]["per_client_round"]["lora"]
+    assert one == sum(v.nbytes for v in adapter(folder).values())
+    assert result["bytes"]["up"] == result["bytes"]["down"] == one * 2 * 2
+    assert result["parameters"]["trainable"] * 4 == one
+    for key in ("versions", "hardware", "seed", "config_sha256", "time", "peak_memory_bytes"):
+        assert result[key] is not None
+    kinds = [event["event"] for event in events]
+    assert kinds == ["start", "round", "round", "test", "test", "done"]
+
+
+def test_two_runs_are_the_same_to_the_last_bit(tmp_path, mllm: Mllm) -> None:
+    first = run(small(), out=tmp_path / "a", mllm=mllm)
+    torch.manual_seed(5)
+    second = run(small(), out=tmp_path / "b")  # another model object, a disturbed global stream
+    assert scores(first) == scores(second)
+    assert equal(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
+    other = run(small(seed=1), out=tmp_path / "c", mllm=mllm)
+    assert scores(first) != scores(other)
+
+
+KILLED = """
+import sys, yaml
+from fedmllm.config import make_config
+from fedmllm.experiment import run
+def listen(event):
+    if event["event"] == "round":
+        print("round", event["round"], flush=True)
+run(make_config(yaml.safe_load(sys.argv[1])), out=sys.argv[2], listener=listen)
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["scaffold", "fedadam"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
+    tmp_path, mllm: Mllm, algorithm: str
+) -> None:
+    """SIGKILL after round 2 of 4, from outside; SCAFFOLD has client memories, FedAdam moments."""
+    training = {"rounds": 4, "clients_per_round": 2}
+    raw = {"name": "x", **SMALL, "training": training, "algorithm": {"name": algorithm}}
+    whole = run(make_config(raw), out=tmp_path / "whole", mllm=mllm)
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, yaml.safe_dump(raw), str(tmp_path / "cut")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.strip() == "round 2":
+            break
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait(timeout=30) == -signal.SIGKILL
+    cut = tmp_path / "cut"
+    assert not (cut / "result.json").exists()
+    seen = []
+    resumed = run(make_config(raw), out=cut, resume=True, listener=seen.append, mllm=mllm)
+    rounds = [event["round"] for event in seen if event["event"] == "round"]
+    assert rounds in ([3, 4], [4])  # round 3 may have ended before the kill came
+    assert scores(whole) == scores(resumed)
+    assert equal(adapter(tmp_path / "whole"), adapter(cut))
+
+
+def test_topologies(tmp_path, mllm: Mllm) -> None:
+    results = {}
+    for topology in ("zero-shot", "local", "centralised"):
+        folder = tmp_path / topology
+        results[topology] = run(small(topology, topology=topology), out=folder, mllm=mllm)
+    zero, local, central = results["zero-shot"], results["local"], results["centralised"]
+    assert zero["history"] == []
+    assert all(v.abs().sum() == 0 for n, v in adapter(tmp_path / "zero-shot").items() if "_B" in n)
+    assert sorted(local["per_client"]) == [f"client-{i:02d}" for i in range(4)]
+    alone = [m["both"]["auc"] for m in local["per_client"].values()]
+    assert local["metrics"]["both"]["auc"] == pytest.approx(sum(alone) / 4)
+    assert local["spread"]["both"]["auc"]["min"] == min(alone)
+    assert (tmp_path / "local" / "adapter" / "client-02" / "adapter_model.safetensors").exists()
+    assert central["history"][0]["clients"] == ["pooled"]
+    assert local["bytes"]["up"] == central["bytes"]["up"] == 0
+
+
+def test_local_is_a_federation_of_one(tmp_path, mllm: Mllm) -> None:
+    """A client alone gets what a federation with only that client would give."""
+    alone = run(
+        small("alone", topology="local", partition={"clients": 1}), out=tmp_path / "a", mllm=mllm
+    )
+    together = run(
+        small(
+            "one",
+            partition={"clients": 1},
+            training={"rounds": 2, "clients_per_round": 1},
+        ),
+        out=tmp_path / "b",
+        mllm=mllm,
+    )
+    assert alone["metrics"] == together["metrics"]
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_every_algorithm_runs(tmp_path, mllm: Mllm, name: str) -> None:
+    result = run(small(algorithm={"name": name}), out=tmp_path / "r", mllm=mllm)
+    base = mllm.init_adapter(0)
+    after = adapter(tmp_path / "r")
+    assert any(not torch.equal(after[n], base[n]) for n in base)
+    extra = 2 if name == "scaffold" else 1
+    one = result["bytes"]["per_client_round"]["lora"]
+    assert result["bytes"]["up"] == result["bytes"]["down"] == extra * one * 4
+
+
+def test_fedprox_without_mu_is_fedavg(tmp_path, mllm: Mllm) -> None:
+    run(small(), out=tmp_path / "a", mllm=mllm)
+    run(small(algorithm={"name": "fedprox", "mu": 0.0}), out=tmp_path / "b", mllm=mllm)
+    run(small(algorithm={"name": "fedprox", "mu": 5.0}), out=tmp_path / "c", mllm=mllm)
+    assert equal(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
+    assert not equal(adapter(tmp_path / "a"), adapter(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("setting", sorted(SETTINGS))
+def test_all_twelve_settings_run(tmp_path, mllm: Mllm, setting: str) -> None:
+    raw = {"name": "x", **SMALL, "setting": setting, "partition": {"clients": 10}}
+    raw["training"] = {"rounds": 1, "clients_per_round": 2}
+    raw["evaluation"] = {"every": 0, "conditions": ["both"]}
+    result = run(make_config(raw), out=tmp_path / "r", mllm=mllm)
+    held = result["manifest"]["clients"]
+    whole = sum(c["image_text"] for c in held)
+    assert (whole == 80) == setting.startswith("aligned")
+    if setting.startswith("cross"):
+        images = sum(c["image"] > 0 for c in held)
+        assert images == int(setting.split("-i")[1][0])
+        assert whole == 0
+
+
+@pytest.mark.parametrize("name", ["crisis", "medical"])
+def test_the_other_embedded_tasks_run(tmp_path, mllm: Mllm, name: str) -> None:
+    data = {"name": name, "train": 40, "test": 24}
+    if name == "medical":
+        data["flashcards"] = 40
+    result = run(
+        small(data=data, scenario={"name": "hybrid", "p": 0.7}), out=tmp_path / "r", mllm=mllm
+    )
+    metric = {"crisis": "macro_f1", "medical": "accuracy"}[name]
+    assert 0 <= result["metrics"]["both"][metric] <= 1
+    if name == "medical":
+        assert {"accuracy_open", "accuracy_closed"} <= set(result["metrics"]["both"])
+
+
+def test_a_run_folder_is_never_lost(tmp_path, mllm: Mllm) -> None:
+    run(small(), out=tmp_path / "r", mllm=mllm)
+    before = (tmp_path / "r" / "result.json").read_bytes()
+    with pytest.raises(UserError, match=r"exists: use --resume .* --overwrite"):
+        run(small(), out=tmp_path / "r", mllm=mllm)
+    with pytest.raises(UserError, match="another config"):
+        run(small(seed=3), out=tmp_path / "r", resume=True, mllm=mllm)
+    assert (tmp_path / "r" / "result.json").read_bytes() == before
+    run(small(seed=3), out=tmp_path / "r", overwrite=True, mllm=mllm)
+    assert (tmp_path / "r" / "result.json").read_bytes() != before
+    stranger = tmp_path / "photos"
+    stranger.mkdir()
+    (stranger / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="not a run folder"):
+        run(small(), out=stranger, overwrite=True, mllm=mllm)
+    with pytest.raises(UserError, match="no run to go on with"):
+        run(small(), out=stranger, resume=True, mllm=mllm)
+    assert (stranger / "mine.txt").read_text() == "keep"
+
+
+def test_more_parties_than_samples(tmp_path, mllm: Mllm) -> None:
+    config = small(data={"name": "memes", "train": 8, "test": 8}, partition={"clients": 20})
+    with pytest.raises(UserError, match=r"20 clients.*8|8 .*20"):
+        run(config, out=tmp_path / "r", mllm=mllm)
+
+
+def test_a_second_run_is_not_slowed_by_the_first(tmp_path, mllm: Mllm) -> None:
+    """Vision features of the first run serve the second: the tower is not asked again."""
+    run(small(), out=tmp_path / "a", mllm=mllm)
+    calls = []
+    see, mllm._see = mllm._see, lambda source: calls.append(source)  # type: ignore[method-assign]
+    try:
+        run(small(), out=tmp_path / "b", mllm=mllm)
+    finally:
+        mllm._see = see  # type: ignore[method-assign]
+    assert calls == []
+
+
+def test_public_names() -> None:
+    for name in fedmllm.__all__:
+        assert getattr(fedmllm, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fedmllm.nothing  # noqa: B018

@@ -1,0 +1,82 @@
+"""The loop, with clients that do arithmetic instead of training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedmllm.algorithms import make_algorithm
+from fedmllm.algorithms.base import Update
+from fedmllm.federation import cohort_of, in_order, payload, run_round
+
+CLIENTS = [f"client-{i:02d}" for i in range(10)]
+
+
+class Adders:
+    """Client k moves every parameter by k; n_k = k + 1. `order` is the order of arrival."""
+
+    def __init__(self, order=None) -> None:
+        self.order = order
+
+    def train(self, round_, cohort, algorithm, state):
+        updates = []
+        for position, client in enumerate(cohort):
+            k = int(client[-2:])
+            delta = {name: torch.full_like(v, float(k) + 0.1) for name, v in state.params.items()}
+            updates.append((position, Update(client, k + 1, delta, metrics={"loss": float(k)})))
+        order = self.order or range(len(updates))
+        yield from (updates[i] for i in order)
+
+
+def test_a_round_by_hand() -> None:
+    """Clients 1 and 4, weights 2 and 5: (2 * 1.1 + 5 * 4.1) / 7 = 3.242857."""
+    algorithm = make_algorithm("fedavg", num_clients=10)
+    state = algorithm.init({"w": torch.tensor([1.0, 2.0])})
+    after, record = run_round(Adders(), algorithm, state, ["client-01", "client-04"], lr=0.5)
+    assert after.params["w"].tolist() == pytest.approx([4.242857, 5.242857])
+    assert after.round == 1
+    assert (record.round, record.loss, record.lr) == (1, 2.5, 0.5)
+    assert (record.bytes_up, record.bytes_down) == (16, 16)  # 2 floats x 4 bytes x 2 clients
+    assert state.round == 0
+    assert state.params["w"].tolist() == [1.0, 2.0]
+
+
+def test_arrival_order_does_not_change_a_bit() -> None:
+    algorithm = make_algorithm("fedavg", num_clients=10)
+    state = algorithm.init({"w": torch.rand(100, generator=torch.Generator().manual_seed(0))})
+    runs = [
+        run_round(Adders(order), algorithm, state, CLIENTS[:4], lr=1.0)[0].params["w"]
+        for order in (None, [3, 1, 0, 2], [2, 3, 1, 0])
+    ]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+def test_updates_are_passed_on_as_soon_as_their_turn_comes() -> None:
+    updates = [Update(c, 1, {}) for c in CLIENTS[:3]]
+    log = []
+
+    def arrivals():
+        for index in (1, 0, 2):
+            log.append(f"in {index}")
+            yield index, updates[index]
+
+    for update in in_order(arrivals()):
+        log.append(f"out {update.client[-1]}")
+    assert log == ["in 1", "in 0", "out 0", "out 1", "in 2", "out 2"]
+    with pytest.raises(ValueError, match="no update at position 0"):
+        list(in_order([(1, updates[1])]))
+
+
+def test_cohorts_are_a_function_of_seed_and_round() -> None:
+    rounds = [cohort_of(CLIENTS, 2, seed=0, round_=r) for r in range(1, 200)]
+    assert rounds == [cohort_of(CLIENTS[::-1], 2, seed=0, round_=r) for r in range(1, 200)]
+    assert all(len(set(c)) == 2 and c == sorted(c) for c in rounds)
+    assert rounds != [cohort_of(CLIENTS, 2, seed=1, round_=r) for r in range(1, 200)]
+    counts = {c: sum(c in r for r in rounds) for c in CLIENTS}
+    assert min(counts.values()) > 20  # 39.8 expected each
+    assert cohort_of(CLIENTS, 99, seed=0, round_=1) == CLIENTS
+
+
+def test_payload_counts_bytes() -> None:
+    assert payload({"a": torch.zeros(3)}, {"b": torch.zeros(2, dtype=torch.float16)}) == 16

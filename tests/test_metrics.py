@@ -1,0 +1,199 @@
+"""Metrics against numbers worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmllm.errors import UserError
+from fedmllm.metrics import (
+    METRICS,
+    accuracy,
+    accuracy_standard_error,
+    auc,
+    auc_standard_error,
+    hard_letter_auc,
+    macro_f1,
+    mean_and_ci,
+    vqa_accuracy,
+    vqa_normalise,
+)
+
+
+def pairwise_auc(labels, scores):
+    """The definition: wins among (positive, negative) pairs, ties half."""
+    pairs = [(p, n) for p, y in zip(scores, labels, strict=True) if y for n, z in
+             zip(scores, labels, strict=True) if not z]  # fmt: skip
+    return sum((p > n) + 0.5 * (p == n) for p, n in pairs) / len(pairs)
+
+
+def test_auc_by_hand():
+    """Positives .8 .4, negatives .4 .1: pairs (.8,.4) 1, (.8,.1) 1, (.4,.4) ½, (.4,.1) 1."""
+    assert auc([1, 1, 0, 0], [0.8, 0.4, 0.4, 0.1]) == 3.5 / 4
+    assert auc([0, 1], [0.9, 0.1]) == 0.0
+    assert auc([0, 1], [-5.0, 3.0]) == 1.0
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5)), min_size=2, max_size=30))
+def test_auc_is_the_share_of_pairs_won(rows):
+    labels, scores = [y for y, _ in rows], [s for _, s in rows]
+    if len(set(labels)) < 2:
+        assert math.isnan(auc(labels, scores))
+    else:
+        assert auc(labels, scores) == pytest.approx(pairwise_auc(labels, scores))
+
+
+def test_auc_standard_error_by_hand():
+    """Positives 3, 1; negatives 2, 0. V10 = (1, ½), V01 = (½, 1): both variances are 1/8."""
+    assert auc_standard_error([1, 1, 0, 0], [3, 1, 2, 0]) == pytest.approx(math.sqrt(1 / 8))
+    assert auc_standard_error([1, 1, 0, 0], [1, 1, 0, 0]) == 0.0
+    assert math.isnan(auc_standard_error([1, 0, 0], [1, 0, 0]))
+
+
+def test_auc_standard_error_is_the_spread_over_samples():
+    """500 draws of 40 positives N(1, 1) and 60 negatives N(0, 1)."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    labels = np.r_[np.ones(40, int), np.zeros(60, int)]
+    scores = generator.normal(labels, 1, size=(500, 100))
+    spread = np.std([auc(labels, row) for row in scores])
+    mean = np.mean([auc_standard_error(labels, row) for row in scores])
+    assert mean == pytest.approx(spread, rel=0.1)
+
+
+def test_hard_letter_auc_is_balanced_accuracy():
+    """3 of 4 positives and 1 of 2 negatives right: (.75 + .5) / 2."""
+    labels = [1, 1, 1, 1, 0, 0]
+    assert hard_letter_auc(labels, [1, 1, 1, 0, 0, 1]) == pytest.approx(0.625)
+
+
+def test_hard_letter_auc_counts_unreadable_answers_as_undecided():
+    """Not above both, as in the reference: (1 + 1 + ½ + 1) / 4 for positives B, -, negatives A, -
+    would be (A<B, -<B, A<-, -=-) = 3.5 / 4; for a positive A it is worth nothing more."""
+    assert hard_letter_auc([1, 1, 0, 0], [1, -1, 0, -1]) == 3.5 / 4
+    assert hard_letter_auc([1, 0], [-1, -1]) == 0.5
+    assert hard_letter_auc([1, 0], [-1, 1]) == 0.0
+
+
+def test_macro_f1_by_hand():
+    """Class 0: TP 1, FP 1, FN 1: ½. Class 1: TP 2, FP 0, FN 1: 4/5. Class 2: FP 1: 0."""
+    labels, predictions = [0, 0, 1, 1, 1], [0, 2, 1, 1, 0]
+    assert macro_f1(labels, predictions, 3) == pytest.approx((0.5 + 0.8 + 0) / 3)
+
+
+def test_macro_f1_counts_all_classes_of_the_task():
+    """A class absent from labels and predictions has F1 0."""
+    assert macro_f1([0, 1], [0, 1], 2) == 1.0
+    assert macro_f1([0, 1], [0, 1], 8) == pytest.approx(2 / 8)
+
+
+def test_macro_f1_counts_unreadable_answers_as_misses():
+    """Class 0: TP 1, FN 1: 2/3. Class 1: 1. The -1 itself is no class."""
+    assert macro_f1([0, 0, 1], [0, -1, 1], 2) == pytest.approx((2 / 3 + 1) / 2)
+    assert math.isnan(macro_f1([], [], 2))
+
+
+@pytest.mark.parametrize("scores", [[0.1, math.nan], [0.1, math.inf]])
+def test_scores_that_are_not_finite_are_refused(scores):
+    with pytest.raises(UserError, match="not finite"):
+        auc([0, 1], scores)
+
+
+def test_auc_refuses_what_is_not_binary():
+    with pytest.raises(ValueError, match="0 or 1"):
+        auc([0, 2], [0.1, 0.2])
+    with pytest.raises(ValueError, match="equal lists"):
+        auc([0, 1, 1], [0.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("answer", "normal"),
+    [
+        ("Yes", "yes"),
+        ("  yes\n", "yes"),
+        ("Yes.", "yes"),
+        ("yes!", "yes"),
+        ("**Yes**", "yes"),
+        ("'yes'", "yes"),
+        ("“yes”", "yes"),
+        ("The left lung", "left lung"),
+        ("an  x-ray", "x ray"),
+        ("left - sided", "left sided"),
+        ("left/right", "left right"),
+        ("two", "2"),
+        ("Ten", "10"),
+        ("none", "0"),
+        ("1.5 cm", "1.5 cm"),
+        (".5", ".5"),
+        ("U.S.", "us"),
+        ("1,000", "1000"),
+        ("1,000,000", "1000000"),
+        ("1,2", "1 2"),
+        ("dont know", "don't know"),
+        ("don't know", "don't know"),
+        ("don’t know", "don't know"),
+        ("it's", "it's"),
+        ("ill", "ill"),
+        ("were", "were"),
+        ("A", "a"),
+        ("the a", "the a"),
+        ("", ""),
+        ("?", ""),
+        ("是。", "是"),
+        ("ＣＴ", "ct"),
+        ("twofold", "twofold"),
+        ("theatre", "theatre"),
+    ],
+)
+def test_vqa_normalisation(answer, normal):
+    assert vqa_normalise(answer) == normal
+
+
+@given(st.text(max_size=40))
+def test_vqa_normalisation_is_idempotent(answer):
+    once = vqa_normalise(answer)
+    assert vqa_normalise(once) == once
+
+
+def test_vqa_accuracy_by_group():
+    found = vqa_accuracy(
+        ["Yes.", "no", "the liver", "two"],
+        ["yes", "yes", "Liver", "3"],
+        ["closed", "closed", "open", "open"],
+    )
+    assert found == {"all": 0.5, "closed": 0.5, "open": 0.5}
+    assert vqa_accuracy(["a", "b"], ["a", "c"]) == {"all": 0.5}
+    assert vqa_accuracy(["x", "y"], ["x", "z"], ["", "open"]) == {"all": 0.5, "open": 0.0}
+    assert accuracy(["Yes.", "no"], ["yes", "yes"]) == 0.5
+    assert math.isnan(accuracy([], []))
+    with pytest.raises(ValueError, match="zip"):
+        vqa_accuracy(["a"], ["a", "b"])
+    with pytest.raises(ValueError, match="zip"):
+        vqa_accuracy(["a", "b"], ["a", "b"], ["open"])
+
+
+def test_mean_and_ci_by_hand():
+    """1, 2, 3: mean 2, s = 1, t(.975, 2) = 4.3027 (table), half width 4.3027 / sqrt 3."""
+    mean, half = mean_and_ci([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    _, narrower = mean_and_ci([1.0, 2.0, 3.0], level=0.9)
+    assert narrower == pytest.approx(2.9200 / math.sqrt(3), rel=1e-4)
+    mean, half = mean_and_ci([5.0])
+    assert mean == 5.0
+    assert math.isnan(half)
+    with pytest.raises(ValueError, match="no values"):
+        mean_and_ci([])
+
+
+def test_accuracy_standard_error():
+    assert accuracy_standard_error(0.8, 400) == pytest.approx(0.02)
+
+
+def test_the_registry_has_the_three_headline_metrics():
+    assert sorted(METRICS) == ["accuracy", "auc", "macro_f1"]
+    assert METRICS["auc"].compute([0, 1], [0.0, 1.0]) == 1.0
+    assert METRICS["macro_f1"].compute([0, 1], [0, 1], 2) == 1.0
+    assert METRICS["accuracy"].compute(["Yes"], ["yes"]) == 1.0
+    assert all(metric.higher_is_better for metric in METRICS.values())
