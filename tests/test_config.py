@@ -101,6 +101,19 @@ def test_each_of_the_twelve_settings_is_a_config(setting) -> None:
     assert make_config(config.model_dump(mode="json")) == config
 
 
+def test_plain_values_are_what_people_mean() -> None:
+    """YAML 1.1 would read 3:7 as 187, 1e-3 as a string and `no` as False."""
+    config = make_config({"name": "x"}, ["scenario=cross", "scenario.images=3:7", "title=no"])
+    assert config.scenario["images"] == "3:7"
+    assert config.title == "no"
+    assert make_config({"name": "x"}, ["training.lr=1e-3"]).training.lr == 0.001
+    assert (
+        make_config({"name": "x"}, ["scenario=cross", "scenario.images=0"]).scenario["images"] == 0
+    )
+    assert "scenario: " in problems({}, "scenario=cross", "scenario.images=x")
+    assert "scenario: " in problems({}, "scenario=missing", "scenario.beta=2")
+
+
 def test_hash_is_of_what_decides_the_numbers() -> None:
     base = make_config({"name": "x"})
     assert config_hash(base) == config_hash(make_config({"name": "y", "title": "t"}))

@@ -219,7 +219,7 @@ def test_a_run_folder_is_never_lost(tmp_path, mllm: Mllm) -> None:
     (stranger / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="not a run folder"):
         run(small(), out=stranger, overwrite=True, mllm=mllm)
-    with pytest.raises(UserError, match="no run to go on with"):
+    with pytest.raises(UserError, match="not a run folder"):
         run(small(), out=stranger, resume=True, mllm=mllm)
     assert (stranger / "mine.txt").read_text() == "keep"
 

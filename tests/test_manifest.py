@@ -219,6 +219,12 @@ def test_holdings_count_a_sample_by_what_it_has():
     assert summary.profile == {"image+text": 0.0, "image": 0.6, "text": 0.4, "neither": 0.0}
 
 
+def test_a_modality_that_a_sample_never_had_is_not_kept():
+    rows = [Sample("i", "no", image=picture("i"), label=0), Sample("t", "no", text="t", label=0)]
+    manifest = build(Dataset(CHOICE, rows, []), clients=1)
+    assert manifest.clients[0].rows == (("i", True, False), ("t", False, True))
+
+
 def test_labelled_open_samples_are_skewed_and_named_by_their_answers():
     rows = [Sample(f"s{i}", "red" if i % 2 else "no", "q?", label=i % 2) for i in range(40)]
     manifest = build(Dataset(OPEN, rows, []))

@@ -49,14 +49,17 @@ def test_auc_standard_error_by_hand():
     """Positives 3, 1; negatives 2, 0. V10 = (1, ½), V01 = (½, 1): both variances are 1/8."""
     assert auc_standard_error([1, 1, 0, 0], [3, 1, 2, 0]) == pytest.approx(math.sqrt(1 / 8))
     assert auc_standard_error([1, 1, 0, 0], [1, 1, 0, 0]) == 0.0
+    # positives 4, 1; negatives 3, 2, 0: V10 = (1, 1/3), var 2/9; V01 = (½, ½, 1), var 1/12
+    error = auc_standard_error([1, 1, 0, 0, 0], [4, 1, 3, 2, 0])
+    assert error == pytest.approx(math.sqrt(2 / 9 / 2 + 1 / 12 / 3))
     assert math.isnan(auc_standard_error([1, 0, 0], [1, 0, 0]))
 
 
 def test_auc_standard_error_is_the_spread_over_samples():
-    """500 draws of 40 positives N(1, 1) and 60 negatives N(0, 1)."""
+    """200 draws of 40 positives N(1, 1) and 60 negatives N(0, 1)."""
     generator = np.random.Generator(np.random.PCG64(0))
     labels = np.r_[np.ones(40, int), np.zeros(60, int)]
-    scores = generator.normal(labels, 1, size=(500, 100))
+    scores = generator.normal(labels, 1, size=(200, 100))
     spread = np.std([auc(labels, row) for row in scores])
     mean = np.mean([auc_standard_error(labels, row) for row in scores])
     assert mean == pytest.approx(spread, rel=0.1)

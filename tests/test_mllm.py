@@ -198,6 +198,8 @@ def test_bad_input_is_named(mllm: Mllm) -> None:
         mllm.encode(
             render(Sample(id="twice", question="<image> x?", answer="x", image=picture), task)
         )
+    with pytest.raises(UserError, match=r"sample tweet: 1 image marks for 0 images"):
+        mllm.encode(render(Sample(id="tweet", question="see <image>", answer="x"), task))
 
 
 def test_an_adapter_of_another_model_is_refused(mllm: Mllm) -> None:

@@ -175,9 +175,9 @@ def test_a_hybrid_client_that_holds_something_keeps_the_same_of_every_sample():
 def test_masks_of_hundred_thousand_samples_take_less_than_two_seconds():
     assignment = assign("missing", CLIENTS, seed=0)
     names = [f"s{i}" for i in range(100_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     kept(assignment, samples=names)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_options_come_back_with_defaults_and_in_one_form():

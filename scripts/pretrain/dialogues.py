@@ -142,12 +142,21 @@ PHASES = (
         most=5,
     ),
     Phase(
-        0.25,
+        0.15,
         _EVEN | {"lookup": 2, "caption": 1.5, "exist": 2.5, "negated": 1.5, "rule": 0.3},
         choice=0.45,
         short=0.5,
         single=0.5,
         textual=0.25,
+    ),
+    Phase(  # letters: until an option's letter is bound to its word, no choice can be learnt
+        0.25,
+        _EVEN | {"lookup": 10, "caption": 0.5, "copy": 0.3, "rule": 0.3, "reading": 2},
+        choice=0.6,
+        short=0.6,
+        single=0.5,
+        textual=0.45,
+        most=6,
     ),
     Phase(
         0.7,
@@ -166,7 +175,7 @@ PHASES = (
         textual=0.15,
     ),
 )
-JOINT_PHASES = (replace(PHASES[2], until=0.3), PHASES[3])
+JOINT_PHASES = (replace(PHASES[-2], until=0.3), PHASES[-1])
 
 
 def phase_at(share: float, phases: tuple[Phase, ...] = PHASES) -> Phase:

@@ -52,7 +52,13 @@ def draw_rows(writer: Writer, scenes: list[Scene], seed: int, step: int, steps: 
 
 
 def train(
-    folder: Path, model: nn.Module, processor: Idefics3Processor, steps: int, seed: int = SEED
+    folder: Path,
+    model: nn.Module,
+    processor: Idefics3Processor,
+    steps: int,
+    *,
+    stop: int | None = None,
+    seed: int = SEED,
 ) -> float:
     """Train `model`'s connector and language model in place; returns the seconds it took."""
     writer, core = Writer(processor), model.model
@@ -88,7 +94,7 @@ def train(
                     right.setdefault(kind, []).append(logits.argmax().item() == ids[i, spot])
         return {k: round(sum(v) / len(v), 3) for k, v in sorted(right.items())}
 
-    seconds = run_stage(folder, "joint", trainer, loss_at, check=check, every=200)
+    seconds = run_stage(folder, "joint", trainer, loss_at, check=check, stop=stop, every=200)
     model.float()
     with torch.no_grad():
         for name, p in params.items():

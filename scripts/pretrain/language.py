@@ -49,7 +49,13 @@ def answer_loss(hidden: Tensor, head: Tensor, ids: np.ndarray, weights: np.ndarr
 
 
 def train(
-    folder: Path, model: nn.Module, processor: Idefics3Processor, steps: int, seed: int = SEED
+    folder: Path,
+    model: nn.Module,
+    processor: Idefics3Processor,
+    steps: int,
+    *,
+    stop: int | None = None,
+    seed: int = SEED,
 ) -> float:
     """Train `model`'s language model in place on codes; returns the seconds it took."""
     book, writer = Codebook(seed), Writer(processor)
@@ -73,7 +79,7 @@ def train(
     def check() -> dict:
         return letters_and_words(forward, text_model, writer, book, image_id, seed)
 
-    seconds = run_stage(folder, "language", trainer, loss_at, check=check, every=200)
+    seconds = run_stage(folder, "language", trainer, loss_at, check=check, stop=stop, every=200)
     model.float()
     with torch.no_grad():
         for name, p in text_model.named_parameters():

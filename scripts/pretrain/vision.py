@@ -77,7 +77,9 @@ def named(book: Codebook, features: Tensor, scenes: list[Scene]) -> dict[str, fl
     }
 
 
-def train(folder: Path, model: nn.Module, steps: int, seed: int = SEED) -> float:
+def train(
+    folder: Path, model: nn.Module, steps: int, *, stop: int | None = None, seed: int = SEED
+) -> float:
     """Train `model`'s tower and connector in place; returns the seconds it took."""
     book, core = Codebook(seed), model.model.bfloat16()
     parts = {
@@ -103,7 +105,7 @@ def train(folder: Path, model: nn.Module, steps: int, seed: int = SEED) -> float
             rows |= {f"{name}_{k}": v for k, v in named(book, features, scenes).items()}
         return rows
 
-    seconds = run_stage(folder, "vision", trainer, loss_at, check=check)
+    seconds = run_stage(folder, "vision", trainer, loss_at, check=check, stop=stop)
     model.float()
     with torch.no_grad():
         for name, p in parts.items():

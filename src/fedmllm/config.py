@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from fedmllm.algorithms import ALGORITHMS
 from fedmllm.data import DATASETS
 from fedmllm.errors import UserError, unknown
 from fedmllm.models import MODELS
-from fedmllm.scenarios import SCENARIOS, SETTINGS
+from fedmllm.scenarios import SCENARIOS, SETTINGS, check_options
 
 # sections whose options come from a registry: (section, registry, what it lists, default name)
 NAMED: tuple[tuple[str, Mapping[str, Any], str, str], ...] = (
@@ -31,6 +32,23 @@ NAMED: tuple[tuple[str, Mapping[str, Any], str, str], ...] = (
 # `scenario: missing` is short for `scenario: {name: missing}`
 SHORTHAND = ("model", "partition", "data", "scenario", "algorithm")
 CONDITION_NAMES = ("both", "image_withheld", "text_withheld", "neither")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain numbers and booleans: `3:7` is a string (in 1.1 it is 187), `1e-3` a
+    number, `no` a string."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag.endswith((":null", ":merge"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _rule, _first in (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"^[-+]?[0-9]+$", "-+0123456789"),
+    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_rule), list(_first))
 
 
 class _Section(BaseModel):
@@ -117,7 +135,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     file = Path(path)
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
         near = _nearest_file(file)
         raise UserError(f"config {str(file)!r} does not exist{near}") from error
@@ -184,11 +202,11 @@ def _with_overrides(
             problems.append(f"override {item!r} must read key=value, e.g. training.rounds=5")
             continue
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError:
             problems.append(f"override {item!r}: the value is not valid YAML")
             continue
-        problems += _put(merged, key.split("."), _number(value), item)
+        problems += _put(merged, key.split("."), value, item)
     return merged, problems
 
 
@@ -202,16 +220,6 @@ def _put(tree: dict[str, Any], path: list[str], value: Any, item: str) -> list[s
             return [f"override {item!r}: {part!r} is not a section"]
     tree[path[-1]] = value
     return []
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a string; people write it all the time."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _with_setting(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -253,13 +261,19 @@ def _options(
             what = f"option of {kind} {given['name']}"
             hint = unknown(what, key, allowed) if allowed else f"{given['name']} has no options"
             problems.append(f"{section}.{key}: {hint}")
-        elif not _same_type(value, allowed[key]):
+        elif section != "scenario" and not _same_type(value, allowed[key]):
             problems.append(
                 f"{section}.{key}: {value!r} is not {_type_words(allowed[key])}, as "
                 f"{allowed[key]!r} is"
             )
         else:
-            full[key] = float(value) if type(allowed[key]) is float else value
+            number = isinstance(allowed[key], float) and isinstance(value, int)
+            full[key] = float(value) if number else value
+    if section == "scenario" and not problems:  # scenarios check their own values
+        try:
+            check_options(full["name"], {k: v for k, v in full.items() if k != "name"})
+        except UserError as error:
+            problems.append(f"scenario: {error}")
     return full, problems
 
 

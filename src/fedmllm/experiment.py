@@ -38,6 +38,7 @@ Event = Mapping[str, Any]
 Listener = Callable[[Event], None]
 EVERYONE = "all"
 ADAPTER_FACTS = "fedmllm.json"
+CONFIG_FILE = "config.yaml"
 
 
 @dataclass
@@ -81,14 +82,16 @@ def run(
     torch.set_num_threads(config.threads)
     began = time.perf_counter()
     folder = Path(out) if out is not None else Path("runs") / config.name
-    prepare_folder(folder, config, resume=resume, overwrite=overwrite)
+    check_folder(folder, config, resume=resume, overwrite=overwrite)
     dataset = load_dataset(**config.data)
     held = make_manifest(config, dataset)
+    mllm = mllm or load_model(config)
+    make_folder(folder, config, overwrite=overwrite)  # only now: bad input has lost nothing
     manifest.save(held, folder / "manifest.json")
     session = Session(
         config=config,
         folder=folder,
-        mllm=mllm or load_model(config),
+        mllm=mllm,
         task=dataset.task,
         test=None,  # type: ignore[arg-type]
         listener=listener or (lambda event: None),
@@ -112,32 +115,41 @@ def run(
     return result
 
 
-def prepare_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Make the run folder, or refuse one that would lose something."""
-    resolved = folder / "config.yaml"
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        if overwrite:
-            if not resolved.exists():
-                raise UserError(
-                    f"{folder} is not a run folder (no config.yaml): it is not overwritten; "
-                    "choose another --out"
-                )
-            shutil.rmtree(folder)
-        elif not resume:
-            raise UserError(
-                f"run folder {folder} exists: use --resume to go on with it, --overwrite to "
-                "replace it, or choose another with --out"
-            )
-        elif not resolved.exists():
-            raise UserError(f"{folder} has no config.yaml: there is no run to go on with")
-        elif yaml.safe_load(resolved.read_text())["config_sha256"] != config_hash(config):
-            raise UserError(
-                f"run folder {folder} holds a run with another config ({resolved}): "
-                "resume it with that config or choose another --out"
-            )
+def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a run folder where something would be lost. Changes nothing."""
+    resolved = folder / CONFIG_FILE
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another run folder with --out")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not resolved.exists():
+        does = "overwritten" if overwrite else "gone on with"
+        raise UserError(
+            f"{folder} is not a run folder (no {CONFIG_FILE}): it is not {does}; "
+            "choose another with --out"
+        )
+    if overwrite:
+        return
+    if not resume:
+        raise UserError(
+            f"run folder {folder} exists: use --resume to go on with it, --overwrite to "
+            "replace it, or choose another with --out"
+        )
+    if yaml.safe_load(resolved.read_text()).get("config_sha256") != config_hash(config):
+        raise UserError(
+            f"run folder {folder} holds a run with another config ({resolved}): "
+            "resume it with that config or choose another --out"
+        )
+
+
+def make_folder(folder: Path, config: Config, *, overwrite: bool) -> None:
+    """Make the run folder, which `check_folder` has passed, and write the resolved config."""
+    resolved = folder / CONFIG_FILE
+    if overwrite and resolved.exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     facts = {**config.model_dump(mode="json"), "config_sha256": config_hash(config)}
-    draft = folder / "config.yaml.draft"
+    draft = folder / f"{CONFIG_FILE}.draft"
     draft.write_text(yaml.safe_dump(facts, sort_keys=False))
     draft.replace(resolved)
 

@@ -180,8 +180,14 @@ class Mllm:
             _messages(prompted.turns), add_generation_prompt=True, tokenize=False
         )
         prompt = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        marks = prompt.count(self._image_id)
+        if marks != (sample.image is not None):
+            raise UserError(
+                f"sample {sample.id}: {marks} image marks for "
+                f"{int(sample.image is not None)} images: remove {IMAGE} from its text"
+            )
         if sample.image is not None:
-            prompt = self._expand_image(prompt, self.image_features(sample.image), sample.id)
+            prompt = self._expand_image(prompt, self.image_features(sample.image))
         encoded = Encoded(
             id=sample.id,
             prompt=tuple(prompt),
@@ -213,12 +219,7 @@ class Mllm:
             self._answers[answer] = tuple(i for i, (start, _) in pairs if start >= len(opening))
         return self._answers[answer]
 
-    def _expand_image(self, ids: list[int], image: ImageFeatures, sample_id: str) -> list[int]:
-        if ids.count(self._image_id) != 1:
-            raise UserError(
-                f"sample {sample_id}: the prompt must name its image exactly once; "
-                f"found {ids.count(self._image_id)} image marks (remove {IMAGE} from the text)"
-            )
+    def _expand_image(self, ids: list[int], image: ImageFeatures) -> list[int]:
         at = ids.index(self._image_id)
         return [*ids[:at], *image.tokens, *ids[at + 1 :]]
 

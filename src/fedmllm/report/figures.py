@@ -50,7 +50,7 @@ CONDITION_STYLES = {
 
 HALF = (4.8, 2.9)  # inches: half a page on a desk, a whole one on a phone
 FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
-RC: dict[str, Any] = {
+RC: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same layout everywhere
     "font.size": 9,
@@ -351,7 +351,7 @@ def draw_conditions(ax: Axes, results: Sequence[Result]) -> None:
         if points:
             x, y, errors = zip(*points, strict=True)
             ax.errorbar(x, y, xerr=errors, linestyle="", color=colour, elinewidth=1.3)
-            look = {"color": colour, "marker": marker, "markeredgecolor": PAPER}
+            look: dict[str, Any] = {"color": colour, "marker": marker, "markeredgecolor": PAPER}
             name = facts.condition_name(condition)
             ax.plot(x, y, linestyle="", markersize=6.4, zorder=3, label=name, **look)
     _name_rows(ax, facts.labels(results))
@@ -474,7 +474,12 @@ def _bars(
     left = [0] * len(clients)
     widest = max((client["samples"] for client in clients), default=1) or 1
     for (name, colour), counts in parts.items():
-        look = {"height": 0.74, "color": colour, "edgecolor": PAPER, "linewidth": 0.7}
+        look: dict[str, Any] = {
+            "height": 0.74,
+            "color": colour,
+            "edgecolor": PAPER,
+            "linewidth": 0.7,
+        }
         ax.barh(range(len(clients)), counts, left=left, label=name, **look)
         if len(clients) <= 24:
             _write_counts(ax, counts, left, colour=colour, least=0.075 * widest)
@@ -492,7 +497,7 @@ def _write_counts(
     dark = colour in (BLUE, MUTED)
     for row, (count, start) in enumerate(zip(counts, left, strict=True)):
         if count >= least:
-            place = {"ha": "center", "va": "center_baseline", "fontsize": 7.5}
+            place: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 7.5}
             # Not PAPER or INK, which follow the page: a bar keeps its colour in the dark.
             shade = "#fefefe" if dark else "#101010"
             ax.text(start + count / 2, row, str(count), color=shade, **place)

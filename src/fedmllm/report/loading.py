@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fedmllm.errors import UserError
 
@@ -26,6 +26,7 @@ SCHEMA = 1
 TOPOLOGIES = ("zero-shot", "local", "federated", "centralised")
 HOLDINGS = ("image_text", "image", "text", "neither")
 _BOUNDED = ("auc", "macro_f1", "accuracy")
+_TASK = ("name", "metric")
 _SECTIONS = ("metrics", "spread", "per_client", "bytes", "parameters", "time", "versions")
 
 
@@ -96,7 +97,7 @@ def _faults(data: Any) -> Iterator[str]:
     yield from shapes
     if not shapes:
         yield from _metric_faults(data)
-        yield from _history_faults(data.get("history") or [])
+        yield from _history_faults(data.get("history") or [], data["task"]["metric"])
         yield from _manifest_faults(data.get("manifest") or {})
         if data.get("config_sha256") not in (None, config_digest(data["config"])):
             yield "was changed after it was written: its config does not match its config_sha256"
@@ -117,9 +118,7 @@ def _shape_faults(data: Result) -> Iterator[str]:
     if not isinstance(data.get("name"), str) or not data["name"].strip():
         yield "has no name"
     yield from _config_faults(data.get("config"))
-    task = data.get("task")
-    if not isinstance(task, dict) or not all(isinstance(task.get(k), str) for k in _TASK):
-        yield "has no task with a name and a metric"
+    yield from _task_faults(data.get("task"))
     if not isinstance(data.get("metrics"), dict):
         yield "has no metrics"
     for key in (*_SECTIONS, "hardware", "manifest"):
@@ -130,7 +129,13 @@ def _shape_faults(data: Result) -> Iterator[str]:
     yield from _quantity_faults(data)
 
 
-_TASK = ("name", "metric")
+def _task_faults(task: Any) -> Iterator[str]:
+    if not isinstance(task, dict) or not all(isinstance(task.get(k), str) for k in _TASK):
+        yield "has no task with a name and a metric"
+        return
+    classes = task.get("classes") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        yield f"task.classes is {classes!r}, not a list of texts"
 
 
 def _config_faults(config: Any) -> Iterator[str]:
@@ -143,19 +148,21 @@ def _config_faults(config: Any) -> Iterator[str]:
 
 
 def _quantity_faults(data: Result) -> Iterator[str]:
-    """Bytes, seconds, weights and memory are numbers from zero up."""
+    """Bytes, seconds, weights and memory are numbers from zero up, or null."""
     wanted = {
         "bytes": ("up", "down"),
         "parameters": ("total", "trainable"),
         "time": ("train_seconds", "evaluate_seconds", "total_seconds"),
     }
+    amounts = {"peak_memory_bytes": data.get("peak_memory_bytes")}
     for section, keys in wanted.items():
-        values = data.get(section)
-        for key in keys if isinstance(values, dict) else ():
-            if not _is_amount(values.get(key, 0)):
-                yield f"{section}.{key} is {values[key]!r}, not a number from zero up"
-    if not _is_amount(data.get("peak_memory_bytes") or 0):
-        yield f"peak_memory_bytes is {data['peak_memory_bytes']!r}, not a number from zero up"
+        values = _object(data.get(section))
+        amounts |= {f"{section}.{key}": values.get(key) for key in keys}
+    payload = _object(_object(data.get("bytes")).get("per_client_round"))
+    amounts |= {f"bytes.per_client_round.{key}": value for key, value in payload.items()}
+    for name, value in amounts.items():
+        if value is not None and not _is_amount(value):
+            yield f"{name} is {value!r}, not a number from zero up"
 
 
 def _metric_faults(data: Result) -> Iterator[str]:
@@ -165,8 +172,8 @@ def _metric_faults(data: Result) -> Iterator[str]:
     for client, scores in (data.get("per_client") or {}).items():
         yield from _scores_faults(scores, metric, f"per_client.{client}")
     for condition, spread in (data.get("spread") or {}).items():
-        values = spread.get(metric, {}) if _is_object(spread) else None
-        if not _is_object(values):
+        values = spread.get(metric, {}) if isinstance(spread, dict) else None
+        if not isinstance(values, dict):
             yield f"spread.{condition} is not an object of objects"
             continue
         for key, value in values.items():
@@ -197,29 +204,28 @@ def _score_faults(value: Any, metric: str, where: str) -> Iterator[str]:
         yield f"{where} is {value!r}, outside 0 to 1"
 
 
-def _history_faults(history: list[Any]) -> Iterator[str]:
+def _history_faults(history: list[Any], metric: str) -> Iterator[str]:
     """Rounds count up. A loss may be null or NaN: the curve then has a gap."""
     last = -1
     for i, entry in enumerate(history):
         number = entry.get("round") if isinstance(entry, dict) else None
-        if not isinstance(number, int) or number <= last:
+        if not _is_count(number) or number <= last:
             yield f"history[{i}] has round {number!r} after round {last}"
             return
         last = number
-        if not isinstance(entry.get("loss") or 0.0, int | float):
-            yield f"history[{i}].loss is {entry['loss']!r}, not a number"
-        metrics = entry.get("metrics") or {}
-        if not isinstance(metrics, dict) or not all(isinstance(m, dict) for m in metrics.values()):
-            yield f"history[{i}].metrics is not an object of objects"
+        loss = entry.get("loss")
+        if isinstance(loss, bool) or not isinstance(loss, int | float | None):
+            yield f"history[{i}].loss is {loss!r}, not a number"
+        yield from _scores_faults(entry.get("metrics") or {}, metric, f"history[{i}].metrics")
 
 
 def _manifest_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Every party's parts add up to its samples."""
-    clients = manifest.get("clients") or []
-    if not isinstance(clients, list):
-        yield f"manifest.clients is {_kind(clients)}, not a list"
-        return
-    for i, client in enumerate(clients):
+    for key in ("clients", "notes"):
+        if not isinstance(manifest.get(key) or [], list):
+            yield f"manifest.{key} is {_kind(manifest[key])}, not a list"
+            return
+    for i, client in enumerate(manifest.get("clients") or []):
         yield from (f"manifest.clients[{i}] {fault}" for fault in _client_faults(client))
 
 
@@ -228,9 +234,11 @@ def _client_faults(client: Any) -> Iterator[str]:
         yield "has no id"
         return
     labels = client.get("labels") or {}
+    if not isinstance(labels, dict):
+        yield f"has labels {labels!r}, not an object"
+        return
     parts = [client.get(key, 0) for key in HOLDINGS]
-    counts = [client.get("samples"), *parts, *(labels.values() if _is_object(labels) else [None])]
-    if not all(isinstance(n, int) and n >= 0 for n in counts):
+    if not all(map(_is_count, [client.get("samples"), *parts, *labels.values()])):
         yield "has a count that is not a whole number from zero up"
         return
     if sum(parts) != client["samples"]:
@@ -239,8 +247,12 @@ def _client_faults(client: Any) -> Iterator[str]:
         yield f"holds {client['samples']} samples, but its labels add up to {sum(labels.values())}"
 
 
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_number(value: Any) -> bool:

@@ -129,7 +129,7 @@ def _parties_words(sizes: Sequence[int]) -> str:
 
 
 def _number(count: int) -> str:
-    words = "one two three four five six seven eight nine ten eleven twelve".split()
+    words = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
     return words[count - 1] if 0 < count <= len(words) else str(count)
 
 
@@ -228,7 +228,7 @@ def _curves(group: Sequence[Result], key: str) -> list[str]:
     """A panel for each condition that was followed over rounds, and one for the loss."""
     shown = facts.conditions(group)
     followed = [c for c in shown if any(len(facts.curve(r, c)) > 1 for r in group)]
-    panels = []
+    panels: list[str] = []
     for condition in followed or shown[:1]:
         figure = figures.draw_panels([(figures.draw_metric, (group, condition))])
         label = f"{facts.metric_name(group[0])} over rounds, {facts.condition_name(condition)}"
@@ -263,7 +263,7 @@ def _party_scores(row: tables.Row, group: Sequence[Result], key: str) -> dict[st
 
 def _scenarios(group: Sequence[Result]) -> dict[str, str]:
     """The scenarios that occur, explained by their registry."""
-    found = dict.fromkeys(facts.lookup(r, "config", "scenario", "name") for r in group)
+    found = dict.fromkeys(str(facts.lookup(r, "config", "scenario", "name")) for r in group)
     return {name: SCENARIOS[name].summary for name in found if name in SCENARIOS}
 
 
@@ -328,7 +328,6 @@ def _provenance(results: Sequence[Result], folder: Path) -> dict[str, Any]:
         "own": own,
         "same": same,
         "differ": differ,
-        "notes": {n: r["notes"] for n, r in zip(names, results, strict=True) if r.get("notes")},
     }
 
 

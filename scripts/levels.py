@@ -1,0 +1,106 @@
+"""The levels that the embedded tasks must reach, over seeds: `python scripts/levels.py`.
+
+Runs what is missing in results/levels (a run whose config is unchanged is skipped) and copies
+each result.json there. The arms: zero-shot, local, FedAvg aligned, FedAvg with half of the
+modalities missing, centralised; and centralised on one modality alone, which says how much that
+modality tells by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmllm.config import Config, config_hash, make_config
+from fedmllm.parallel import run_many
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results" / "levels"
+TASKS: dict[str, dict[str, Any]] = {
+    "memes": {"rounds": 25, "central": 10, "data": {"train": 1000, "test": 1200}},
+    "crisis": {"rounds": 40, "central": 12, "data": {"train": 1000, "test": 1200}},
+    "medical": {
+        "rounds": 40,
+        "central": 10,
+        "data": {"train": 1000, "test": 1200, "flashcards": 600},
+    },
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "zero-shot": {"topology": "zero-shot"},
+    "fedavg-aligned": {},
+    "fedavg-missing": {"scenario": {"name": "missing", "beta": 0.5}},
+    "centralised": {"topology": "centralised"},
+    "text-alone": {"topology": "centralised", "scenario": {"name": "cross", "images": 0}},
+    "image-alone": {"topology": "centralised", "scenario": {"name": "cross", "images": 10}},
+    "local": {"topology": "local"},
+}
+ALONE = {"text-alone": "image_withheld", "image-alone": "text_withheld"}
+
+
+def level_config(task: str, arm: str, seed: int) -> Config:
+    """One cell."""
+    facts = TASKS[task]
+    central = ARMS[arm].get("topology") == "centralised"
+    raw: dict[str, Any] = {
+        "name": f"{task}-{arm}-s{seed}",
+        "seed": seed,
+        "data": {"name": task, **facts["data"]},
+        "training": {"rounds": facts["central"] if central else facts["rounds"]},
+        "evaluation": {"every": 0, "conditions": ["both", "image_withheld", "text_withheld"]},
+        **ARMS[arm],
+    }
+    if arm == "local":
+        raw["evaluation"] = {"every": 0, "conditions": ["both"]}
+    return make_config(raw)
+
+
+def is_done(config: Config) -> bool:
+    """Whether the committed result is of this very config."""
+    file = RESULTS / config.name / "result.json"
+    return file.exists() and json.loads(file.read_text())["config_sha256"] == config_hash(config)
+
+
+def keep(event: Mapping[str, Any], work: Path) -> None:
+    """Copy a finished run's result at once, so that an interrupted grid loses nothing."""
+    if event["event"] != "done":
+        return
+    target = RESULTS / event["name"]
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(work / event["name"] / "result.json", target / "result.json")
+    both = {k: round(v, 4) for k, v in event["metrics"]["both"].items() if v is not None}
+    print(event["name"], f"{event['elapsed']:.0f}s", both, flush=True)
+
+
+def main() -> None:
+    """Run the cells that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "levels")
+    given = parser.parse_args()
+    cells = [
+        level_config(task, arm, seed)
+        for seed in given.seeds
+        for arm in given.arms
+        for task in given.tasks
+        if not (arm in ALONE and task == "medical")
+    ]
+    todo = [config for config in cells if not is_done(config)]
+    print(f"{len(todo)} of {len(cells)} cells to run", flush=True)
+    if todo:
+        run_many(
+            todo,
+            given.work,
+            processes=given.processes,
+            listener=lambda event: keep(event, given.work),
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""The command line as a user meets it: exit codes, messages, no tracebacks, a user's own data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fedmllm.cli import main
+from fedmllm.data.memes import SPEC
+
+FAST = ["training.rounds=1", "evaluation.every=0", "evaluation.conditions=[both]"]
+
+
+def call(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
+    """Run `fedmllm words…` in this process; (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["fedmllm", *map(str, words)])
+    monkeypatch.setenv("COLUMNS", "120")
+    code = 0
+    try:
+        main()
+    except SystemExit as stopped:
+        code = stopped.code or 0
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    return lambda *words: call(monkeypatch, capsys, *words)
+
+
+@pytest.fixture
+def experiment(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        "data: {name: memes, train: 40, test: 16}\n"
+        "partition: {clients: 4}\n"
+        "training: {rounds: 1}\n"
+        "evaluation: {every: 0, conditions: [both]}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    """A user's own data: two parties with colour questions, one of them without pictures."""
+    root = tmp_path / "own"
+    (root / "parties").mkdir(parents=True)
+    (root / "pictures").mkdir()
+    for i, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (50 + 20 * i, 40), colour).save(root / "pictures" / f"{i}.png")
+
+    def item(i: int, image: bool) -> dict:
+        mark = "<image>\n" if image else ""
+        return {
+            "id": i,
+            "image": f"pictures/{i % 3}.png" if image else None,
+            "conversations": [
+                {"role": "user", "content": f"{mark}what color is it?"},
+                {"role": "assistant", "content": ("red", "green", "blue")[i % 3]},
+            ],
+        }
+
+    for name, image, start in (("clinic", True, 0), ("archive", False, 100)):
+        rows = [item(start + i, image) for i in range(9)]
+        (root / "parties" / f"{name}.json").write_text(json.dumps(rows))
+    (root / "test.json").write_text(json.dumps([item(200 + i, True) for i in range(6)]))
+    return root
+
+
+@pytest.fixture
+def own_experiment(tmp_path, own) -> Path:
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        f"data: {{name: conversations, root: {own}}}\n"
+        "training: {rounds: 1, clients_per_round: 2}\n"
+        "evaluation: {every: 0, conditions: [both]}\n"
+    )
+    return path
+
+
+def test_run_report_predict(cli, experiment, tmp_path) -> None:
+    out = tmp_path / "run"
+    code, text, error = cli("run", experiment, "--out", out, "seed=3")
+    assert (code, error) == (0, "")
+    assert "round 1/1" in text
+    assert json.loads((out / "result.json").read_text())["seed"] == 3
+    assert (out / "report.html").read_text().startswith("<!")
+    code, text, _ = cli("report", out, "--out", tmp_path / "again.html")
+    assert code == 0
+    assert (tmp_path / "again.html").exists()
+    picture = tmp_path / "p.jpg"
+    Image.new("RGB", (300, 200), "red").save(picture)
+    words = ["predict", out / "adapter", "--image", picture, "--text", "only a star belongs here"]
+    code, text, _ = cli(*words)
+    assert code == 0
+    answer, *options = [line.split() for line in text.strip().splitlines()]
+    assert answer[0] in ("hateful", "not-hateful")
+    assert options[0][1] == answer[0]
+    assert sum(float(p) for p, _ in options) == pytest.approx(1, abs=2e-3)
+    code, text, _ = cli("predict", out / "adapter", "--image", picture, "--question", "what is it?")
+    assert code == 0
+    assert text.strip()
+
+
+def test_own_data_end_to_end(cli, own_experiment, tmp_path) -> None:
+    out = tmp_path / "run"
+    code, _, error = cli("run", own_experiment, "--out", out)
+    assert (code, error) == (0, "")
+    result = json.loads((out / "result.json").read_text())
+    held = {c["id"]: c for c in result["manifest"]["clients"]}
+    assert set(held) == {"clinic", "archive"}
+    assert held["archive"]["image"] + held["archive"]["image_text"] == 0
+    assert result["metrics"]["both"]["n"] == 6
+
+
+def test_ls_names_everything(cli) -> None:
+    code, text, _ = cli("ls")
+    assert code == 0
+    for name in ("memes", "easy-vqa", "embedded", "hybrid", "fedadagrad", "agnostic", "zero-shot"):
+        assert name in text
+    assert SPEC.summary.split(",")[0] in text
+
+
+def spoil(own: Path, party: str) -> Path:
+    return own / "parties" / f"{party}.json"
+
+
+def rows(own: Path) -> list[dict]:
+    return json.loads(spoil(own, "clinic").read_text())
+
+
+def with_image(own: Path, path: str) -> str:
+    items = rows(own)
+    items[4]["image"] = path
+    return json.dumps(items)
+
+
+BROKEN = {
+    "party file empty": (lambda own: "", "clinic.json"),
+    "party file not JSON": (lambda own: '[{"id": 1,', "clinic.json"),
+    "party file of the wrong shape": (lambda own: '{"rows": []}', "clinic.json"),
+    "an item of the wrong shape": (lambda own: '[{"id": 1, "image": null}]', "clinic.json"),
+    "an empty list": (lambda own: "[]", "clinic.json"),
+    "an image that does not exist": (lambda own: with_image(own, "pictures/no.png"), "no.png"),
+    "an image outside": (lambda own: with_image(own, "../../etc/hostname"), "outside"),
+    "an image that is none": (lambda own: with_image(own, "test.json"), "test.json"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BROKEN))
+def test_broken_own_data(cli, own_experiment, own, tmp_path, case) -> None:
+    make, expected = BROKEN[case]
+    spoil(own, "clinic").write_text(make(own))
+    code, _, error = cli("run", own_experiment, "--out", tmp_path / "run")
+    assert code == 2
+    assert expected in error
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()  # nothing half-made stands in the way of the next try
+
+
+def test_missing_party_folder_and_truncated_image(cli, own_experiment, own, tmp_path) -> None:
+    picture = own / "pictures" / "1.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) // 2])
+    code, _, error = cli("run", own_experiment, "--out", tmp_path / "a")
+    assert code == 2
+    assert "1.png" in error
+    picture.write_bytes(whole)
+    shutil.rmtree(own / "parties")
+    code, _, error = cli("run", own_experiment, "--out", tmp_path / "b")
+    assert code == 2
+    assert "parties" in error
+
+
+def test_other_mistakes(cli, experiment, tmp_path) -> None:
+    out = tmp_path / "run"
+    assert cli("run", experiment, "--out", out, *FAST)[0] == 0
+    code, _, error = cli("run", experiment, "--out", out, *FAST)
+    assert code == 2
+    assert "--overwrite" in error
+    code, _, error = cli("run", tmp_path / "none.yaml")
+    assert code == 2
+    assert "does not exist" in error
+    code, _, error = cli("run", experiment, "--out", tmp_path / "b", "data.train=8", "training.x=1")
+    assert code == 2
+    assert "training.x" in error
+    code, _, error = cli("predict", out)
+    assert code == 2
+    code, _, error = cli("predict", out, "--text", "x")
+    assert code == 2
+    assert "not the adapter of a run" in error
+    facts = json.loads((out / "adapter" / "fedmllm.json").read_text())
+    facts["lora"]["rank"] = 4
+    (out / "adapter" / "fedmllm.json").write_text(json.dumps(facts))
+    code, _, error = cli("predict", out / "adapter", "--text", "x")
+    assert code == 2
+    assert "does not fit the model" in error
+    code, _, error = cli("predict", out / "adapter", "--image", tmp_path / "no.png")
+    assert code == 2
+    assert "no.png" in error
+    code, _, error = cli("report", tmp_path / "nowhere")
+    assert code == 2
+
+
+def test_the_installed_command_gives_exit_code_two(tmp_path) -> None:
+    command = Path(sys.executable).parent / "fedmllm"
+    done = subprocess.run(
+        [command, "run", tmp_path / "no.yaml"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
