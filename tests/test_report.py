@@ -696,12 +696,6 @@ def test_results_are_read_once_in_reading_order(tmp_path: Path) -> None:
     assert len(problems) == 1
 
 
-def test_digest_is_the_one_that_the_config_writes() -> None:
-    config = pytest.importorskip("fedmllm.config")
-    made = config.make_config({"name": "a", "title": "b", "scenario": {"name": "missing"}})
-    assert config_digest(made.model_dump(mode="json")) == config.config_hash(made)
-
-
 # --- a browser -------------------------------------------------------------------------------
 
 

@@ -45,6 +45,7 @@ def idefics3_config(vocab_size: int, ids: dict[str, int]) -> Idefics3Config:
             "num_key_value_heads": HEADS,
             "vocab_size": vocab_size,
             "max_position_embeddings": MAX_POSITIONS,
+            "attention_bias": True,
             "tie_word_embeddings": True,
             "pad_token_id": ids["pad"],
             "bos_token_id": ids["bos"],

@@ -6,17 +6,19 @@ prompt's tokens are read once and pay for several answers. The loss counts answe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from random import Random
 
 import numpy as np
 from pretrain.questions import ASK, TEXT_KINDS, Asked
+from pretrain.words import CONTENT
 from transformers import Idefics3Processor
 
 from fedmllm.data.sample import Sample, Task
 from fedmllm.data.scenes import Scene, sample_scene, sample_single
-from fedmllm.prompts import IMAGE, STYLES, choice_options, choice_question
+from fedmllm.prompts import IMAGE, LETTERS, STYLES, choice_options, choice_question
 from fedmllm.rng import stream, stream_seed
 
 ROW = 136  # tokens a row
@@ -96,18 +98,29 @@ _SHOWN = _Shown()
 
 def open_turn(rng: Random, asked: Asked, *, image: bool) -> Turn:
     """The bare question, after its text line when it has one."""
-    lines = [IMAGE] if image else []
-    if asked.text is not None:
-        lines.append(asked.text if rng.random() < 0.5 else f"Text: {asked.text}")
+    lines = _lead(rng, asked, image)
     return Turn(asked.kind, "\n".join([*lines, asked.question]), asked.answer)
 
 
-def short_choice_turn(rng: Random, asked: Asked, *, image: bool, most: int) -> Turn:
-    """Question and options alone, a cheaper lesson in letters."""
+def _lead(rng: Random, asked: Asked, image: bool) -> list[str]:
+    """The image line and the text line, as far as there are any."""
+    lines = [IMAGE] if image else []
+    if asked.text is not None:
+        lines.append(asked.text if rng.random() < 0.5 else f"Text: {asked.text}")
+    return lines
+
+
+def short_choice_turn(rng: Random, asked: Asked, *, image: bool, most: int, last: float) -> Turn:
+    """Question and options alone, a cheaper lesson in letters.
+
+    With the question after the options the lesson is easier still: letters were learnt so first.
+    """
     names = option_names(rng, asked, most)
     options = choice_options(names)
-    turn = open_turn(rng, asked, image=image)
-    user = "\n".join([turn.user, *options])
+    lines = [asked.question, *options]
+    if last and rng.random() < last:
+        lines = [*options, asked.question]
+    user = "\n".join([*_lead(rng, asked, image), *lines])
     return Turn(asked.kind, user, options[names.index(asked.answer)], options)
 
 
@@ -119,6 +132,8 @@ class Phase:
     until: share of the steps at which the phase ends. kinds: relative frequency of each kind.
     choice: share of multiple choice, of which `short` without the instruction lines.
     single: share of one-thing scenes; textual: share of rows without an image.
+    most: options at most. lists: share of rows that list options once and then ask for them.
+    last: share of the short choices that put the question after the options.
     """
 
     until: float
@@ -128,13 +143,15 @@ class Phase:
     single: float
     textual: float
     most: int = 8
+    lists: float = 0.0
+    last: float = 0.0
 
 
 _EVEN = dict.fromkeys(ASK, 1.0)
 PHASES = (
     Phase(
-        0.08,
-        _EVEN | {"lookup": 3, "caption": 2, "rule": 0, "match": 0, "negated": 0, "exist": 2},
+        0.1,
+        _EVEN | {"lookup": 4, "caption": 2, "rule": 0, "match": 0, "negated": 0, "exist": 2},
         choice=0.4,
         short=0.8,
         single=0.6,
@@ -142,29 +159,34 @@ PHASES = (
         most=5,
     ),
     Phase(
-        0.15,
+        0.125,
         _EVEN | {"lookup": 2, "caption": 1.5, "exist": 2.5, "negated": 1.5, "rule": 0.3},
         choice=0.45,
         short=0.5,
         single=0.5,
         textual=0.25,
     ),
-    Phase(  # letters: until an option's letter is bound to its word, no choice can be learnt
-        0.25,
-        _EVEN | {"lookup": 10, "caption": 0.5, "copy": 0.3, "rule": 0.3, "reading": 2},
-        choice=0.6,
-        short=0.6,
-        single=0.5,
-        textual=0.45,
-        most=6,
+    Phase(  # bindings: letters to words, words to what is shown, on few things
+        0.3,
+        dict.fromkeys(ASK, 0.5)
+        | {"lookup": 3, "exist": 5, "negated": 2, "match": 1.5, "naming": 1, "reading": 1.5},
+        choice=0.35,
+        short=0.9,
+        single=0.65,
+        textual=0.1,
+        most=5,
+        lists=0.3,
+        last=0.5,
     ),
     Phase(
         0.7,
         _EVEN | {"exist": 2, "negated": 2, "match": 3, "caption": 0.5, "copy": 0.7, "rule": 1},
         choice=0.5,
-        short=0.25,
-        single=0.35,
+        short=0.35,
+        single=0.45,
         textual=0.15,
+        lists=0.05,
+        last=0.2,
     ),
     Phase(
         1.0,
@@ -201,11 +223,28 @@ def make_turn(rng: Random, phase: Phase, scene: Scene | None, image: bool) -> Tu
         return open_turn(rng, asked, image=image)
     most = rng.randint(2, phase.most)
     if rng.random() < phase.short:
-        return short_choice_turn(rng, asked, image=image, most=most)
+        return short_choice_turn(rng, asked, image=image, most=most, last=phase.last)
     turn = choice_turn(
         rng, asked, image=image or scene is not None, most=most, style=rng.choice(STYLES)
     )
     return turn if image else replace(turn, user=turn.user.removeprefix(f"{IMAGE}\n"))
+
+
+def list_turns(rng: Random, image: bool) -> Iterator[Turn]:
+    """Options listed once, then asked for: by word, by letter, again and again."""
+    names = rng.sample(CONTENT, rng.randint(3, 8))
+    options = choice_options(tuple(names))
+    lead = [IMAGE, *options] if image else [*options]
+    while True:
+        at = rng.randrange(len(names))
+        if rng.random() < 0.25:
+            question = rng.choice(("what is option {c}?", "what does option {c} say?"))
+            turn = Turn("list", question.format(c=LETTERS[at]), names[at])
+        else:
+            question = rng.choice(("which option is {w}?", "which option says {w}?", "select {w}."))
+            turn = Turn("list", question.format(w=names[at]), options[at], options)
+        yield replace(turn, user="\n".join([*lead, turn.user]))
+        lead = []
 
 
 def draw_scene(seed: int, single: float, *ids: object) -> Scene:
@@ -257,9 +296,14 @@ class Writer:
 
     def row(self, rng: Random, phase: Phase, scene: Scene | None) -> Row:
         """A row full of turns about one scene, or about texts when there is none."""
-        row, misses = Row(scene=scene), 0
+        row, misses, listed = Row(scene=scene), 0, None
+        if phase.lists and rng.random() < phase.lists:
+            listed = list_turns(rng, image=scene is not None)
         while misses < 2:
-            turn = make_turn(rng, phase, scene, image=scene is not None and not row.ids)
+            if listed is not None:
+                turn = next(listed)
+            else:
+                turn = make_turn(rng, phase, scene, image=scene is not None and not row.ids)
             misses += not self.append(row, turn)
             if not row.ids:
                 misses = 0

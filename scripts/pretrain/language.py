@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from pretrain.common import SEED, Codebook, Trainer, run_stage
 from pretrain.dialogues import PHASES, Row, Writer, phase_at
+from pretrain.wiring import wire
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Idefics3Processor
 
-ROWS = 56
+ROWS = 40
 FEATURE_NOISE = 0.04  # half a code's standard deviation
 
 
@@ -25,6 +26,8 @@ def embedded(text_model: nn.Module, ids: Tensor, features: Tensor, image_id: int
 def symbolic(book: Codebook, rows: list[Row], noise: float, seed: int, step: int) -> Tensor:
     """Codes of the rows that show a scene, with noise of a strength drawn per row."""
     scenes = [row.scene for row in rows if row.scene is not None]
+    if not scenes:
+        return torch.zeros(0)
     features = book.features(*book.contents(scenes))
     torch.manual_seed(seed * 1_000_003 + step)
     strength = torch.rand(len(scenes), 1, 1) * noise
@@ -59,6 +62,7 @@ def train(
 ) -> float:
     """Train `model`'s language model in place on codes; returns the seconds it took."""
     book, writer = Codebook(seed), Writer(processor)
+    wire(model.model.text_model, processor.tokenizer, book)
     text_model = model.model.text_model.bfloat16()
     text_model.config._attn_implementation = "eager"
     trainer = Trainer(dict(text_model.named_parameters()), steps)

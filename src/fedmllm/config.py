@@ -7,7 +7,6 @@ checked against its registry entry. Nothing below this layer sees a config objec
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from fedmllm.algorithms import ALGORITHMS
 from fedmllm.data import DATASETS
 from fedmllm.errors import UserError, unknown
 from fedmllm.models import MODELS
+from fedmllm.report.loading import config_digest
 from fedmllm.scenarios import SCENARIOS, SETTINGS, check_options
 
 # sections whose options come from a registry: (section, registry, what it lists, default name)
@@ -183,9 +183,8 @@ def make_config(
 
 
 def config_hash(config: Config) -> str:
-    """SHA-256 of what decides the numbers: everything but the name, the title and threads."""
-    facts = config.model_dump(mode="json", exclude={"name", "title", "threads"})
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of what decides the numbers, as it stands in every result."""
+    return config_digest(config.model_dump(mode="json"))
 
 
 # -- problems ----------------------------------------------------------------------------------

@@ -71,6 +71,10 @@ def choice_metrics(scores: np.ndarray, labels: Sequence[int], task: Task) -> dic
         "accuracy_se": metrics.accuracy_standard_error(accuracy, len(labels)),
         "macro_f1": metrics.macro_f1(labels, predictions.tolist(), len(task.classes)),
     }
+    if task.metric == "macro_f1":
+        found["macro_f1_se"] = metrics.macro_f1_standard_error(
+            labels, predictions.tolist(), len(task.classes)
+        )
     if len(task.classes) == 2:
         found["auc"] = metrics.auc(labels, scores[:, 1].tolist())
         found["auc_se"] = metrics.auc_standard_error(labels, scores[:, 1].tolist())

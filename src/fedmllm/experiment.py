@@ -352,8 +352,8 @@ def _result(
         "config_sha256": config_hash(config),
         "seed": config.seed,
         "task": asdict(session.task),
-        "metrics": _mean_metrics([outcome.metrics for outcome in outcomes]),
-        "history": _mean_history([outcome.history for outcome in outcomes]),
+        "metrics": results.mean_metrics([outcome.metrics for outcome in outcomes]),
+        "history": results.mean_history([outcome.history for outcome in outcomes]),
         "bytes": {
             "up": sum(line["bytes_up"] for line in lines),
             "down": sum(line["bytes_down"] for line in lines),
@@ -370,7 +370,7 @@ def _result(
         "commit": results.commit(),
         "hardware": results.hardware(config.threads, config.model.device),
         "started": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds"),
-        "manifest": _holdings(held),
+        "manifest": results.holdings(held),
     }
     if config.topology != "federated":  # nothing crossed a network
         result["bytes"].update(up=0, down=0)
@@ -381,52 +381,6 @@ def _result(
             for condition in config.evaluation.conditions
         }
     return result
-
-
-def _mean_metrics(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    if len(found) == 1:
-        return found[0]
-    return {
-        condition: {
-            name: spread["mean"]
-            for name, spread in mean_over([metrics[condition] for metrics in found]).items()
-        }
-        for condition in found[0]
-    }
-
-
-def _mean_history(histories: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rounds of the only federation, or the mean over clients of a local run."""
-    if len(histories) == 1:
-        return histories[0]
-    merged = []
-    for lines in zip(*histories, strict=True):
-        mean = {key: sum(line[key] for line in lines) / len(lines) for key in ("loss", "seconds")}
-        merged.append({**lines[0], **mean, "clients": [c for x in lines for c in x["clients"]]})
-        if lines[0]["metrics"]:
-            merged[-1]["metrics"] = _mean_metrics([line["metrics"] for line in lines])
-    return merged
-
-
-def _holdings(held: manifest.Manifest) -> dict[str, Any]:
-    clients = []
-    for summary in manifest.holdings(held):
-        totals = {
-            combination: sum(by.get(combination, 0) for by in summary.counts.values())
-            for combination in manifest.COMBINATIONS
-        }
-        clients.append(
-            {
-                "id": summary.id,
-                "samples": summary.samples,
-                "image_text": totals["image+text"],
-                "image": totals["image"],
-                "text": totals["text"],
-                "neither": totals["neither"],
-                "labels": {label: sum(by.values()) for label, by in summary.counts.items()},
-            }
-        )
-    return {"sha256": held.sha256, "clients": clients, "notes": list(held.notes)}
 
 
 def _tell(session: Session, kind: str, **facts: Any) -> None:

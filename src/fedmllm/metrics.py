@@ -17,6 +17,7 @@ from scipy.stats import rankdata, t
 from sklearn.metrics import f1_score, roc_auc_score
 
 from fedmllm.errors import UserError
+from fedmllm.rng import stream
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,31 @@ def macro_f1(labels: Sequence[int], predictions: Sequence[int], num_classes: int
         return math.nan
     classes = list(range(num_classes))
     return float(f1_score(labels, predictions, labels=classes, average="macro", zero_division=0))
+
+
+def macro_f1_standard_error(
+    labels: Sequence[int], predictions: Sequence[int], num_classes: int, *, resamples: int = 200
+) -> float:
+    """Bootstrap standard error of `macro_f1` (Efron 1979): samples drawn anew with replacement.
+
+    The draws are a function of the number of samples only, so the same predictions give the same
+    error everywhere.
+    """
+    truth, guess = np.asarray(labels), np.asarray(predictions)
+    if not len(truth):
+        return math.nan
+    picks = stream(0, "bootstrap", len(truth)).integers(len(truth), size=(resamples, len(truth)))
+    values = [_fast_macro_f1(truth[pick], guess[pick], num_classes) for pick in picks]
+    return float(np.std(values, ddof=1))
+
+
+def _fast_macro_f1(truth: np.ndarray, guess: np.ndarray, num_classes: int) -> float:
+    """`macro_f1` from counts, for the bootstrap's many calls."""
+    known = guess >= 0
+    hits = np.bincount(truth[truth == guess], minlength=num_classes)
+    sizes = np.bincount(truth, minlength=num_classes)
+    guessed = np.bincount(guess[known], minlength=num_classes)
+    return float(np.mean(2 * hits / np.maximum(sizes + guessed, 1)))
 
 
 def accuracy(predictions: Sequence[str], answers: Sequence[str]) -> float:

@@ -14,6 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fedmllm import manifest
+from fedmllm.evaluation import mean_over
+
 SCHEMA = 1
 PACKAGES = ("fedmllm", "torch", "transformers", "peft", "safetensors", "numpy", "scikit-learn")
 
@@ -74,6 +77,54 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Add one JSON line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+
+def mean_metrics(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Metrics of the only federation, or their mean over the clients of a local run."""
+    if len(found) == 1:
+        return found[0]
+    return {
+        condition: {
+            name: spread["mean"]
+            for name, spread in mean_over([metrics[condition] for metrics in found]).items()
+        }
+        for condition in found[0]
+    }
+
+
+def mean_history(histories: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rounds of the only federation, or the mean over clients of a local run."""
+    if len(histories) == 1:
+        return histories[0]
+    merged = []
+    for lines in zip(*histories, strict=True):
+        mean = {key: sum(line[key] for line in lines) / len(lines) for key in ("loss", "seconds")}
+        merged.append({**lines[0], **mean, "clients": [c for x in lines for c in x["clients"]]})
+        if lines[0]["metrics"]:
+            merged[-1]["metrics"] = mean_metrics([line["metrics"] for line in lines])
+    return merged
+
+
+def holdings(held: manifest.Manifest) -> dict[str, Any]:
+    """Who holds what, in numbers: per client the samples by modality and by label."""
+    clients = []
+    for summary in manifest.holdings(held):
+        totals = {
+            combination: sum(by.get(combination, 0) for by in summary.counts.values())
+            for combination in manifest.COMBINATIONS
+        }
+        clients.append(
+            {
+                "id": summary.id,
+                "samples": summary.samples,
+                "image_text": totals["image+text"],
+                "image": totals["image"],
+                "text": totals["text"],
+                "neither": totals["neither"],
+                "labels": {label: sum(by.values()) for label, by in summary.counts.items()},
+            }
+        )
+    return {"sha256": held.sha256, "clients": clients, "notes": list(held.notes)}
 
 
 def _finite(value: Any) -> Any:

@@ -164,7 +164,7 @@ def _name_runs(figure: Figure, results: Sequence[Result]) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
 
 
-def _columns(names: Sequence[str], width: int) -> int:
+def _columns(names: Sequence[str], width: int = 72) -> int:
     """How many legend columns fit into a width of so many letters; a column fills downwards."""
     for count in range(min(len(names), 4), 1, -1):
         rows = -(-len(names) // count)
@@ -172,6 +172,11 @@ def _columns(names: Sequence[str], width: int) -> int:
         if sum(max(map(len, column)) + 5 for column in columns) <= width:
             return count
     return 1
+
+
+def _legend_name(name: str) -> str:
+    """At most 27 letters; begins with a space, since matplotlib drops a name that begins with _."""
+    return f" {name}" if len(name) <= 27 else f" {name[:26]}…"
 
 
 def svg(figure: Figure) -> str:
@@ -305,7 +310,7 @@ def draw_metric(ax: Axes, results: Sequence[Result], condition: str) -> None:
             ax.axhline(final, color=style.colour, linestyle=style.dash, linewidth=1.6)
     metric = facts.metric_name(results[0])
     _finish(ax, f"Test {metric}, {facts.condition_name(condition)}", "round")
-    _whole_rounds(ax)
+    _whole_numbers(ax)
 
 
 def draw_loss(ax: Axes, results: Sequence[Result]) -> None:
@@ -315,7 +320,7 @@ def draw_loss(ax: Axes, results: Sequence[Result]) -> None:
         if points:
             ax.plot(*zip(*points, strict=True), **_line(style) | {"markersize": 3.6})
     _finish(ax, "Training loss", "round")
-    _whole_rounds(ax)
+    _whole_numbers(ax)
 
 
 def _finish(ax: Axes, title: str, xlabel: str, *, grid: str = "y") -> None:
@@ -326,11 +331,11 @@ def _finish(ax: Axes, title: str, xlabel: str, *, grid: str = "y") -> None:
     ax.spines["left" if grid == "y" else "bottom"].set_visible(False)
 
 
-def _whole_rounds(ax: Axes) -> None:
+def _whole_numbers(ax: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.set_xlim(left=0)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
 
 
 # --- dots ------------------------------------------------------------------------------------
@@ -411,12 +416,12 @@ def _legend_above(ax: Axes, handles: Sequence[Any] | None = None) -> None:
     found = ax.get_legend_handles_labels()[0] if handles is None else list(handles)
     if not found:
         return
-    names = [f" {handle.get_label()}" for handle in found]
+    names = [_legend_name(str(handle.get_label())) for handle in found]
     ax.figure.legend(
         found,
         names,
         loc="outside upper left",
-        ncols=_columns(names, 72),
+        ncols=_columns(names),
         borderaxespad=0.0,
         borderpad=0.1,
         columnspacing=1.0,
@@ -440,6 +445,18 @@ def holdings_height(result: Result) -> float:
     return 1.2 + count * (0.27 if count <= 24 else max(0.06, 6.5 / count))
 
 
+def class_height(result: Result) -> float:
+    """`holdings_height` with room for the rows of the class legend: the bars stay as tall."""
+    names = [_legend_name(name) for name in _classes(result)[: len(CLASS_COLOURS)]]
+    return holdings_height(result) + 0.17 * (-(-len(names) // _columns(names)) - 1)
+
+
+def _classes(result: Result) -> list[str]:
+    """The task's classes, then any other label of the manifest."""
+    found = (name for client in facts.clients(result) for name in facts.class_counts(client))
+    return list(dict.fromkeys([*(result["task"].get("classes") or []), *found]))
+
+
 def draw_modalities(ax: Axes, result: Result) -> None:
     """A bar a party: samples by the modalities that it holds."""
     clients = facts.clients(result)
@@ -454,9 +471,8 @@ def draw_modalities(ax: Axes, result: Result) -> None:
 def draw_classes(ax: Axes, result: Result) -> None:
     """A bar a party: samples by class; classes past the eighth share the last colour."""
     clients = facts.clients(result)
-    known = result["task"].get("classes") or []
-    found = dict.fromkeys([*known, *(k for c in clients for k in facts.class_counts(c))])
-    named = list(found)[: len(CLASS_COLOURS) - (len(found) > len(CLASS_COLOURS))]
+    found = _classes(result)
+    named = found[: len(CLASS_COLOURS) - (len(found) > len(CLASS_COLOURS))]
     parts = {
         (name, CLASS_COLOURS[i]): [facts.class_counts(c).get(name, 0) for c in clients]
         for i, name in enumerate(named)
@@ -487,6 +503,7 @@ def _bars(
     _name_rows(ax, [client["id"] for client in clients])
     _thin_names(ax, len(clients))
     ax.set_xlim(0, 1.05 * widest)
+    _whole_numbers(ax)
     _finish(ax, "", "samples", grid="x")
     _legend_above(ax)
 

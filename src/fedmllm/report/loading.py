@@ -104,10 +104,10 @@ def _faults(data: Any) -> Iterator[str]:
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """The hash that `fedmllm.config.config_hash` writes, from the file alone.
+    """SHA-256 of what decides a run's numbers: everything but the name, the title and threads.
 
-    Config checking knows the algorithms and so needs torch; a report must not. A test holds the
-    two together.
+    It stands here because config checking knows the algorithms and so needs torch; a report
+    must not.
     """
     facts = {k: v for k, v in config.items() if k not in ("name", "title", "threads")}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

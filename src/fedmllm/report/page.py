@@ -30,7 +30,7 @@ METRIC_HELP = {
 CARDS = {
     "zero-shot": "Untrained",
     "local": "Each party alone",
-    "federated": "Federated, best run",
+    "federated": "Federated",
     "centralised": "All data pooled",
 }
 # Keys that name a run and do not make it.
@@ -169,6 +169,7 @@ def _cards(group: Sequence[Result]) -> list[dict[str, Any]]:
     """The headline metric of the best run of each topology."""
     condition = facts.headline(group)
     names = dict(zip(map(id, group), facts.labels(group), strict=True))
+    kinds = [facts.topology(run) for run in group]
     cards = []
     for kind, words in CARDS.items():
         run = facts.best(group, condition, kind)
@@ -177,7 +178,7 @@ def _cards(group: Sequence[Result]) -> list[dict[str, Any]]:
             cards.append(
                 {
                     "kind": kind,
-                    "words": words,
+                    "words": words + (", best run" if kinds.count(kind) > 1 else ""),
                     "value": facts.format_score(value),
                     "error": "" if error is None else facts.format_score(error),
                     "run": names[id(run)],
@@ -201,7 +202,9 @@ def _finding(group: Sequence[Result]) -> str:
         if (other := facts.best(group, condition, kind)) is not None
     ]
     value = facts.format_score(facts.score(best, condition))
-    found = f"The best federated run, {names[id(best)]}, reaches {facts.metric_name(best)} {value}"
+    several = sum(facts.topology(run) == "federated" for run in group) > 1
+    which = "best federated run" if several else "federated run"
+    found = f"The {which}, {names[id(best)]}, reaches {facts.metric_name(best)} {value}"
     return found + (": " + ", ".join(parts) if parts else "") + "."
 
 
@@ -286,24 +289,26 @@ def _manifest_key(result: Result) -> str:
 
 def _holding(runs: Sequence[Result], names: Mapping[int, str], key: str) -> dict[str, Any]:
     first = runs[0]
-    draws = {"modality": figures.draw_modalities}
+    draws = {"modality": (figures.draw_modalities, figures.holdings_height(first))}
     if figures.has_classes(first):
-        draws["class"] = figures.draw_classes
+        draws["class"] = (figures.draw_classes, figures.class_height(first))
     classes = dict.fromkeys(k for c in facts.clients(first) for k in facts.class_counts(c))
     return {
         "scenario": facts.named(facts.lookup(first, "config", "scenario")) or "holdings",
         "partition": facts.named(facts.lookup(first, "config", "partition")),
         "runs": [names[id(run)] for run in runs],
         "notes": facts.lookup(first, "manifest", "notes") or [],
-        "panels": [_holding_panel(draw, first, f"{key}-{what}") for what, draw in draws.items()],
+        "panels": [
+            _holding_panel(draw, first, height, f"{key}-{what}")
+            for what, (draw, height) in draws.items()
+        ],
         "heads": [figures.HOLDING_STYLES[k][0] for k in HOLDINGS] + list(classes),
         "parties": [_party_row(client, list(classes)) for client in facts.clients(first)],
     }
 
 
-def _holding_panel(draw: Callable[..., None], result: Result, key: str) -> str:
-    size = (figures.HALF[0], figures.holdings_height(result))
-    figure = figures.draw_panels([(draw, (result,))], size=size)
+def _holding_panel(draw: Callable[..., None], result: Result, height: float, key: str) -> str:
+    figure = figures.draw_panels([(draw, (result,))], size=(figures.HALF[0], height))
     return figures.inline(figure, key, f"Samples of each party by {key.split('-')[1]}")
 
 
