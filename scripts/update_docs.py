@@ -18,11 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 DOCS = ("README.md", "docs/embedded-model.md", "docs/embedded-tasks.md")
 PICTURE = ROOT / "docs" / "img" / "demo.svg"
+NONE = "*Not measured yet.*"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def runs(folder: str) -> str:
     """The table of a folder of results."""
+    if not (RESULTS / folder).is_dir():
+        return NONE
     found, problems = load_results([RESULTS / folder])
     if problems:
         raise SystemExit("\n".join(problems))
@@ -31,7 +34,10 @@ def runs(folder: str) -> str:
 
 def gate() -> str:
     """The embedded model's gate, a line a kind of question."""
-    facts = json.loads((RESULTS / "embedded-gate.json").read_text())
+    file = RESULTS / "embedded-gate.json"
+    if not file.exists():
+        return NONE
+    facts = json.loads(file.read_text())
     lines = ["| kind of question | accuracy | questions |", "|---|---|---|"]
     for kind, line in sorted(facts["kinds"].items()):
         lines.append(f"| {kind} | {line['accuracy']:.3f} | {line['n']:,} |")
@@ -50,6 +56,8 @@ def levels() -> str:
         error = result["metrics"]["both"].get(f"{metric}_se")
         if error is not None:
             errors.setdefault((task, arm), []).append(error)
+    if not table:
+        return NONE
     lines = ["| task | run | seeds | mean | 95 % interval | largest test s.e. |"]
     lines.append("|---|---|---|---|---|---|")
     for (task, arm), values in sorted(table.items()):
@@ -76,8 +84,9 @@ def filled(text: str) -> str:
 def main(check: bool) -> int:
     """Write, or with `check` say what is out of date (exit code 1)."""
     wanted = {ROOT / name: filled((ROOT / name).read_text()) for name in DOCS}
-    found, _ = load_results([RESULTS / "demo"])
-    wanted[PICTURE] = figures.learning_curves_svg(found)
+    if (RESULTS / "demo").is_dir():
+        found, _ = load_results([RESULTS / "demo"])
+        wanted[PICTURE] = figures.learning_curves_svg(found)
     stale = [p for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     for path in stale:
         print(f"{'out of date' if check else 'wrote'}: {path.relative_to(ROOT)}")

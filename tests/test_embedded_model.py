@@ -100,7 +100,7 @@ def test_lines_are_encoded_as_the_whole_text_is(tokenizer):
     turns = [Turn("x", f"{IMAGE}\nWhat is it?\n(A) a b\n(B) no!", "(B) no!"), Turn("x", "ok", "é.")]
     ids = [i for n, t in enumerate(turns) for part in writer.turn(t, first=n == 0) for i in part]
     assert ids == tokenizer.encode(tokenizer.decode(ids))
-    row = writer.batch(1, 0, 1, PHASES[-1])[0]
+    row = writer.batch(1, 0, PHASES[-1])[0]
     assert row.ids == tokenizer.encode(tokenizer.decode(row.ids))
 
 

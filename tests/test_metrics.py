@@ -205,7 +205,7 @@ def test_the_registry_has_the_three_headline_metrics():
 
 
 def test_macro_f1_standard_error_is_that_of_many_test_sets() -> None:
-    """Against the spread of macro-F1 over 300 independent test sets of a classifier right in 70 %."""
+    """Against the spread over 300 independent test sets of a classifier right in 70 %."""
     rng = np.random.default_rng(0)
 
     def draw(n: int) -> tuple[list[int], list[int]]:

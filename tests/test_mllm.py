@@ -99,6 +99,7 @@ def test_scores_are_what_plain_transformers_gives(trained: Mllm, memes) -> None:
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
 def test_options_that_share_no_letter_are_scored_in_full(trained: Mllm) -> None:
     """Options equal up to their end cannot be told apart at one token."""
     task = Task("t", "choice", "accuracy", ("red", "red star", "red"), "Which?{modality}")

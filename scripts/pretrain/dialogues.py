@@ -129,14 +129,15 @@ def short_choice_turn(rng: Random, asked: Asked, *, image: bool, most: int, last
 class Phase:
     """What a stretch of training asks.
 
-    until: share of the steps at which the phase ends. kinds: relative frequency of each kind.
+    until: the step at which the phase ends. kinds: relative frequency of each kind.
     choice: share of multiple choice, of which `short` without the instruction lines.
     single: share of one-thing scenes; textual: share of rows without an image.
     most: options at most. lists: share of rows that list options once and then ask for them.
     last: share of the short choices that put the question after the options.
+    turns: turns a row at most. length: tokens a row. rows: rows a step.
     """
 
-    until: float
+    until: int
     kinds: dict[str, float]
     choice: float
     short: float
@@ -145,64 +146,103 @@ class Phase:
     most: int = 8
     lists: float = 0.0
     last: float = 0.0
+    turns: int = 99
+    length: int = ROW
+    rows: int = 40
 
 
-_EVEN = dict.fromkeys(ASK, 1.0)
+_EVEN = dict.fromkeys(ASK, 1.0) | {"simple_exist": 0.0}
 PHASES = (
-    Phase(
-        0.1,
-        _EVEN | {"lookup": 4, "caption": 2, "rule": 0, "match": 0, "negated": 0, "exist": 2},
-        choice=0.4,
-        short=0.8,
-        single=0.6,
-        textual=0.4,
-        most=5,
-    ),
-    Phase(
-        0.125,
-        _EVEN | {"lookup": 2, "caption": 1.5, "exist": 2.5, "negated": 1.5, "rule": 0.3},
-        choice=0.45,
-        short=0.5,
-        single=0.5,
-        textual=0.25,
-    ),
-    Phase(  # bindings: letters to words, words to what is shown, on few things
-        0.3,
-        dict.fromkeys(ASK, 0.5)
-        | {"lookup": 3, "exist": 5, "negated": 2, "match": 1.5, "naming": 1, "reading": 1.5},
+    Phase(  # one short question a row: letters to words, words to what is shown
+        600,
+        dict.fromkeys(ASK, 0.6)
+        | {
+            "simple_exist": 0,
+            "lookup": 4,
+            "naming": 2,
+            "reading": 1.5,
+            "exist": 3,
+            "negated": 1,
+            "match": 1,
+        },
         choice=0.35,
-        short=0.9,
+        short=1.0,
         single=0.65,
-        textual=0.1,
-        most=5,
-        lists=0.3,
+        textual=0.3,
+        most=4,
         last=0.5,
+        turns=1,
+        length=48,
+        rows=100,
     ),
-    Phase(
-        0.7,
-        _EVEN | {"exist": 2, "negated": 2, "match": 3, "caption": 0.5, "copy": 0.7, "rule": 1},
-        choice=0.5,
-        short=0.35,
-        single=0.45,
-        textual=0.15,
-        lists=0.05,
-        last=0.2,
+    Phase(  # the same, mostly yes or no
+        1000,
+        dict.fromkeys(ASK, 0.5)
+        | {
+            "simple_exist": 0,
+            "lookup": 2.5,
+            "naming": 1,
+            "reading": 1.5,
+            "exist": 6,
+            "negated": 2,
+            "match": 1.5,
+        },
+        choice=0.4,
+        short=1.0,
+        single=0.7,
+        textual=0.2,
+        most=4,
+        last=0.4,
+        turns=1,
+        length=48,
+        rows=100,
     ),
-    Phase(
-        1.0,
-        _EVEN | {"exist": 1.5, "negated": 2, "match": 3, "caption": 0.2, "copy": 0.5, "rule": 1.5},
-        choice=0.55,
-        short=0.15,
-        single=0.35,
+    Phase(  # yes or no in its plainest form, until it is learnt
+        1100,
+        dict.fromkeys(ASK, 0.15)
+        | {"simple_exist": 16, "exist": 2, "negated": 1, "lookup": 1, "place": 1, "colour_of": 1},
+        choice=0.15,
+        short=1.0,
+        single=0.8,
+        textual=0.05,
+        most=3,
+        turns=1,
+        length=36,
+        rows=140,
+    ),
+    Phase(  # all questions, short
+        1900,
+        dict.fromkeys(ASK, 0.6)
+        | {"exist": 5, "negated": 4, "match": 4, "lookup": 2, "reading": 2, "naming": 1},
+        choice=0.4,
+        short=1.0,
+        single=0.55,
         textual=0.15,
+        most=4,
+        last=0.3,
+        turns=1,
+        length=60,
+        rows=84,
+    ),
+    Phase(  # whole prompts
+        9999,
+        dict.fromkeys(ASK, 1.0)
+        | {"exist": 3, "negated": 3, "match": 4, "lookup": 1.5, "reading": 2, "caption": 0.2},
+        choice=0.6,
+        short=0.2,
+        single=0.5,
+        textual=0.18,
+        most=8,
+        turns=2,
+        length=120,
+        rows=42,
     ),
 )
-JOINT_PHASES = (replace(PHASES[-2], until=0.3), PHASES[-1])
 
 
-def phase_at(share: float, phases: tuple[Phase, ...] = PHASES) -> Phase:
-    """The phase in force after this share of the steps."""
-    return next(p for p in phases if share < p.until or p.until == 1.0)
+def phase_at(step: int) -> Phase:
+    """The phase in force at a step of the language stage."""
+    return next(p for p in PHASES if step < p.until or p is PHASES[-1])
 
 
 def ask(rng: Random, scene: Scene | None, kinds: dict[str, float]) -> Asked:
@@ -283,10 +323,10 @@ class Writer:
         prompt = self.encode(f"{start}{turn.user}<end_of_utterance>\nAssistant:")
         return prompt, self.encode(f" {turn.answer}<end_of_utterance>")
 
-    def append(self, row: Row, turn: Turn) -> bool:
+    def append(self, row: Row, turn: Turn, length: int = ROW) -> bool:
         """Add a turn; False, and no change, when the row has no room for it."""
         prompt, answer = self.turn(turn, first=not row.ids)
-        if len(row.ids) + len(prompt) + len(answer) > ROW:
+        if len(row.ids) + len(prompt) + len(answer) > length:
             return False
         spot = len(row.ids) + len(prompt) + bool(turn.options)
         row.deciding.append((spot, ("choice_" if turn.options else "") + turn.kind))
@@ -299,20 +339,20 @@ class Writer:
         row, misses, listed = Row(scene=scene), 0, None
         if phase.lists and rng.random() < phase.lists:
             listed = list_turns(rng, image=scene is not None)
-        while misses < 2:
+        while misses < 2 and len(row.deciding) < phase.turns:
             if listed is not None:
                 turn = next(listed)
             else:
                 turn = make_turn(rng, phase, scene, image=scene is not None and not row.ids)
-            misses += not self.append(row, turn)
+            misses += not self.append(row, turn, phase.length)
             if not row.ids:
                 misses = 0
         return row
 
-    def batch(self, seed: int, step: int, rows: int, phase: Phase) -> list[Row]:
+    def batch(self, seed: int, step: int, phase: Phase) -> list[Row]:
         """The rows of one training step, a pure function of (seed, step)."""
         out = []
-        for i in range(rows):
+        for i in range(phase.rows):
             rng = Random(stream_seed(seed, "dialogue", step, i))
             scene = None
             if rng.random() >= phase.textual:
@@ -320,10 +360,10 @@ class Writer:
             out.append(self.row(rng, phase, scene))
         return out
 
-    def arrays(self, rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
-        """Right-padded ids and target weights, both (B, ROW)."""
-        ids = np.full((len(rows), ROW), self.pad, dtype=np.int64)
-        weights = np.zeros((len(rows), ROW), dtype=np.float32)
+    def arrays(self, rows: list[Row], length: int = ROW) -> tuple[np.ndarray, np.ndarray]:
+        """Right-padded ids and target weights, both (B, length)."""
+        ids = np.full((len(rows), length), self.pad, dtype=np.int64)
+        weights = np.zeros((len(rows), length), dtype=np.float32)
         for i, row in enumerate(rows):
             ids[i, : len(row.ids)] = row.ids
             weights[i, : len(row.ids)] = row.weights

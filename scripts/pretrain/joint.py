@@ -11,9 +11,9 @@ from random import Random
 
 import numpy as np
 import torch
-from pretrain.common import SEED, Trainer, run_stage
+from pretrain.common import PLAIN, SEED, Trainer, run_stage
 from pretrain.dialogues import JOINT_PHASES, Row, Writer, draw_scene, phase_at
-from pretrain.language import ROWS, answer_loss, embedded
+from pretrain.language import answer_loss, embedded
 from pretrain.vision import pixels_of, tower_hidden
 from torch import Tensor, nn
 from transformers import Idefics3Processor
@@ -23,7 +23,7 @@ from fedmllm.rng import stream_seed
 
 POOL = 20_000
 SINGLE = 0.4  # share of the pool's scenes that hold one thing
-MUON, ADAM = 0.007, 1.2e-3
+MUON, ADAM = 0.004, 1e-3
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def see_pool(core: nn.Module, seed: int, count: int = POOL) -> tuple[list[Scene]
 def draw_rows(writer: Writer, scenes: list[Scene], seed: int, step: int, steps: int) -> list[Row]:
     """The rows of one step; `row.index` names the pool's scene, -1 for rows without an image."""
     phase, rows = phase_at(step / steps, JOINT_PHASES), []
-    for i in range(ROWS):
+    for i in range(phase.rows):
         rng = Random(stream_seed(seed, "joint-dialogue", step, i))
         index = -1 if rng.random() < phase.textual else rng.randrange(len(scenes))
         row = writer.row(rng, phase, None if index < 0 else scenes[index])
@@ -67,7 +67,7 @@ def train(
     core.connector.bfloat16()
     core.text_model.config._attn_implementation = "eager"
     params = {n: p for n, p in core.named_parameters() if not n.startswith("vision_model")}
-    trainer = Trainer(params, steps, muon=MUON, adam=ADAM, plain=("embed", "connector"))
+    trainer = Trainer(params, steps, muon=MUON, adam=ADAM, plain=(*PLAIN, "connector"))
     forward = torch.compile(core.text_model, dynamic=False)
     held_out, held_hidden = see_pool(core, seed + 1, 1000)
 

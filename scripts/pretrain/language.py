@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Idefics3Processor
 
-ROWS = 40
 FEATURE_NOISE = 0.04  # half a code's standard deviation
 
 
@@ -69,21 +68,19 @@ def train(
     forward = torch.compile(text_model, dynamic=False)
     image_id = model.config.image_token_id
 
-    def loss_of(rows: list[Row], step: int, noise: float) -> Tensor:
-        ids, weights = writer.arrays(rows)
-        features = symbolic(book, rows, noise, seed, step)
+    def loss_at(step: int) -> Tensor:
+        phase = phase_at(step)
+        rows = writer.batch(seed, step, phase)
+        ids, weights = writer.arrays(rows, phase.length)
+        features = symbolic(book, rows, FEATURE_NOISE, seed, step)
         inputs = embedded(text_model, torch.from_numpy(ids), features, image_id)
         hidden = forward(inputs_embeds=inputs, use_cache=False).last_hidden_state
         return answer_loss(hidden, text_model.embed_tokens.weight, ids, weights)
 
-    def loss_at(step: int) -> Tensor:
-        rows = writer.batch(seed, step, ROWS, phase_at(step / steps))
-        return loss_of(rows, step, FEATURE_NOISE)
-
     def check() -> dict:
-        return letters_and_words(forward, text_model, writer, book, image_id, seed)
+        return deciding_tokens(text_model, writer, book, image_id, seed)
 
-    seconds = run_stage(folder, "language", trainer, loss_at, check=check, stop=stop, every=200)
+    seconds = run_stage(folder, "language", trainer, loss_at, check=check, stop=stop, every=100)
     model.float()
     with torch.no_grad():
         for name, p in text_model.named_parameters():
@@ -92,19 +89,22 @@ def train(
 
 
 @torch.no_grad()
-def letters_and_words(
-    forward, text_model: nn.Module, writer: Writer, book: Codebook, image_id: int, seed: int
+def deciding_tokens(
+    text_model: nn.Module, writer: Writer, book: Codebook, image_id: int, seed: int
 ) -> dict[str, float]:
     """Share of deciding answer tokens predicted right, per kind, open and by letter."""
     right: dict[str, list[bool]] = {}
-    for step in range(6):
-        rows = writer.batch(seed + 1, step, ROWS, PHASES[-1])
-        ids, _ = writer.arrays(rows)
+    for step in range(8):
+        phase = PHASES[-1] if step < 5 else PHASES[0]
+        rows = writer.batch(seed + 1, step, phase)
+        ids, _ = writer.arrays(rows, phase.length)
         features = symbolic(book, rows, 0.0, seed, step)
         inputs = embedded(text_model, torch.from_numpy(ids), features, image_id)
-        hidden = forward(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        hidden = text_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
         for i, row in enumerate(rows):
             for spot, kind in row.deciding:
                 logits = hidden[i, spot - 1] @ text_model.embed_tokens.weight.T
-                right.setdefault(kind, []).append(logits.argmax().item() == ids[i, spot])
+                right.setdefault(kind if step < 5 else f"short_{kind}", []).append(
+                    logits.argmax().item() == ids[i, spot]
+                )
     return {k: round(sum(v) / len(v), 3) for k, v in sorted(right.items())}

@@ -149,6 +149,15 @@ def exist(rng: Random, scene: Scene) -> Asked:
     return Asked("exist", question, _verdict(there), YES_NO)
 
 
+def simple_exist(rng: Random, scene: Scene) -> Asked:
+    """Is there a circle? One form, one attribute: the first lesson in yes and no."""
+    by, pool = rng.choice((("kind", KINDS), ("colour", COLOUR_NAMES)))
+    held = [getattr(thing, by) for thing in scene.things]
+    name = rng.choice(held) if rng.random() < 0.5 else rng.choice(pool)
+    asked = _article(name if by == "kind" else f"{name} thing")
+    return Asked("simple_exist", f"is there {asked}?", _verdict(name in held), YES_NO)
+
+
 def negated(rng: Random, scene: Scene) -> Asked:
     """Is there no red circle?"""
     noun, hue, there = _target(rng, scene)
@@ -511,6 +520,7 @@ Ask = Callable[[Random, Scene], Asked | None]
 SCENE_KINDS: dict[str, Ask] = {
     "shape": shape,
     "colour": colour,
+    "simple_exist": simple_exist,
     "exist": exist,
     "negated": negated,
     "colour_of": colour_of,

@@ -98,7 +98,7 @@ def build_processor() -> Idefics3Processor:
         do_resize=True,
         size={"longest_edge": 64},
         max_image_size={"longest_edge": 64},
-        do_pad=False,
+        do_pad=True,  # a batch may mix samples with and without a picture
     )
     return Idefics3Processor(images, tokenizer, image_seq_len=16, chat_template=CHAT_TEMPLATE)
 

@@ -13,8 +13,6 @@ Nothing is frozen: training is free to undo all of this.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from pretrain.common import HEADS, WIDTH, Codebook
 from pretrain.words import PLURALS, WORDS
@@ -25,10 +23,9 @@ from fedmllm.data.scenes import COLOURS, KINDS
 
 HEAD = WIDTH // HEADS
 PAIRS = HEAD // 2  # rotary pairs (i, i + PAIRS), frequency 10000^(-i / PAIRS)
-BACK = {0: (1, 2, 3), 1: (1, 2)}  # layer -> distances its heads look back
-MATCH = {1: (2, 3), 2: (0, 1), 3: (0, 1), 4: (0,)}  # layer -> heads that match contents
 SHARP = 5.8  # bias of a looking-back head: its own place beats the next by a factor of e^4
 SLOW = 7  # first rotary pair that hardly turns over a prompt's length
+COPY = 0.08  # output scale at which a copied embedding is as large as the embedding itself
 
 
 @torch.no_grad()
@@ -46,14 +43,22 @@ def look_back(attention: nn.Module, head: int, distance: int) -> None:
 
 
 @torch.no_grad()
-def match(attention: nn.Module, head: int, scale: float = 0.13) -> None:
-    """Make a head attend to tokens whose content is like the querying token's."""
+def match(attention: nn.Module, head: int, asks: Tensor, keys: Tensor, scale: float = 1.5) -> None:
+    """Attend to tokens whose content along `keys` is like one's own along `asks` (HEAD, W)."""
     rows = torch.arange(head * HEAD, (head + 1) * HEAD)
     slow = torch.cat([rows[SLOW:PAIRS], rows[PAIRS + SLOW :]])
-    shared = torch.randn(len(slow), WIDTH) * scale
-    for projection in (attention.q_proj, attention.k_proj):
+    mix = torch.randn(len(slow), HEAD) * scale / HEAD**0.5
+    for projection, basis in ((attention.q_proj, asks), (attention.k_proj, keys)):
         projection.weight[rows] *= 0.1
-        projection.weight[slow] = shared
+        projection.weight[slow] = mix @ basis
+
+
+@torch.no_grad()
+def carry(attention: nn.Module, head: int, reads: Tensor, writes: Tensor) -> None:
+    """What the head attends to is copied from the subspace `reads` into `writes` (HEAD, W)."""
+    rows = slice(head * HEAD, (head + 1) * HEAD)
+    attention.v_proj.weight[rows] = reads
+    attention.o_proj.weight[:, rows] = COPY * writes.T
 
 
 def word_start(book: Codebook) -> dict[str, Tensor]:
@@ -81,13 +86,28 @@ def name_words(table: Tensor, tokenizer: PreTrainedTokenizerBase, book: Codebook
 
 @torch.no_grad()
 def wire(text_model: nn.Module, tokenizer: PreTrainedTokenizerBase, book: Codebook) -> None:
-    """Write all three into a freshly initialised language model."""
+    """Write all three into a freshly initialised language model.
+
+    Layer 0 notes at each token what stands 1 (apart from all else), 2 and 3 places before it.
+    Layer 1 goes from a word to the places just after its earlier occurrences, and to its likes.
+    Layer 2 brings to the answer's first tokens what was found at the question's last word.
+    Other heads copy whatever they come to attend to.
+    """
     name_words(text_model.embed_tokens.weight, tokenizer, book)
-    for index, layer in enumerate(text_model.layers):
-        attention = layer.self_attn
-        nn.init.normal_(attention.v_proj.weight, std=0.06)
-        nn.init.normal_(attention.o_proj.weight, std=0.16 / math.sqrt(WIDTH) * 1.5)
-        for head, distance in enumerate(BACK.get(index, ())):
-            look_back(attention, head, distance)
-        for head in MATCH.get(index, ()):
-            match(attention, head)
+    basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0]
+    named, before, found = (basis[i * HEAD : (i + 1) * HEAD] for i in range(3))
+    attention = [layer.self_attn for layer in text_model.layers]
+    for layer in attention:
+        for head in range(HEADS):
+            carry(layer, head, found, found)
+    for head, distance in ((0, 1), (1, 2), (2, 3)):
+        look_back(attention[0], head, distance)
+    carry(attention[0], 0, named, before)
+    match(attention[1], 0, named, before)
+    match(attention[1], 1, named, named)
+    match(attention[2], 0, named, named)
+    match(attention[2], 1, named, before)
+    for head, distance in ((2, 5), (3, 6)):
+        look_back(attention[2], head, distance)
+    match(attention[3], 0, named, named)
+    match(attention[3], 1, found, named)

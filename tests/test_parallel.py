@@ -1,0 +1,96 @@
+"""Several runs on two processes give what one after the other gives; the demo's own parts."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedmllm.config import make_config
+from fedmllm.demo import RUNS, DemoProgress, demo_configs, run_demo
+from fedmllm.errors import UserError
+from fedmllm.experiment import run
+from fedmllm.models.mllm import Mllm
+from fedmllm.parallel import run_many
+
+SMALL = {
+    "data": {"name": "memes", "train": 40, "test": 16},
+    "partition": {"clients": 2},
+    "training": {"rounds": 1},
+    "evaluation": {"every": 0, "conditions": ["both"]},
+}
+
+
+def config(name: str, **change):
+    return make_config({"name": name, **SMALL, **change})
+
+
+def test_two_processes_give_the_same_bits(tmp_path: Path, mllm: Mllm) -> None:
+    configs = [config("a"), config("b", scenario="missing"), config("c", topology="zero-shot")]
+    events: list[dict] = []
+    found = run_many(configs, tmp_path / "many", processes=2, listener=events.append)
+    for each in configs:
+        alone = run(each, out=tmp_path / "alone" / each.name, mllm=mllm)
+        assert found[each.name]["metrics"] == alone["metrics"]
+        parts = ("many", each.name), ("alone", each.name)
+        files = [tmp_path.joinpath(*part, "adapter", "adapter_model.safetensors") for part in parts]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert {e["name"] for e in events if e["event"] == "done"} == {"a", "b", "c"}
+
+
+def test_a_failure_is_raised_with_its_message(tmp_path: Path) -> None:
+    bad = config("bad", data={"name": "memes", "train": 2, "test": 16})
+    with pytest.raises(UserError, match="too few"):
+        run_many([bad], tmp_path, processes=1, listener=lambda event: None)
+
+
+def test_the_demo_is_the_six_runs_that_the_readme_promises() -> None:
+    configs = {c.name: c for c in demo_configs()}
+    assert list(configs) == list(RUNS)
+    kinds = [(c.topology, c.scenario["name"], c.prompt) for c in configs.values()]
+    assert sorted(kinds) == sorted(
+        [
+            ("zero-shot", "aligned", "plain"),
+            ("local", "aligned", "plain"),
+            ("centralised", "aligned", "plain"),
+            ("federated", "aligned", "plain"),
+            ("federated", "missing", "plain"),
+            ("federated", "missing", "agnostic"),
+        ]
+    )
+    assert all(c.data == configs["local"].data for c in configs.values())
+
+
+def test_the_demo_never_writes_over_a_strangers_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="not a demo folder"):
+        run_demo(tmp_path)
+
+
+def test_progress_shows_round_loss_metric_and_time_left() -> None:
+    out = StringIO()
+    progress = DemoProgress(demo_configs(), Console(file=out, width=100, force_terminal=False))
+    common = {"name": "fedavg-aligned", "elapsed": 1.0}
+    progress.listen({**common, "event": "start", "parameters": {}})
+    for round_ in range(1, 6):
+        progress.listen(
+            {
+                **common,
+                "event": "round",
+                "federation": "all",
+                "round": round_,
+                "rounds": 25,
+                "loss": 0.5,
+                "clients": ["client-01", "client-02"],
+                "metrics": {"both": {"auc": 0.625}} if round_ == 5 else None,
+            }
+        )
+    progress.console.print(progress.table())
+    text = out.getvalue()
+    assert "5/25" in text
+    assert "0.500" in text
+    assert "auc 0.625" in text
+    assert "time left" in text
+    assert progress.done["fedavg-aligned"] == pytest.approx(1.0)  # 5 rounds, 2 of 10 clients each
