@@ -4,7 +4,7 @@
     python scripts/pretrain_embedded.py --stage vision  # one stage; `language` may run beside it
 
 Stages (docs/embedded-model.md says why): `vision` and `language` meet in a fixed codebook and are
-independent; `joint` joins them; `export` writes src/fedmllm/models/embedded; `gate` measures.
+independent; `export` puts them together in src/fedmllm/models/embedded; `gate` measures.
 Each stage checkpoints under --work and goes on where it stopped. Steps, not minutes, decide, so a
 seed and a machine give the same weights. One thread: run two stages side by side on two cores.
 """
@@ -21,17 +21,15 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
-from pretrain import common, gate, joint, language, vision
+from pretrain import common, gate, language, vision
 from pretrain.tokenizer import build_processor, write_processor
 from transformers import Idefics3ForConditionalGeneration, Idefics3Processor
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "src" / "fedmllm" / "models" / "embedded"
 RESULT = ROOT / "results" / "embedded-gate.json"
-STAGES = ("vision", "language", "joint", "export", "gate")
-# steps of each stage; the first two stop short of the schedule that their learning rate follows
-SCHEDULE = {"vision": 4000, "language": 4000, "joint": 2000}
-STEPS = {"vision": 4000, "language": 4000, "joint": 2000}
+STAGES = ("vision", "language", "export", "gate")
+STEPS = {"vision": 4000, "language": 4700}
 
 
 def blank_model(processor: Idefics3Processor) -> Idefics3ForConditionalGeneration:
@@ -63,13 +61,9 @@ def train_stage(stage: str, work: Path) -> None:
     processor = build_processor()
     model = blank_model(processor)
     if stage == "vision":
-        vision.train(work, model, SCHEDULE[stage], stop=STEPS[stage])
-    elif stage == "language":
-        language.train(work, model, processor, SCHEDULE[stage], stop=STEPS[stage])
+        vision.train(work, model, STEPS[stage])
     else:
-        load_stage(model, work, "vision")
-        load_stage(model, work, "language")
-        joint.train(work, model, processor, SCHEDULE[stage], stop=STEPS[stage])
+        language.train(work, model, processor, STEPS[stage])
 
 
 def export(work: Path, folder: Path) -> None:
@@ -77,7 +71,7 @@ def export(work: Path, folder: Path) -> None:
     processor = write_processor(folder)
     model = blank_model(processor)
     load_stage(model, work, "vision")
-    load_stage(model, work, "joint")
+    load_stage(model, work, "language")
     model.config._attn_implementation = "sdpa"
     model.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
@@ -93,7 +87,6 @@ def record(work: Path, folder: Path, count: int) -> dict:
         "seed": common.SEED,
         "gate_seed": gate.GATE_SEED,
         "steps": {s: saved[s]["trainer"]["step"] for s in STEPS},
-        "schedule": SCHEDULE,
         "seconds": {s: round(saved[s]["seconds"]) for s in STEPS},
         "parameters": sum(p.numel() for p in blank_model(build_processor()).parameters()),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),

@@ -688,6 +688,16 @@ def test_nothing_readable_is_the_users_to_mend(tmp_path: Path) -> None:
         write_report([], tmp_path / "r.html")
 
 
+def test_a_narrow_terminal_keeps_the_names_and_the_scores(results: list[dict]) -> None:
+    out = io.StringIO()
+    Console(file=out, width=80).print(summary_table(results, width=80))
+    text = out.getvalue()
+    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
+    assert "…" not in text
+    assert "centralised" in text
+    assert "rounds" not in text
+
+
 def test_results_are_read_once_in_reading_order(tmp_path: Path) -> None:
     runs = write_runs(tmp_path / "runs", synthetic_results()[::-1])
     results, problems = load_results([runs, runs / "0-centralised", tmp_path / "nowhere"])

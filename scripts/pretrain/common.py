@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
@@ -137,20 +139,20 @@ PLAIN = ("embed", "q_proj", "k_proj")
 class Trainer:
     """bf16 parameters for speed, fp32 masters for precision; Muon for matrices, Adam for the rest.
 
-    The rate falls linearly to a twentieth over `total` steps after a short warm-up.
+    The rate falls linearly to a twentieth at step `horizon(step)` after a short warm-up.
     """
 
     def __init__(
         self,
         params: dict[str, nn.Parameter],
-        total: int,
+        horizon: Callable[[int], int],
         *,
         muon: float = 0.006,
         adam: float = 1.5e-3,
         plain: tuple[str, ...] = PLAIN,
     ) -> None:
         self.live = params
-        self.total, self.muon_rate, self.adam_rate, self.step_count = total, muon, adam, 0
+        self.horizon, self.muon_rate, self.adam_rate, self.step_count = horizon, muon, adam, 0
         self.master = {n: p.detach().float().clone() for n, p in params.items()}
         self.momentum = {n: torch.zeros_like(p) for n, p in self.master.items()}
         matrix = [n for n in params if params[n].ndim == 2 and not any(w in n for w in plain)]
@@ -163,7 +165,7 @@ class Trainer:
     def rate(self) -> float:
         """Share of the peak learning rate at the present step."""
         warm = min(1.0, (self.step_count + 1) / 100)
-        return warm * max(0.05, 1 - 0.95 * self.step_count / self.total)
+        return warm * max(0.05, 1 - 0.95 * self.step_count / self.horizon(self.step_count))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -217,21 +219,49 @@ class Trainer:
 
 
 # ---------------------------------------------------------------- the loop
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_world() -> None:
+    """Meet the other process, when started as one of several (RANK and WORLD_SIZE are set)."""
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", rank=RANK, world_size=WORLD)
+
+
+def backward(trainer: Trainer, loss_at: Callable[[int, int], Tensor], parts: int) -> float:
+    """Mean gradient over the parts of a step, each taken by one process; returns my mean loss."""
+    mine = range(RANK, parts, WORLD)
+    losses = []
+    for part in mine:
+        loss = loss_at(trainer.step_count, part)
+        (loss / parts).backward()
+        losses.append(loss.item())
+    if WORLD > 1:
+        params = list(trainer.live.values())
+        flat = torch.cat([p.grad.float().flatten() for p in params])
+        dist.all_reduce(flat)
+        for p, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            p.grad.copy_(grad.view_as(p))
+    return math.fsum(losses) / len(losses)
+
+
 def run_stage(
     folder: Path,
     name: str,
     trainer: Trainer,
-    loss_at: Callable[[int], Tensor],
+    loss_at: Callable[[int, int], Tensor],
     *,
     check: Callable[[], dict] | None = None,
     every: int = 250,
-    stop: int | None = None,
+    stop: int,
+    parts_at: Callable[[int], int] = lambda step: 1,
 ) -> float:
-    """Train until `stop` (or `trainer.total`) steps; log, checkpoint, resume.
+    """Train until `stop` steps; log, checkpoint, resume.
 
     Returns the stage's seconds so far.
 
-    `loss_at(step)` draws the batch of that step (a pure function of the step) and returns its loss.
+    `loss_at(step, part)` draws a part of that step's batch (a pure function of both) and returns
+    its loss. Several processes share the parts of a step; alone, one does all of them.
     """
     saved, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
     spent = 0.0
@@ -240,13 +270,10 @@ def run_stage(
         trainer.load(state["trainer"])
         spent = state["seconds"]
     started, recent = time.time() - spent, []
-    stop = stop or trainer.total
     while trainer.step_count < stop:
-        loss = loss_at(trainer.step_count)
-        loss.backward()
+        recent.append(backward(trainer, loss_at, parts_at(trainer.step_count)))
         trainer.step()
-        recent.append(loss.item())
-        if trainer.step_count % every and trainer.step_count < stop:
+        if RANK or (trainer.step_count % every and trainer.step_count < stop):
             continue
         seconds = time.time() - started
         row = {"step": trainer.step_count, "seconds": round(seconds, 1)}

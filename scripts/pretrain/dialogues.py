@@ -134,7 +134,9 @@ class Phase:
     single: share of one-thing scenes; textual: share of rows without an image.
     most: options at most. lists: share of rows that list options once and then ask for them.
     last: share of the short choices that put the question after the options.
-    turns: turns a row at most. length: tokens a row. rows: rows a step.
+    turns: turns a row at most. length: tokens a row. rows: rows a part, `parts` parts a step.
+    strict: ask questions that have several right answers by letter only.
+    by_letter: share of multiple choice of single kinds, in place of `choice`.
     """
 
     until: int
@@ -149,6 +151,9 @@ class Phase:
     turns: int = 99
     length: int = ROW
     rows: int = 40
+    parts: int = 1
+    strict: bool = True
+    by_letter: dict[str, float] = field(default_factory=dict)
 
 
 _EVEN = dict.fromkeys(ASK, 1.0) | {"simple_exist": 0.0}
@@ -172,6 +177,7 @@ PHASES = (
         most=4,
         last=0.5,
         turns=1,
+        strict=False,
         length=48,
         rows=100,
     ),
@@ -194,6 +200,7 @@ PHASES = (
         most=4,
         last=0.4,
         turns=1,
+        strict=False,
         length=48,
         rows=100,
     ),
@@ -207,6 +214,7 @@ PHASES = (
         textual=0.05,
         most=3,
         turns=1,
+        strict=False,
         length=36,
         rows=140,
     ),
@@ -221,21 +229,65 @@ PHASES = (
         most=4,
         last=0.3,
         turns=1,
+        strict=False,
         length=60,
         rows=84,
+    ),
+    Phase(  # letters for what is shown; not; names; text and image
+        2300,
+        dict.fromkeys(ASK, 0.15)
+        | {"shape": 2, "colour": 2, "exist": 2, "negated": 2.5, "match": 2.5, "naming": 2}
+        | {"reading": 2, "lookup": 0.7, "colour_of": 0.7, "kind_of": 0.7, "place": 0.5},
+        choice=0.5,
+        by_letter={
+            "exist": 0.2,
+            "negated": 0.1,
+            "match": 0.1,
+            "naming": 0.2,
+            "reading": 0.2,
+            "shape": 0.9,
+            "colour": 0.9,
+        },
+        short=1.0,
+        single=0.65,
+        textual=0.2,
+        most=4,
+        last=0.3,
+        turns=1,
+        strict=False,
+        length=60,
+        rows=84,
+        parts=2,
+    ),
+    Phase(  # among several things
+        3100,
+        dict.fromkeys(ASK, 0.3)
+        | {"colour_of": 1.5, "kind_of": 1.5, "place": 1.5, "at_place": 1.5, "count": 1.5}
+        | {"exist": 1.5, "negated": 2, "match": 2.5, "naming": 2, "reading": 2, "caption": 0.8},
+        choice=0.4,
+        by_letter={"match": 0.15, "naming": 0.15, "reading": 0.3, "negated": 0.25},
+        short=1.0,
+        single=0.4,
+        textual=0.15,
+        most=5,
+        last=0.2,
+        turns=1,
+        length=64,
+        rows=80,
+        parts=2,
     ),
     Phase(  # whole prompts
         9999,
         dict.fromkeys(ASK, 1.0)
-        | {"exist": 3, "negated": 3, "match": 4, "lookup": 1.5, "reading": 2, "caption": 0.2},
+        | {"exist": 2, "negated": 3, "match": 4, "reading": 2, "caption": 0.2, "copy": 0.5},
         choice=0.6,
-        short=0.2,
-        single=0.5,
+        short=0.1,
+        single=0.45,
         textual=0.18,
-        most=8,
         turns=2,
         length=120,
         rows=42,
+        parts=2,
     ),
 )
 
@@ -258,7 +310,9 @@ def ask(rng: Random, scene: Scene | None, kinds: dict[str, float]) -> Asked:
 def make_turn(rng: Random, phase: Phase, scene: Scene | None, image: bool) -> Turn:
     """One turn under a phase; `image` says whether the turn carries the image line."""
     asked = ask(rng, scene, phase.kinds)
-    as_choice = asked.others and (asked.kind == "lookup" or rng.random() < phase.choice)
+    share = phase.by_letter.get(asked.kind, phase.choice)
+    forced = asked.only_choice and (phase.strict or asked.kind == "lookup")
+    as_choice = asked.others and (forced or rng.random() < share)
     if not as_choice:
         return open_turn(rng, asked, image=image)
     most = rng.randint(2, phase.most)
@@ -349,14 +403,15 @@ class Writer:
                 misses = 0
         return row
 
-    def batch(self, seed: int, step: int, phase: Phase) -> list[Row]:
+    def batch(self, seed: int, step: int, phase: Phase, part: int = 0) -> list[Row]:
         """The rows of one training step, a pure function of (seed, step)."""
         out = []
         for i in range(phase.rows):
-            rng = Random(stream_seed(seed, "dialogue", step, i))
+            name = (step, i, part) if part else (step, i)
+            rng = Random(stream_seed(seed, "dialogue", *name))
             scene = None
             if rng.random() >= phase.textual:
-                scene = draw_scene(seed, phase.single, "dialogue-scene", step, i)
+                scene = draw_scene(seed, phase.single, "dialogue-scene", *name)
             out.append(self.row(rng, phase, scene))
         return out
 

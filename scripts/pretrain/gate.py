@@ -96,7 +96,7 @@ def gate_items(kind: str, choice: bool, count: int, seed: int = GATE_SEED) -> li
         if kind in TEXT_KINDS and rng.random() < 0.5:
             scene = None
         asked = ASK[kind](rng, scene)  # type: ignore[arg-type]
-        if asked is None:
+        if asked is None or (asked.only_choice and not choice):
             continue
         image = draw(scene) if scene else None
         if choice:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pretrain.common import SEED, Codebook, Trainer, run_stage
+from pretrain.common import SEED, Codebook, Trainer, join_world, run_stage
 from pretrain.dialogues import PHASES, Row, Writer, phase_at
 from pretrain.wiring import wire
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Idefics3Processor
 
+HORIZONS = ((1400, 2600), (1900, 3400), (10**9, 4700))  # (until step, end)
 FEATURE_NOISE = 0.04  # half a code's standard deviation
 
 
@@ -22,13 +23,15 @@ def embedded(text_model: nn.Module, ids: Tensor, features: Tensor, image_id: int
     return tokens.masked_scatter((ids == image_id)[..., None], features.to(tokens.dtype))
 
 
-def symbolic(book: Codebook, rows: list[Row], noise: float, seed: int, step: int) -> Tensor:
+def symbolic(
+    book: Codebook, rows: list[Row], noise: float, seed: int, step: int, part: int = 0
+) -> Tensor:
     """Codes of the rows that show a scene, with noise of a strength drawn per row."""
     scenes = [row.scene for row in rows if row.scene is not None]
     if not scenes:
         return torch.zeros(0)
     features = book.features(*book.contents(scenes))
-    torch.manual_seed(seed * 1_000_003 + step)
+    torch.manual_seed(seed * 1_000_003 + step + 500_000 * part)
     strength = torch.rand(len(scenes), 1, 1) * noise
     return features + torch.randn_like(features) * strength
 
@@ -50,29 +53,34 @@ def answer_loss(hidden: Tensor, head: Tensor, ids: np.ndarray, weights: np.ndarr
     return (functional.cross_entropy(logits, tokens, reduction="none") * share).sum() / share.sum()
 
 
+def horizon(step: int) -> int:
+    """The step at which the rate would end; put off twice while the recipe was being found."""
+    return next(end for until, end in HORIZONS if step < until)
+
+
 def train(
     folder: Path,
     model: nn.Module,
     processor: Idefics3Processor,
     steps: int,
     *,
-    stop: int | None = None,
     seed: int = SEED,
 ) -> float:
     """Train `model`'s language model in place on codes; returns the seconds it took."""
+    join_world()
     book, writer = Codebook(seed), Writer(processor)
     wire(model.model.text_model, processor.tokenizer, book)
     text_model = model.model.text_model.bfloat16()
     text_model.config._attn_implementation = "eager"
-    trainer = Trainer(dict(text_model.named_parameters()), steps)
+    trainer = Trainer(dict(text_model.named_parameters()), horizon)
     forward = torch.compile(text_model, dynamic=False)
     image_id = model.config.image_token_id
 
-    def loss_at(step: int) -> Tensor:
+    def loss_at(step: int, part: int) -> Tensor:
         phase = phase_at(step)
-        rows = writer.batch(seed, step, phase)
+        rows = writer.batch(seed, step, phase, part)
         ids, weights = writer.arrays(rows, phase.length)
-        features = symbolic(book, rows, FEATURE_NOISE, seed, step)
+        features = symbolic(book, rows, FEATURE_NOISE, seed, step, part)
         inputs = embedded(text_model, torch.from_numpy(ids), features, image_id)
         hidden = forward(inputs_embeds=inputs, use_cache=False).last_hidden_state
         return answer_loss(hidden, text_model.embed_tokens.weight, ids, weights)
@@ -80,7 +88,16 @@ def train(
     def check() -> dict:
         return deciding_tokens(text_model, writer, book, image_id, seed)
 
-    seconds = run_stage(folder, "language", trainer, loss_at, check=check, stop=stop, every=100)
+    seconds = run_stage(
+        folder,
+        "language",
+        trainer,
+        loss_at,
+        check=check,
+        stop=steps,
+        every=100,
+        parts_at=lambda step: phase_at(step).parts,
+    )
     model.float()
     with torch.no_grad():
         for name, p in text_model.named_parameters():

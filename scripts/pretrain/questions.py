@@ -39,6 +39,7 @@ class Asked:
     others: tuple[str, ...] = ()
     text: str | None = None
     needs_image: bool = True
+    only_choice: bool = False  # without its options the question has several right answers
 
 
 def _said(rng: Random, *forms: str, **slots: str) -> str:
@@ -465,7 +466,7 @@ def reading(rng: Random, scene: Scene | None) -> Asked:
         )
     word = rng.choice(words)
     others = tuple(w for w in rng.sample(CONTENT, 12) if w not in words)
-    return Asked("reading", "which word is in the text?", word, others, text, False)
+    return Asked("reading", "which word is in the text?", word, others, text, False, True)
 
 
 def naming(rng: Random, scene: Scene | None) -> Asked | None:
@@ -513,7 +514,8 @@ def lookup(rng: Random, scene: Scene | None) -> Asked:
     word = rng.choice(pool)
     question = rng.choice(("which option is {w}?", "where is the option {w}?",
                            "which option says {w}?", "select {w}.")).format(w=word)  # fmt: skip
-    return Asked("lookup", question, word, tuple(rng.sample(pool, min(8, len(pool)))), None, False)
+    others = tuple(rng.sample(pool, min(8, len(pool))))
+    return Asked("lookup", question, word, others, None, False, True)
 
 
 Ask = Callable[[Random, Scene], Asked | None]

@@ -77,15 +77,13 @@ def named(book: Codebook, features: Tensor, scenes: list[Scene]) -> dict[str, fl
     }
 
 
-def train(
-    folder: Path, model: nn.Module, steps: int, *, stop: int | None = None, seed: int = SEED
-) -> float:
+def train(folder: Path, model: nn.Module, steps: int, *, seed: int = SEED) -> float:
     """Train `model`'s tower and connector in place; returns the seconds it took."""
     book, core = Codebook(seed), model.model.bfloat16()
     parts = {
         n: p for n, p in core.named_parameters() if n.startswith(("vision_model", "connector"))
     }
-    trainer = Trainer(parts, steps)
+    trainer = Trainer(parts, lambda step: steps)
     forward = torch.compile(see, dynamic=False)
     held_out = [
         [sample(stream(seed, "vision-check", name, i)) for i in range(512)]
@@ -93,7 +91,7 @@ def train(
     ]
     check_pixels = [pixels_of(scenes).bfloat16().split(BATCH) for scenes in held_out]
 
-    def loss_at(step: int) -> Tensor:
+    def loss_at(step: int, part: int) -> Tensor:
         scenes = draw_scenes(seed, step)
         return code_loss(book, forward(core, pixels_of(scenes).bfloat16()), scenes)
 
@@ -105,7 +103,7 @@ def train(
             rows |= {f"{name}_{k}": v for k, v in named(book, features, scenes).items()}
         return rows
 
-    seconds = run_stage(folder, "vision", trainer, loss_at, check=check, stop=stop)
+    seconds = run_stage(folder, "vision", trainer, loss_at, check=check, stop=steps)
     model.float()
     with torch.no_grad():
         for name, p in parts.items():

@@ -67,7 +67,7 @@ def run(
         )
     found, problems = load_results([folder])
     page = write_report(found, folder / "report.html", title=config.title or config.name)
-    _console().print(summary_table(found))
+    _console().print(summary_table(found, width=_console().width))
     for problem in problems:
         _console().print(problem)
     _console().print(f"report  {page}\nresult  {folder / 'result.json'}")
@@ -121,7 +121,7 @@ def report(
 
     found, problems = load_results(runs)
     page = write_report(found, out, title=title, problems=problems)
-    _console().print(summary_table(found))
+    _console().print(summary_table(found, width=_console().width))
     for problem in problems:
         _console().print(problem)
     _console().print(f"report  {page}")

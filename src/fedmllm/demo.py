@@ -18,10 +18,10 @@ from fedmllm.progress import headline
 
 TITLE = "FedMLLM demo: ten parties, one model, missing modalities"
 BASE: dict[str, Any] = {
-    "data": {"name": "memes"},
+    "data": {"name": "memes", "train": 800, "test": 800},
     "partition": {"clients": 10, "alpha": 0.5},
-    "training": {"rounds": 25, "clients_per_round": 2},
-    "evaluation": {"every": 5, "limit": 400},
+    "training": {"rounds": 15, "clients_per_round": 2},
+    "evaluation": {"every": 3, "limit": 300},
 }
 RUNS: dict[str, dict[str, Any]] = {
     "zero-shot": {"title": "Zero-shot: the base, untouched", "topology": "zero-shot"},
@@ -33,8 +33,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "centralised": {
         "title": "Centralised: all data in one place",
         "topology": "centralised",
-        "training": {"rounds": 15},
-        "evaluation": {"every": 3, "limit": 400},
+        "training": {"rounds": 8},
+        "evaluation": {"every": 2, "limit": 300},
     },
     "fedavg-aligned": {"title": "FedAvg, aligned: every sample whole"},
     "fedavg-missing": {
@@ -75,7 +75,7 @@ def run_demo(out: Path, *, processes: int = 2) -> Path:
         run_many(configs, out, processes=processes, listener=progress.listen)
     found, problems = load_results([out / name for name in RUNS])
     page = write_report(found, out / "report.html", title=TITLE, problems=problems)
-    console.print(summary_table(found))
+    console.print(summary_table(found, width=console.width))
     console.print(f"{time.perf_counter() - began:.0f} s.  Open the report: {page.resolve()}")
     return page
 

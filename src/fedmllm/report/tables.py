@@ -109,8 +109,11 @@ def _metric_words(results: Sequence[Result]) -> str:
     return " / ".join(dict.fromkeys(map(facts.metric_name, results)))
 
 
-def summary_table(results: Sequence[Result]) -> Table:
-    """The table for a terminal of 100 columns; long names wrap."""
+def summary_table(results: Sequence[Result], *, width: int = 100) -> Table:
+    """The table for a terminal of `width` columns; long names wrap.
+
+    Below 100 columns there is no room for the costs; they stand in the report.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -122,8 +125,9 @@ def summary_table(results: Sequence[Result]) -> Table:
         caption=NOTE.format(metric=_metric_words(results)),
         caption_justify="left",
     )
-    table.add_column("run", overflow="fold")
-    for name in [*map(facts.condition_name, columns), "rounds", "time", "MB up", "MB down"]:
+    table.add_column("run", overflow="fold", min_width=12)
+    costs = ["rounds", "time", "MB up", "MB down"] if width >= 100 else []
+    for name in [*map(facts.condition_name, columns), *costs]:
         table.add_column(_two_lines(name), justify="right", no_wrap=True)
     several = len(facts.by_task(results)) > 1
     for task, group in groupby(rows(results), key=lambda row: row.task):
@@ -131,7 +135,7 @@ def summary_table(results: Sequence[Result]) -> Table:
             table.add_row(Text(task, style="italic"))
         for row in group:
             cells = [_terminal_cell(row.cells.get(c)) for c in columns]
-            table.add_row(Text(row.label), *cells, *row.costs)
+            table.add_row(Text(row.label), *cells, *row.costs[: len(costs)])
         table.add_section()
     return table
 
