@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from keep_results import keep
 
 from fedmllm.config import Config, config_hash, make_config
 from fedmllm.parallel import run_many
@@ -64,13 +65,11 @@ def is_done(config: Config) -> bool:
     return file.exists() and json.loads(file.read_text())["config_sha256"] == config_hash(config)
 
 
-def keep(event: Mapping[str, Any], work: Path) -> None:
-    """Copy a finished run's result at once, so that an interrupted grid loses nothing."""
+def listen(event: Mapping[str, Any], work: Path) -> None:
+    """Keep a finished run's result at once, so that an interrupted grid loses nothing."""
     if event["event"] != "done":
         return
-    target = RESULTS / event["name"]
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copy(work / event["name"] / "result.json", target / "result.json")
+    keep(work / event["name"], RESULTS)
     both = {k: round(v, 4) for k, v in event["metrics"]["both"].items() if v is not None}
     print(event["name"], f"{event['elapsed']:.0f}s", both, flush=True)
 
@@ -98,7 +97,7 @@ def main() -> None:
             todo,
             given.work,
             processes=given.processes,
-            listener=lambda event: keep(event, given.work),
+            listener=lambda event: listen(event, given.work),
         )
 
 

@@ -38,10 +38,21 @@ def gate() -> str:
     if not file.exists():
         return NONE
     facts = json.loads(file.read_text())
-    lines = ["| kind of question | accuracy | questions |", "|---|---|---|"]
-    for kind, line in sorted(facts["kinds"].items()):
-        lines.append(f"| {kind} | {line['accuracy']:.3f} | {line['n']:,} |")
-    return "\n".join(lines)
+    gate, needed = facts["gate"], facts["needed"]
+    lines = ["| question | accuracy | n | needed |", "|---|---|---|---|"]
+    for kind, line in gate["open"].items():
+        lines.append(f"| {kind} | {line['accuracy']:.3f} | {line['n']:,} | {needed['open']:.2f} |")
+    line = gate["choice"]
+    lines.append(
+        f"| choice by letter, all kinds | {line['accuracy']:.3f} | {line['n']:,} "
+        f"| {needed['choice']:.2f} |"
+    )
+    for kind, line in gate["choice_by_kind"].items():
+        lines.append(f"| choice by letter: {kind} | {line['accuracy']:.3f} | {line['n']:,} | |")
+    for kind, line in gate["easy_vqa_zero_shot"].items():
+        lines.append(f"| easy-vqa, zero-shot: {kind} | {line['accuracy']:.3f} | {line['n']:,} | |")
+    verdict = "passed" if gate["passed"] else "**not passed**"
+    return "\n".join([*lines, "", f"The gate is {verdict}."])
 
 
 def levels() -> str:

@@ -217,6 +217,8 @@ def test_an_adapter_of_another_model_is_refused(mllm: Mllm) -> None:
 def test_a_folder_without_a_model_is_a_user_error(tmp_path) -> None:
     with pytest.raises(UserError, match="cannot load model"):
         load_base(tmp_path, dtype=torch.float32, device="cpu")
+    with pytest.raises(UserError, match="device 'cuda:99' cannot be used"):
+        load_base(model_path("embedded"), dtype=torch.float32, device="cuda:99")
 
 
 def test_targets_that_match_nothing_are_refused() -> None:

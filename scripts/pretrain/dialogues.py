@@ -279,10 +279,11 @@ PHASES = (
     Phase(  # whole prompts
         9999,
         dict.fromkeys(ASK, 1.0)
-        | {"exist": 2, "negated": 3, "match": 4, "reading": 2, "caption": 0.2, "copy": 0.5},
-        choice=0.6,
+        | {"exist": 1.5, "negated": 2, "match": 3, "naming": 2.5, "reading": 3}
+        | {"caption": 0.1, "copy": 0.4, "simple_exist": 0.2},
+        choice=0.65,
         short=0.1,
-        single=0.45,
+        single=0.4,
         textual=0.18,
         turns=2,
         length=120,

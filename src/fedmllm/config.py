@@ -99,7 +99,11 @@ class TrainingSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """When and on what the global adapter is tested. `every` 0: only at the end."""
+    """When and on what the global adapter is tested.
+
+    every: rounds between tests on the way (0: none). limit: samples of those tests. The final
+    adapter is tested on all test samples under each of `conditions`.
+    """
 
     every: int = Field(5, ge=0)
     limit: int | None = Field(None, ge=1)

@@ -406,7 +406,11 @@ def load_base(path: str | Path, *, dtype: torch.dtype, device: str) -> tuple[Any
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"cannot load model {str(path)!r}: {first}") from error
     model.requires_grad_(False)
-    return model.to(torch.device(device)).eval(), processor
+    try:
+        return model.to(torch.device(device)).eval(), processor
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used: {first}; cpu always can") from error
 
 
 def lora_targets(base: Any) -> str:

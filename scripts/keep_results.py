@@ -1,0 +1,29 @@
+"""Copy the result files of finished runs into results/, where they are committed.
+
+python scripts/keep_results.py runs/demo results/demo
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+
+def keep(run: Path, target: Path) -> Path:
+    """Copy one run's result.json to target/NAME/result.json."""
+    folder = target / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(run / "result.json", folder / "result.json"))
+
+
+def main(source: Path, target: Path) -> None:
+    """Copy every run below `source`."""
+    for file in sorted(source.glob("**/result.json")):
+        print(keep(file.parent, target))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
