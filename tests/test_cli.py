@@ -206,6 +206,13 @@ def test_other_mistakes(cli, experiment, tmp_path) -> None:
     code, _, error = cli("predict", out / "adapter", "--image", tmp_path / "no.png")
     assert code == 2
     assert "no.png" in error
+    (out / "adapter" / "fedmllm.json").write_text("{}")
+    code, _, error = cli("predict", out / "adapter", "--text", "x")
+    assert code == 2
+    assert "cannot be read" in error
+    code, _, error = cli("demo", "--out", experiment)
+    assert code == 2
+    assert "is a file" in error
     code, _, error = cli("report", tmp_path / "nowhere")
     assert code == 2
 

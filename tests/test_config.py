@@ -70,6 +70,13 @@ def test_all_problems_are_reported_at_once_with_the_nearest_match() -> None:
         ({"scenario": 5}, "scenario: 5 is not a section"),
         ({"training": 5}, "training: 5 must be an object"),
         ({"name": "a/b"}, "name: 'a/b'"),
+        ({"data": {"name": [1]}}, "unknown dataset '[1]'"),
+        ({"setting": [1]}, "unknown setting '[1]'"),
+        ({"evaluation": {"conditions": []}}, "evaluation.conditions"),
+        ({"training": {"lr": "inf"}}, "training.lr"),
+        ({"algorithm": {"name": "fedadam", "form": "refrence"}}, "refrence"),
+        ({"algorithm": {"name": "fedavg", "eta": -1}}, "eta"),
+        ({"model": {"path": "somewhere"}}, "needs a name of its own"),
     ],
 )
 def test_bad_values(raw, expected) -> None:

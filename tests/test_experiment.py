@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 import fedmllm
 from fedmllm.algorithms import ALGORITHMS
-from fedmllm.config import make_config
+from fedmllm.config import load_config, make_config
 from fedmllm.errors import UserError
 from fedmllm.experiment import run
 from fedmllm.models.mllm import Mllm
@@ -83,7 +84,7 @@ def test_two_runs_are_the_same_to_the_last_bit(tmp_path, mllm: Mllm) -> None:
 
 KILLED = """
 import sys, yaml
-from fedmllm.config import make_config
+from fedmllm.config import load_config, make_config
 from fedmllm.experiment import run
 def listen(event):
     if event["event"] == "round":
@@ -137,6 +138,8 @@ def test_topologies(tmp_path, mllm: Mllm) -> None:
     assert (tmp_path / "local" / "adapter" / "client-02" / "adapter_model.safetensors").exists()
     assert central["history"][0]["clients"] == ["pooled"]
     assert local["bytes"]["up"] == central["bytes"]["up"] == 0
+    assert all(line["bytes_up"] == 0 for line in (*local["history"], *central["history"]))
+    assert "auc_se" not in local["metrics"]["both"]
 
 
 def test_local_is_a_federation_of_one(tmp_path, mllm: Mllm) -> None:
@@ -214,6 +217,23 @@ def test_a_run_folder_is_never_lost(tmp_path, mllm: Mllm) -> None:
     assert (tmp_path / "r" / "result.json").read_bytes() == before
     run(small(seed=3), out=tmp_path / "r", overwrite=True, mllm=mllm)
     assert (tmp_path / "r" / "result.json").read_bytes() != before
+    (tmp_path / "r" / "thesis.txt").write_text("keep")  # a run folder with something else in it
+    with pytest.raises(UserError, match=r"holds 'thesis.txt'"):
+        run(small(seed=4), out=tmp_path / "r", overwrite=True, mllm=mllm)
+    (tmp_path / "r" / "thesis.txt").unlink()
+    before = (tmp_path / "r" / "result.json").read_bytes()
+    with pytest.raises(UserError, match="too few"):  # bad input is found before anything is lost
+        run(
+            small(data={"name": "memes", "train": 2, "test": 8}),
+            out=tmp_path / "r",
+            overwrite=True,
+            mllm=mllm,
+        )
+    assert (tmp_path / "r" / "result.json").read_bytes() == before
+    with pytest.raises(UserError, match="exclude each other"):
+        run(small(), out=tmp_path / "r", overwrite=True, resume=True, mllm=mllm)
+    with pytest.raises(UserError, match="is a file"):
+        run(small(), out=tmp_path / "r" / "result.json" / "x", mllm=mllm)
     stranger = tmp_path / "photos"
     stranger.mkdir()
     (stranger / "mine.txt").write_text("keep")
@@ -222,6 +242,25 @@ def test_a_run_folder_is_never_lost(tmp_path, mllm: Mllm) -> None:
     with pytest.raises(UserError, match="not a run folder"):
         run(small(), out=stranger, resume=True, mllm=mllm)
     assert (stranger / "mine.txt").read_text() == "keep"
+
+
+def test_a_run_killed_before_its_config_can_be_run_again(tmp_path, mllm: Mllm) -> None:
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / "config.yaml.draft").write_text("name")
+    result = run(small(), out=folder, resume=True, mllm=mllm)
+    assert result["status"] == "complete"
+    config = load_config(folder / "config.yaml")  # what a run writes can be run
+    assert config == small()
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path, mllm: Mllm) -> None:
+    run(small(), out=tmp_path / "r", mllm=mllm)
+    other = run(small(scenario="missing"), out=tmp_path / "other", mllm=mllm)
+    assert other["manifest"]["sha256"]
+    shutil.copy(tmp_path / "other" / "manifest.json", tmp_path / "r" / "manifest.json")
+    with pytest.raises(UserError, match="the data changed since this run began"):
+        run(small(), out=tmp_path / "r", resume=True, mllm=mllm)
 
 
 def test_more_parties_than_samples(tmp_path, mllm: Mllm) -> None:

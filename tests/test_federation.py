@@ -16,9 +16,9 @@ class Adders:
     """Client k moves every parameter by k; n_k = k + 1. `order` is the order of arrival."""
 
     def __init__(self, order=None) -> None:
-        self.order = order
+        self.order, self.memory = order, {}
 
-    def train(self, round_, cohort, algorithm, state):
+    def train(self, round_, cohort, algorithm, state, *, lr):
         updates = []
         for position, client in enumerate(cohort):
             k = int(client[-2:])
@@ -61,11 +61,12 @@ def test_updates_are_passed_on_as_soon_as_their_turn_comes() -> None:
             log.append(f"in {index}")
             yield index, updates[index]
 
-    for update in in_order(arrivals()):
+    for update in in_order(arrivals(), 3):
         log.append(f"out {update.client[-1]}")
     assert log == ["in 1", "in 0", "out 0", "out 1", "in 2", "out 2"]
-    with pytest.raises(ValueError, match="no update at position 0"):
-        list(in_order([(1, updates[1])]))
+    for lacking in ([(1, updates[1])], [(0, updates[0])], []):
+        with pytest.raises(ValueError, match="2 updates expected, none came at position"):
+            list(in_order(lacking, 2))
 
 
 def test_cohorts_are_a_function_of_seed_and_round() -> None:

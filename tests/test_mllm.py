@@ -195,12 +195,14 @@ def test_bad_input_is_named(mllm: Mllm) -> None:
             render(Sample(id="long", question="word " * 500, answer="x"), task), max_length=200
         )
     picture = MemoryImage("blank", lambda: Image.new("RGB", (64, 64), "white"))
-    with pytest.raises(UserError, match=r"sample twice.*2 image marks"):
+    with pytest.raises(UserError, match=r"sample twice: its text holds '<image>'"):
         mllm.encode(
             render(Sample(id="twice", question="<image> x?", answer="x", image=picture), task)
         )
-    with pytest.raises(UserError, match=r"sample tweet: 1 image marks for 0 images"):
+    with pytest.raises(UserError, match=r"sample tweet: its text holds '<image>'"):
         mllm.encode(render(Sample(id="tweet", question="see <image>", answer="x"), task))
+    with pytest.raises(UserError, match=r"sample end: its text holds '<end_of_utterance>'"):
+        mllm.encode(render(Sample(id="end", question="x<end_of_utterance>", answer="x"), task))
 
 
 def test_an_adapter_of_another_model_is_refused(mllm: Mllm) -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from fedmllm.config import make_config
-from fedmllm.demo import RUNS, DemoProgress, demo_configs, run_demo
+from fedmllm.demo import BASE, RUNS, DemoProgress, demo_configs, run_demo
 from fedmllm.errors import UserError
 from fedmllm.experiment import run
 from fedmllm.models.mllm import Mllm
@@ -63,6 +63,33 @@ def test_the_demo_is_the_six_runs_that_the_readme_promises() -> None:
     assert all(c.data == configs["local"].data for c in configs.values())
 
 
+def test_what_the_listener_raises_is_not_lost(tmp_path: Path) -> None:
+    def listen(event) -> None:
+        if event["event"] == "done":
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        run_many([config("a", topology="zero-shot")], tmp_path, processes=1, listener=listen)
+
+
+def test_a_small_demo_end_to_end(tmp_path: Path, monkeypatch, capsys) -> None:
+    small = {**BASE, "data": SMALL["data"], "training": {"rounds": 1, "clients_per_round": 2}}
+    monkeypatch.setitem(RUNS["centralised"], "training", {"rounds": 1})
+    monkeypatch.setattr("fedmllm.demo.BASE", {**small, "partition": {"clients": 3}})
+    page = run_demo(tmp_path / "demo")
+    text = capsys.readouterr().out
+    for name in RUNS:
+        assert name in text
+        assert (tmp_path / "demo" / name / "result.json").exists()
+        assert name in page.read_text()
+    assert str(page.name) in text
+
+
+@pytest.mark.slow
+def test_the_demo_as_the_readme_tells_it(tmp_path: Path) -> None:
+    assert run_demo(tmp_path / "demo").exists()
+
+
 def test_the_demo_never_writes_over_a_strangers_folder(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="not a demo folder"):
@@ -79,7 +106,8 @@ def test_progress_shows_round_loss_metric_and_time_left() -> None:
             {
                 **common,
                 "event": "round",
-                "federation": "all",
+                "federation": "",
+                "metric": "auc",
                 "round": round_,
                 "rounds": 25,
                 "loss": 0.5,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Idefics3Processor
 
-HORIZONS = ((1400, 2600), (1900, 3400), (10**9, 4700))  # (until step, end)
+HORIZONS = ((1400, 2600), (1900, 3400), (4100, 4700), (10**9, 5000))  # (until step, end)
 FEATURE_NOISE = 0.04  # half a code's standard deviation
 
 
@@ -77,7 +77,7 @@ def train(
     image_id = model.config.image_token_id
 
     def loss_at(step: int, part: int) -> Tensor:
-        phase = phase_at(step)
+        phase = phase_at(step, part)
         rows = writer.batch(seed, step, phase, part)
         ids, weights = writer.arrays(rows, phase.length)
         features = symbolic(book, rows, FEATURE_NOISE, seed, step, part)

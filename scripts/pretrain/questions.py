@@ -469,6 +469,14 @@ def reading(rng: Random, scene: Scene | None) -> Asked:
     return Asked("reading", "which word is in the text?", word, others, text, False, True)
 
 
+def recall(rng: Random, scene: Scene | None) -> Asked:
+    """The two hardest forms of `reading`: the word after another, and whether a word is there."""
+    asked = reading(rng, scene)
+    while not asked.question.startswith("which word comes") and asked.others != YES_NO:
+        asked = reading(rng, scene)
+    return asked
+
+
 def naming(rng: Random, scene: Scene | None) -> Asked | None:
     """Here ring means kidney. What is the ring? New names for shapes, in the prompt only."""
     names = rng.sample(rng.choice((MEDICAL, CRISIS, THINGS, CONTENT)), 3)
@@ -536,6 +544,7 @@ SCENE_KINDS: dict[str, Ask] = {
 }
 TEXT_KINDS: dict[str, Ask] = {
     "reading": reading,
+    "recall": recall,
     "naming": naming,
     "copy": copying,
     "lookup": lookup,

@@ -99,11 +99,12 @@ def predict(
         str | None,
         typer.Option(help="A free question, instead of the adapter's own task."),
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
 ) -> None:
     """Answer for one image and/or text with a trained adapter."""
     from fedmllm.predict import predict as answer
 
-    answer_, options = answer(adapter, image=image, text=text, question=question)
+    answer_, options = answer(adapter, image=image, text=text, question=question, device=device)
     console = _console()
     console.print(f"[bold]{answer_}[/bold]", highlight=False)
     for option, probability in options:

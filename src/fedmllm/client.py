@@ -41,9 +41,6 @@ class LocalPlan:
     max_grad_norm: float = 1.0
 
 
-OPTIMIZERS = ("adamw", "sgd")
-
-
 def learning_rate(round_: int, *, rounds: int, peak: float, warmup: float = 0.01) -> float:
     """Learning rate of round 1..rounds: linear warm-up over a share of them, then cosine to 0.
 

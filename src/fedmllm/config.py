@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedmllm.algorithms import ALGORITHMS
+from fedmllm.algorithms import ALGORITHMS, make_algorithm
 from fedmllm.data import DATASETS
 from fedmllm.errors import UserError, unknown
 from fedmllm.models import MODELS
@@ -31,6 +31,7 @@ NAMED: tuple[tuple[str, Mapping[str, Any], str, str], ...] = (
 )
 # `scenario: missing` is short for `scenario: {name: missing}`
 SHORTHAND = ("model", "partition", "data", "scenario", "algorithm")
+HASH_KEY = "config_sha256"
 CONDITION_NAMES = ("both", "image_withheld", "text_withheld", "neither")
 
 
@@ -52,7 +53,7 @@ for _tag, _rule, _first in (
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -107,8 +108,8 @@ class EvaluationSection(_Section):
 
     every: int = Field(5, ge=0)
     limit: int | None = Field(None, ge=1)
-    conditions: tuple[Literal["both", "image_withheld", "text_withheld", "neither"], ...] = (
-        CONDITION_NAMES  # type: ignore[assignment]
+    conditions: tuple[Literal["both", "image_withheld", "text_withheld", "neither"], ...] = Field(
+        CONDITION_NAMES, min_length=1
     )
     batch_size: int = Field(64, ge=1)
 
@@ -153,6 +154,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         raise UserError(f"config {str(file)!r} must be a mapping of keys to values")
     raw.setdefault("name", file.stem)
+    raw.pop(HASH_KEY, None)  # a run's own config.yaml can be run again
     return make_config(raw, overrides, source=str(file))
 
 
@@ -231,7 +233,7 @@ def _with_setting(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return raw, []
     raw = dict(raw)
     name = raw.pop("setting")
-    if name not in SETTINGS:
+    if not isinstance(name, str) or name not in SETTINGS:
         return raw, [unknown("setting", name, SETTINGS)]
     partition = raw.get("partition") or {}
     if "scenario" in raw or (isinstance(partition, dict) and "alpha" in partition):
@@ -252,7 +254,7 @@ def _options(
     if not isinstance(given, dict | None):
         return {}, [f"{section}: {given!r} is not a section: give {section}: {{name: {default}}}"]
     given = {"name": default, **(given or {})}
-    if given["name"] not in registry:
+    if not isinstance(given["name"], str) or given["name"] not in registry:
         return {}, [f"{section}.name: {unknown(kind, given['name'], registry)}"]
     allowed = registry[given["name"]].options
     full = {"name": given["name"], **allowed}
@@ -346,11 +348,21 @@ def _combinations(config: Config) -> list[str]:
             f"training.clients_per_round: {training.clients_per_round} of {clients} clients "
             f"cannot be sampled: at most {clients}, or raise partition.clients"
         )
+    if config.model.path is not None and config.model.name in MODELS:
+        problems.append(
+            f"model.name: the model at model.path needs a name of its own, not "
+            f"{config.model.name!r}, e.g. model.name=mine"
+        )
     if training.micro_batch > training.batch_size:
         problems.append(
             f"training.micro_batch: {training.micro_batch} is more than training.batch_size "
             f"{training.batch_size}: the step's samples cannot fill it"
         )
+    try:
+        options = {key: value for key, value in config.algorithm.items() if key != "name"}
+        make_algorithm(config.algorithm["name"], num_clients=clients, **options)
+    except UserError as error:
+        problems.append(f"algorithm: {error}")
     if config.topology != "federated" and config.algorithm["name"] != "fedavg":
         problems.append(
             f"algorithm.name: topology {config.topology} has nothing to aggregate, so "

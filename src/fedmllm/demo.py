@@ -50,7 +50,8 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def demo_configs(seed: int = 0) -> list[Config]:
-    """The six configs; the longest come early so that two processes end together."""
+    """The six configs. The two longest come right after zero-shot, so that both processes end
+    together."""
     configs = []
     for name, change in RUNS.items():
         raw = {"name": name, "seed": seed, **BASE, **change}
@@ -63,6 +64,8 @@ def run_demo(out: Path, *, processes: int = 2) -> Path:
     """Run the six, print the table, write the report; returns the report's path."""
     from fedmllm.report import load_results, summary_table, write_report
 
+    if out.is_file():
+        raise UserError(f"{out} is a file: choose a folder with --out")
     if out.exists() and any(out.iterdir()) and not (out / RUN_MARK).exists():
         raise UserError(f"{out} exists and is not a demo folder: choose another with --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -124,7 +127,7 @@ class DemoProgress:
             self.console.print(f"{event['name']}: {line['state']} {facts} ({left} left)")
 
     def _round(self, event: Mapping[str, Any], line: dict[str, str]) -> None:
-        who = "" if event["federation"] == "all" else f" {event['federation']}"
+        who = f" {event['federation']}" if event["federation"] else ""
         line["round"] = f"{event['round']}/{event['rounds']}{who}"
         line["loss"] = f"{event['loss']:.3f}"
         share = len(event["clients"]) / 10 if event["clients"] != ["pooled"] else 1.0
@@ -133,7 +136,7 @@ class DemoProgress:
         self._metric(event, line)
 
     def _metric(self, event: Mapping[str, Any], line: dict[str, str]) -> None:
-        found = headline(event.get("metrics"))
+        found = headline(event)
         if found:
             line["metric"] = f"{found[0]} {found[1]:.3f}"
 

@@ -57,7 +57,8 @@ class TestSet:
         if self.task.kind == "choice":
             scores = self.mllm.score_options(items, batch_size=batch_size).numpy()
             return choice_metrics(scores, [int(s.label or 0) for s in samples], self.task)
-        answers = self.mllm.generate(items, batch_size=batch_size)
+        longest = max(16, *(len(item.answer) for item in items))
+        answers = self.mllm.generate(items, batch_size=batch_size, max_new_tokens=longest)
         return open_metrics(answers, samples)
 
 

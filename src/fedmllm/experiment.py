@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ import yaml
 from fedmllm import checkpoint, manifest, results
 from fedmllm.algorithms import make_algorithm
 from fedmllm.algorithms.base import Algorithm, Params, ServerState
-from fedmllm.client import LocalPlan
-from fedmllm.config import Config, config_hash
+from fedmllm.client import LocalPlan, learning_rate
+from fedmllm.config import HASH_KEY, Config, config_hash
 from fedmllm.data import load_dataset
 from fedmllm.data.dataset import Dataset
 from fedmllm.data.sample import Sample, Task
@@ -36,9 +37,20 @@ from fedmllm.prompts import render
 
 Event = Mapping[str, Any]
 Listener = Callable[[Event], None]
-EVERYONE = "all"
+EVERYONE = ""  # the federation of all; a local run has one named after each client
 ADAPTER_FACTS = "fedmllm.json"
 CONFIG_FILE = "config.yaml"
+MANIFEST_FILE = "manifest.json"
+# what a run writes; a folder with anything else is never overwritten
+WRITTEN = (
+    f"{CONFIG_FILE}*",
+    f"{MANIFEST_FILE}*",
+    "metrics*.jsonl*",
+    "state",
+    "adapter",
+    "result.json*",
+    "report.html",
+)
 
 
 @dataclass
@@ -83,11 +95,14 @@ def run(
     began = time.perf_counter()
     folder = Path(out) if out is not None else Path("runs") / config.name
     check_folder(folder, config, resume=resume, overwrite=overwrite)
+    _algorithm(config, config.partition.clients)
     dataset = load_dataset(**config.data)
     held = make_manifest(config, dataset)
     mllm = mllm or load_model(config)
+    if resume:
+        _check_manifest(folder / MANIFEST_FILE, held)
     make_folder(folder, config, overwrite=overwrite)  # only now: bad input has lost nothing
-    manifest.save(held, folder / "manifest.json")
+    manifest.save(held, folder / MANIFEST_FILE)
     session = Session(
         config=config,
         folder=folder,
@@ -116,26 +131,34 @@ def run(
 
 
 def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a run folder where something would be lost. Changes nothing."""
-    resolved = folder / CONFIG_FILE
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another run folder with --out")
-    if not folder.exists() or not any(folder.iterdir()):
+    """Refuse a run folder where something would be lost. Changes nothing.
+
+    A folder is ours if it holds nothing but what a run writes; one in which a run was killed
+    before it wrote its config counts as empty.
+    """
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other: give one of them")
+    file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+    if file is not None:
+        raise UserError(f"{file} is a file: choose another run folder with --out")
+    if not folder.exists():
         return
-    if not resolved.exists():
-        does = "overwritten" if overwrite else "gone on with"
+    foreign = sorted(p.name for p in folder.iterdir() if not _is_ours(p))
+    if foreign:
         raise UserError(
-            f"{folder} is not a run folder (no {CONFIG_FILE}): it is not {does}; "
+            f"{folder} is not a run folder, it holds {foreign[0]!r}: nothing in it is touched; "
             "choose another with --out"
         )
-    if overwrite:
+    resolved = folder / CONFIG_FILE
+    if overwrite or not resolved.exists():
         return
     if not resume:
         raise UserError(
             f"run folder {folder} exists: use --resume to go on with it, --overwrite to "
             "replace it, or choose another with --out"
         )
-    if yaml.safe_load(resolved.read_text()).get("config_sha256") != config_hash(config):
+    written = yaml.safe_load(resolved.read_text())
+    if not isinstance(written, dict) or written.get(HASH_KEY) != config_hash(config):
         raise UserError(
             f"run folder {folder} holds a run with another config ({resolved}): "
             "resume it with that config or choose another --out"
@@ -145,13 +168,27 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
 def make_folder(folder: Path, config: Config, *, overwrite: bool) -> None:
     """Make the run folder, which `check_folder` has passed, and write the resolved config."""
     resolved = folder / CONFIG_FILE
-    if overwrite and resolved.exists():
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {**config.model_dump(mode="json"), "config_sha256": config_hash(config)}
+    if overwrite:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    facts = {**config.model_dump(mode="json"), HASH_KEY: config_hash(config)}
     draft = folder / f"{CONFIG_FILE}.draft"
     draft.write_text(yaml.safe_dump(facts, sort_keys=False))
     draft.replace(resolved)
+
+
+def _is_ours(path: Path) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in WRITTEN)
+
+
+def _check_manifest(file: Path, held: manifest.Manifest) -> None:
+    """A run that goes on must go on with the samples that it began with."""
+    if file.exists() and manifest.load(file).sha256 != held.sha256:
+        raise UserError(
+            f"the data changed since this run began: {file} says who held what then; restore the "
+            "data, or start anew with --overwrite or another --out"
+        )
 
 
 def load_model(config: Config) -> Mllm:
@@ -226,7 +263,12 @@ def run_federation(session: Session, federation: Federation) -> Outcome:
             seed=config.seed,
             round_=state.round + 1,
         )
-        lr = runner.lr(state.round + 1)
+        lr = learning_rate(
+            state.round + 1,
+            rounds=federation.rounds,
+            peak=config.training.lr,
+            warmup=config.training.warmup,
+        )
         state, record = run_round(runner, algorithm, state, cohort, lr=lr)
         history.append(_record(session, federation, record, state.params))
         checkpoint.save(folder, checkpoint.Checkpoint(state, runner.memory, history))
@@ -269,9 +311,6 @@ def _runner(session: Session, federation: Federation) -> InProcessRunner:
         samples=samples,
         plan=plan,
         seed=config.seed,
-        rounds=federation.rounds,
-        peak_lr=training.lr,
-        warmup=training.warmup,
     )
 
 
@@ -290,6 +329,8 @@ def _record(
         seconds = time.perf_counter() - began
     line = asdict(record)
     line["clients"] = list(line.pop("cohort"))
+    if session.config.topology != "federated":  # nothing crossed a network
+        line.update(bytes_up=0, bytes_down=0)
     return {**line, "metrics": found, "evaluate_seconds": seconds}
 
 
@@ -313,7 +354,7 @@ def _test(
 
 def _write_history(folder: Path, federation: str, history: list[dict[str, Any]]) -> None:
     """Rewrite metrics.jsonl (or metrics-CLIENT.jsonl for a local run) up to the last round."""
-    name = "metrics.jsonl" if federation == EVERYONE else f"metrics-{federation}.jsonl"
+    name = f"metrics-{federation}.jsonl" if federation else "metrics.jsonl"
     draft = folder / f"{name}.draft"
     draft.unlink(missing_ok=True)
     for record in history:
@@ -325,7 +366,7 @@ def _save_adapter(session: Session, outcomes: list[Outcome]) -> None:
     """adapter/ in PEFT's format; a local run has one per client, under adapter/CLIENT."""
     for outcome in outcomes:
         folder = session.folder / "adapter"
-        if outcome.name != EVERYONE:
+        if outcome.name:
             folder = folder / outcome.name
         session.mllm.set_adapter(outcome.params)
         session.mllm.save_adapter(folder)
@@ -372,8 +413,6 @@ def _result(
         "started": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds"),
         "manifest": results.holdings(held),
     }
-    if config.topology != "federated":  # nothing crossed a network
-        result["bytes"].update(up=0, down=0)
     if config.topology == "local":
         result["per_client"] = {outcome.name: outcome.metrics for outcome in outcomes}
         result["spread"] = {
@@ -385,4 +424,5 @@ def _result(
 
 def _tell(session: Session, kind: str, **facts: Any) -> None:
     elapsed = time.perf_counter() - session.started
-    session.listener({"event": kind, "name": session.config.name, "elapsed": elapsed, **facts})
+    common = {"name": session.config.name, "metric": session.task.metric, "elapsed": elapsed}
+    session.listener({"event": kind, **common, **facts})

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fedmllm.algorithms.base import Algorithm, Params, ServerState, StreamingMean, Update
-from fedmllm.client import LocalPlan, learning_rate, train_client
+from fedmllm.client import LocalPlan, train_client
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.rng import stream
 
@@ -32,10 +32,18 @@ class RoundRecord:
 
 
 class Runner(Protocol):
-    """Where clients train."""
+    """Where clients train. memory: what clients keep between rounds, part of a checkpoint."""
+
+    memory: dict[str, Params]
 
     def train(
-        self, round_: int, cohort: Sequence[str], algorithm: Algorithm, state: ServerState
+        self,
+        round_: int,
+        cohort: Sequence[str],
+        algorithm: Algorithm,
+        state: ServerState,
+        *,
+        lr: float,
     ) -> Iterator[tuple[int, Update]]:
         """Yield (position in the cohort, update) in any order, each once."""
         ...
@@ -57,7 +65,8 @@ def run_round(
     began = time.perf_counter()
     mean = StreamingMean(algorithm.weighting)
     loss, up = 0.0, 0
-    for update in in_order(runner.train(state.round + 1, cohort, algorithm, state)):
+    arrivals = runner.train(state.round + 1, cohort, algorithm, state, lr=lr)
+    for update in in_order(arrivals, len(cohort)):
         mean.fold(update)
         loss += update.metrics.get("loss", 0.0) / len(cohort)
         up += payload(update.delta, *update.extra.values())
@@ -74,11 +83,12 @@ def run_round(
     return algorithm.step(state, mean), record
 
 
-def in_order(arrivals: Iterable[tuple[int, Update]]) -> Iterator[Update]:
+def in_order(arrivals: Iterable[tuple[int, Update]], count: int) -> Iterator[Update]:
     """Updates in cohort order, each as soon as its predecessors are there.
 
     Sums of floats depend on their order; this makes a round's result independent of who was
-    quicker. Only updates that overtook another are held.
+    quicker. Only updates that overtook another are held. Raises ValueError unless all `count`
+    come.
     """
     held: dict[int, Update] = {}
     position = 0
@@ -87,8 +97,8 @@ def in_order(arrivals: Iterable[tuple[int, Update]]) -> Iterator[Update]:
         while position in held:
             yield held.pop(position)
             position += 1
-    if held:
-        raise ValueError(f"no update at position {position}, but later ones came: {sorted(held)}")
+    if position != count:
+        raise ValueError(f"{count} updates expected, none came at position {position}")
 
 
 def payload(*parts: Params) -> int:
@@ -108,16 +118,16 @@ class InProcessRunner:
     samples: Callable[[str], Sequence[Encoded]]
     plan: LocalPlan
     seed: int
-    rounds: int
-    peak_lr: float
-    warmup: float = 0.01
     memory: dict[str, Params] = field(default_factory=dict)
 
-    def lr(self, round_: int) -> float:
-        return learning_rate(round_, rounds=self.rounds, peak=self.peak_lr, warmup=self.warmup)
-
     def train(
-        self, round_: int, cohort: Sequence[str], algorithm: Algorithm, state: ServerState
+        self,
+        round_: int,
+        cohort: Sequence[str],
+        algorithm: Algorithm,
+        state: ServerState,
+        *,
+        lr: float,
     ) -> Iterator[tuple[int, Update]]:
         broadcast: Mapping[str, Params] = {s: state.slots[s] for s in algorithm.broadcast}
         for position, client in enumerate(cohort):
@@ -128,7 +138,7 @@ class InProcessRunner:
                 client=client,
                 round_=round_,
                 seed=self.seed,
-                lr=self.lr(round_),
+                lr=lr,
                 plan=self.plan,
                 objective=algorithm.local,
                 broadcast=broadcast,

@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +23,32 @@ def run_many(
 ) -> dict[str, dict[str, Any]]:
     """Run experiments in order of the list on `processes` processes; results by name.
 
-    Each run's folder is out/NAME and is replaced. The first failure stops those not yet started
-    and is raised.
+    Each run's folder is out/NAME and is replaced. After the first failure those that run end,
+    no other starts, and the failure is raised.
     """
     context = multiprocessing.get_context("spawn")
     events = context.Queue()
     os.environ["OMP_NUM_THREADS"] = "1"
     results: dict[str, dict[str, Any]] = {}
     pump = _Pump(events, listener)
-    with ProcessPoolExecutor(
-        max_workers=min(processes, len(configs)),
-        mp_context=context,
-        initializer=_start_worker,
-        initargs=(events,),
-    ) as pool:
-        waiting: dict[Future[dict[str, Any]], str] = {
-            pool.submit(_run_one, config, out / config.name): config.name for config in configs
-        }
-        try:
-            while waiting:
-                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    results[waiting.pop(future)] = future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-        finally:
-            pump.stop()
+    try:
+        with ProcessPoolExecutor(
+            max_workers=min(processes, len(configs)),
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(events,),
+        ) as pool:
+            names: dict[Future[dict[str, Any]], str] = {
+                pool.submit(_run_one, config, out / config.name): config.name for config in configs
+            }
+            try:
+                for future in as_completed(names):
+                    results[names[future]] = future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        pump.stop()  # the workers have ended: all their events are there
     return results
 
 
@@ -61,20 +58,29 @@ class _Pump:
     def __init__(self, events: Any, listener: Listener) -> None:
         self._events, self._listener = events, listener
         self._stopped = threading.Event()
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
+        """Hand on what is left; raises what the listener raised."""
         self._stopped.set()
         self._thread.join()
+        if self._error is not None:
+            raise self._error
 
     def _loop(self) -> None:
         while True:
             try:
-                self._listener(self._events.get(timeout=0.1))
+                event = self._events.get(timeout=0.1)
             except queue.Empty:
                 if self._stopped.is_set():
                     return
+                continue
+            try:
+                self._listener(event)
+            except Exception as error:
+                self._error = self._error or error
 
 
 def _start_worker(events: Any) -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fedmllm.data.images import ImageFile
@@ -17,7 +19,7 @@ from fedmllm.models.mllm import Mllm
 from fedmllm.prompts import render
 
 
-def load_adapter(folder: Path) -> tuple[Mllm, dict[str, Any]]:
+def load_adapter(folder: Path, device: str = "cpu") -> tuple[Mllm, dict[str, Any]]:
     """The base with the adapter of a run's folder, and the facts the run left beside it.
 
     Raises `UserError` if the folder is no adapter of a run or does not fit its model.
@@ -25,21 +27,25 @@ def load_adapter(folder: Path) -> tuple[Mllm, dict[str, Any]]:
     try:
         facts = json.loads((folder / ADAPTER_FACTS).read_text(encoding="utf-8"))
         weights = load_file(folder / "adapter_model.safetensors")
+        model, lora = facts["model"], facts["lora"]
+        dtype = getattr(torch, model["dtype"])
     except FileNotFoundError as error:
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{ADAPTER_FACTS}"))
+        hint = f"one of {', '.join(inside)} in it" if inside else "`adapter` inside a run folder"
         raise UserError(
             f"{folder} is not the adapter of a run: {Path(error.filename or folder).name} is "
-            "missing; give the folder `adapter` inside a run folder"
+            f"missing; give the folder {hint}"
         ) from error
-    except Exception as error:
-        raise UserError(f"the adapter in {folder} cannot be read: {error}") from error
-    model, lora = facts["model"], facts["lora"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"the adapter in {folder} cannot be read: {error!r}") from error
     mllm = Mllm.load(
         model["name"],
         model_path(model["name"], model["path"]),
         rank=lora["rank"],
         alpha=lora["alpha"],
         dropout=lora["dropout"],
-        device=model["device"],
+        dtype=dtype,
+        device=device,
     )
     mllm.set_adapter(weights)
     return mllm, facts
@@ -51,6 +57,7 @@ def predict(
     image: Path | None = None,
     text: str | None = None,
     question: str | None = None,
+    device: str = "cpu",
 ) -> tuple[str, list[tuple[str, float]]]:
     """The answer and, for a choice task, each option with its probability."""
     if image is None and text is None and question is None:
@@ -58,7 +65,7 @@ def predict(
     source = ImageFile(image) if image is not None else None
     if source is not None:
         source.open()
-    mllm, facts = load_adapter(adapter)
+    mllm, facts = load_adapter(adapter, device)
     task = Task(**{**facts["task"], "classes": tuple(facts["task"]["classes"])})
     sample = Sample(id="input", answer="", image=source, text=text, question=question or "")
     if question is not None or task.kind == "open":

@@ -9,17 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-HEADLINE = ("auc", "macro_f1", "accuracy")
 
-
-def headline(metrics: Mapping[str, Mapping[str, float]] | None) -> tuple[str, float] | None:
-    """The headline metric of a metrics table: AUC, else accuracy."""
-    both = (metrics or {}).get("both", {})
-    for name in HEADLINE:
-        value = both.get(name)
-        if value is not None and not (name == "macro_f1" and "accuracy_open" in both):
-            return name, value
-    return None
+def headline(event: Mapping[str, Any]) -> tuple[str, float] | None:
+    """The headline metric of an event that carries metrics, with both modalities."""
+    name = event.get("metric", "")
+    value = ((event.get("metrics") or {}).get("both") or {}).get(name)
+    return None if value is None else (name, value)
 
 
 class RunProgress:
@@ -63,8 +58,8 @@ class RunProgress:
             self._round(event)
 
     def _round(self, event: Mapping[str, Any]) -> None:
-        name = f"{event['name']} {event['federation']}"
-        measured = headline(event.get("metrics"))
+        name = f"{event['name']} {event['federation']}".strip()
+        measured = headline(event)
         if measured:
             self.facts[name] = f"{measured[0]} {measured[1]:.3f}"
         facts = f"loss {event['loss']:.3f} {self.facts.get(name, '')}"

@@ -60,6 +60,7 @@ def commit() -> str | None:
     """The commit of the source tree, with "+" when it has uncommitted changes; None elsewhere."""
     here = Path(__file__).resolve().parent
     try:
+        _git(here, "ls-files", "--error-unmatch", __file__)  # not a repository around a venv
         head = _git(here, "rev-parse", "--short=12", "HEAD")
         dirty = _git(here, "status", "--porcelain", "--untracked-files=no", "--", str(here))
     except (OSError, subprocess.SubprocessError):
@@ -80,13 +81,17 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def mean_metrics(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Metrics of the only federation, or their mean over the clients of a local run."""
+    """Metrics of the only federation, or their mean over the clients of a local run.
+
+    A mean over clients has no standard error of one test set; its spread stands beside it.
+    """
     if len(found) == 1:
         return found[0]
     return {
         condition: {
             name: spread["mean"]
             for name, spread in mean_over([metrics[condition] for metrics in found]).items()
+            if not name.endswith("_se")
         }
         for condition in found[0]
     }

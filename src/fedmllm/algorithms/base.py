@@ -136,7 +136,7 @@ class LocalObjective:
 class Algorithm:
     """A federated algorithm.
 
-    name: registry name. init_slots: names of the state that starts at zero or at a constant.
+    name: registry name. init: the first state, with the slots that the step needs.
     step: the server optimiser. local: what clients add. broadcast: slots sent to the clients.
     """
 

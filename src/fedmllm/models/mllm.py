@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -93,11 +94,14 @@ class Mllm:
         self.model = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        if not getattr(processor, "chat_template", None):
+            raise UserError(f"model {name!r} has no chat template: its processor needs one")
         self.device = next(model.parameters()).device
         self.features = FeatureCache()
         self.trainable: dict[str, nn.Parameter] = dict(sorted(_adapter_parameters(model).items()))
         self.layer_of, self.num_layers = _layers(model, self.trainable)
         self._answers: dict[str, tuple[int, ...]] = {}
+        self.specials = sorted({IMAGE, *self.tokenizer.all_special_tokens})
         self._image_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
 
     @classmethod
@@ -176,16 +180,11 @@ class Mllm:
         Raises `UserError` naming the sample if it is longer than `max_length` tokens.
         """
         sample = prompted.sample
+        self._check_words(prompted)
         text = self.processor.apply_chat_template(
             _messages(prompted.turns), add_generation_prompt=True, tokenize=False
         )
         prompt = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        marks = prompt.count(self._image_id)
-        if marks != (sample.image is not None):
-            raise UserError(
-                f"sample {sample.id}: {marks} image marks for "
-                f"{int(sample.image is not None)} images: remove {IMAGE} from its text"
-            )
         if sample.image is not None:
             prompt = self._expand_image(prompt, self.image_features(sample.image))
         encoded = Encoded(
@@ -202,6 +201,17 @@ class Mllm:
                 "shorten its text or raise training.max_length"
             )
         return encoded
+
+    def _check_words(self, prompted: Prompted) -> None:
+        """Refuse text that spells a special token: it would end a turn or stand for an image."""
+        words = [word for turn in prompted.turns for word in turn]
+        words[0] = words[0].removeprefix(IMAGE)
+        for special in self.specials:
+            if any(special in word for word in words):
+                raise UserError(
+                    f"sample {prompted.sample.id}: its text holds {special!r}, which means "
+                    f"something else to {self.name}: remove it"
+                )
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """Token ids of an assistant turn, from the first token after the generation prompt."""
@@ -402,7 +412,7 @@ def load_base(path: str | Path, *, dtype: torch.dtype, device: str) -> tuple[Any
     try:
         model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
         processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"cannot load model {str(path)!r}: {first}") from error
     model.requires_grad_(False)
