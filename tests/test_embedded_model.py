@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from pretrain.common import Codebook, build_model  # noqa: E402
-from pretrain.dialogues import PHASES, Turn, Writer  # noqa: E402
+from pretrain.curriculum import PHASES  # noqa: E402
+from pretrain.dialogues import Turn, Writer  # noqa: E402
 from pretrain.gate import (  # noqa: E402
     NEEDED_CHOICE,
     NEEDED_OPEN,

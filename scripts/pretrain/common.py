@@ -27,7 +27,7 @@ IMAGE_TOKENS = 16
 MAX_POSITIONS = 1024
 
 
-def idefics3_config(vocab_size: int, ids: dict[str, int]) -> Idefics3Config:
+def idefics3_config(vocab_size: int, ids: dict[str, int], bias: bool = True) -> Idefics3Config:
     """The architecture. `ids` holds the special tokens' ids: pad, bos, eos, image."""
     return Idefics3Config(
         vision_config={
@@ -47,7 +47,7 @@ def idefics3_config(vocab_size: int, ids: dict[str, int]) -> Idefics3Config:
             "num_key_value_heads": HEADS,
             "vocab_size": vocab_size,
             "max_position_embeddings": MAX_POSITIONS,
-            "attention_bias": True,
+            "attention_bias": bias,
             "tie_word_embeddings": True,
             "pad_token_id": ids["pad"],
             "bos_token_id": ids["bos"],
@@ -63,11 +63,14 @@ def idefics3_config(vocab_size: int, ids: dict[str, int]) -> Idefics3Config:
 
 
 def build_model(
-    vocab_size: int, ids: dict[str, int], seed: int
+    vocab_size: int, ids: dict[str, int], seed: int, *, bias: bool = True
 ) -> Idefics3ForConditionalGeneration:
-    """An untrained model; eager attention, which torch.compile makes twice as fast as SDPA here."""
+    """An untrained model; eager attention, which torch.compile makes twice as fast as SDPA here.
+
+    `bias`: whether the language model's attention has biases, which the wired start needs.
+    """
     torch.manual_seed(stream_seed(seed, "embedded-init"))
-    config = idefics3_config(vocab_size, ids)
+    config = idefics3_config(vocab_size, ids, bias)
     config._attn_implementation = "eager"
     model = Idefics3ForConditionalGeneration(config)
     nn.init.normal_(model.model.text_model.embed_tokens.weight, std=0.05)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from pretrain.common import SEED, Codebook, Trainer, join_world, run_stage
-from pretrain.dialogues import PHASES, Row, Writer, phase_at
+from pretrain.curriculum import PHASES, phase_at
+from pretrain.dialogues import Row, Writer
 from pretrain.wiring import wire
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,7 +27,7 @@ def embedded(text_model: nn.Module, ids: Tensor, features: Tensor, image_id: int
 def symbolic(
     book: Codebook, rows: list[Row], noise: float, seed: int, step: int, part: int = 0
 ) -> Tensor:
-    """Codes of the rows that show a scene, with noise of a strength drawn per row."""
+    """Codes (B', 16, W) of the B' rows that show a scene, with noise drawn per row."""
     scenes = [row.scene for row in rows if row.scene is not None]
     if not scenes:
         return torch.zeros(0)
@@ -54,7 +55,7 @@ def answer_loss(hidden: Tensor, head: Tensor, ids: np.ndarray, weights: np.ndarr
 
 
 def horizon(step: int) -> int:
-    """The step at which the rate would end; put off twice while the recipe was being found."""
+    """Where the rate would end; put off three times while the recipe was being found."""
     return next(end for until, end in HORIZONS if step < until)
 
 

@@ -1,8 +1,8 @@
 """A start that already holds the two circuits that binding needs, written into the random weights.
 
-Without them letters stayed at chance for 1,000 steps (docs/embedded-model.md): to learn that the
-letter stands two tokens before its word is worth nothing until words are matched, and the reverse.
-Nothing is frozen: training is free to undo all of this.
+To learn that the letter stands two tokens before its word is worth nothing until words are
+matched, and the reverse. Nothing is frozen: training is free to undo all of this. It is a help, not
+the cure: the cure was one question a row, which also worked without it (docs/embedded-model.md).
 
 1. Looking back: heads of the first layers attend to the token 1, 2 or 3 places earlier, by biases.
 2. Matching: in the middle layers, query and key of some heads are the same random map, at slow

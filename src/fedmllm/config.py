@@ -32,7 +32,7 @@ NAMED: tuple[tuple[str, Mapping[str, Any], str, str], ...] = (
 # `scenario: missing` is short for `scenario: {name: missing}`
 SHORTHAND = ("model", "partition", "data", "scenario", "algorithm")
 HASH_KEY = "config_sha256"
-CONDITION_NAMES = ("both", "image_withheld", "text_withheld", "neither")
+CONDITION_NAMES: Any = ("both", "image_withheld", "text_withheld", "neither")
 
 
 class _Loader(yaml.SafeLoader):
@@ -179,7 +179,7 @@ def make_config(
         problems += lines
     if config is not None:
         config = config.model_copy(update=chosen)
-        problems += _combinations(config)
+        problems += _combinations(config) if all(chosen.values()) else []
     if problems:
         listed = "\n".join(f"  - {line}" for line in dict.fromkeys(problems))
         count = len(dict.fromkeys(problems))
