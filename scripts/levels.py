@@ -17,6 +17,7 @@ from typing import Any
 from keep_results import keep
 
 from fedmllm.config import Config, config_hash, make_config
+from fedmllm.models import model_path, weights_digest
 from fedmllm.parallel import run_many
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,9 +61,13 @@ def level_config(task: str, arm: str, seed: int) -> Config:
 
 
 def is_done(config: Config) -> bool:
-    """Whether the committed result is of this very config."""
+    """Whether the committed result is of this very config and base model."""
     file = RESULTS / config.name / "result.json"
-    return file.exists() and json.loads(file.read_text())["config_sha256"] == config_hash(config)
+    if not file.exists():
+        return False
+    result = json.loads(file.read_text())
+    base = weights_digest(model_path(config.model.name, config.model.path))
+    return result["config_sha256"] == config_hash(config) and result["base_sha256"] == base
 
 
 def listen(event: Mapping[str, Any], work: Path) -> None:

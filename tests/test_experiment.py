@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from fedmllm.algorithms import ALGORITHMS
 from fedmllm.config import load_config, make_config
 from fedmllm.errors import UserError
 from fedmllm.experiment import run
+from fedmllm.models import model_path
 from fedmllm.models.mllm import Mllm
 from fedmllm.scenarios import SETTINGS
 
@@ -66,6 +68,8 @@ def test_the_folder_of_a_run(tmp_path, mllm: Mllm) -> None:
     assert one == sum(v.nbytes for v in adapter(folder).values())
     assert result["bytes"]["up"] == result["bytes"]["down"] == one * 2 * 2
     assert result["parameters"]["trainable"] * 4 == one
+    weights = Path(model_path("embedded")) / "model.safetensors"
+    assert result["base_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     for key in ("versions", "hardware", "seed", "config_sha256", "time", "peak_memory_bytes"):
         assert result[key] is not None
     kinds = [event["event"] for event in events]

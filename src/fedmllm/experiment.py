@@ -31,7 +31,7 @@ from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.evaluation import TestSet, mean_over
 from fedmllm.federation import InProcessRunner, RoundRecord, cohort_of, payload, run_round
-from fedmllm.models import model_path
+from fedmllm.models import model_path, weights_digest
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.prompts import render
 
@@ -392,6 +392,7 @@ def _result(
         "config": config.model_dump(mode="json"),
         "config_sha256": config_hash(config),
         "seed": config.seed,
+        "base_sha256": weights_digest(model_path(config.model.name, config.model.path)),
         "task": asdict(session.task),
         "metrics": results.mean_metrics([outcome.metrics for outcome in outcomes]),
         "history": results.mean_history([outcome.history for outcome in outcomes]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,3 +32,18 @@ def model_path(name: str, path: str | None = None) -> str:
     if name not in MODELS:
         raise UserError(unknown("model", name, MODELS) + ", or give model.path")
     return MODELS[name].path
+
+
+def weights_digest(path: str, *, limit: int = 2**30) -> str | None:
+    """SHA-256 over the weight files of a folder, so that a result says which base it is of.
+
+    None for a hub name, and for more than `limit` bytes, where hashing would take longer than a
+    person waits.
+    """
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    if not files or sum(file.stat().st_size for file in files) > limit:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
