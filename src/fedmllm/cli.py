@@ -69,8 +69,8 @@ def run(
     page = write_report(found, folder / "report.html", title=config.title or config.name)
     _console().print(summary_table(found, width=_console().width))
     for problem in problems:
-        _console().print(problem)
-    _console().print(f"report  {page}\nresult  {folder / 'result.json'}")
+        _console().print(problem, soft_wrap=True)
+    _console().print(f"report  {page}\nresult  {folder / 'result.json'}", soft_wrap=True)
 
 
 @app.command()
@@ -124,8 +124,8 @@ def report(
     page = write_report(found, out, title=title, problems=problems)
     _console().print(summary_table(found, width=_console().width))
     for problem in problems:
-        _console().print(problem)
-    _console().print(f"report  {page}")
+        _console().print(problem, soft_wrap=True)
+    _console().print(f"report  {page}", soft_wrap=True)
 
 
 @app.command()

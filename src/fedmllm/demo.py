@@ -79,7 +79,9 @@ def run_demo(out: Path, *, processes: int = 2) -> Path:
     found, problems = load_results([out / name for name in RUNS])
     page = write_report(found, out / "report.html", title=TITLE, problems=problems)
     console.print(summary_table(found, width=console.width))
-    console.print(f"{time.perf_counter() - began:.0f} s.  Open the report: {page.resolve()}")
+    console.print(
+        f"{time.perf_counter() - began:.0f} s.  Open the report: {page.resolve()}", soft_wrap=True
+    )
     return page
 
 
@@ -124,7 +126,8 @@ class DemoProgress:
         elif event["event"] in ("start", "done") or event.get("metrics"):
             facts = " ".join(f"{key} {value}" for key, value in line.items() if key != "state")
             left = self.left()
-            self.console.print(f"{event['name']}: {line['state']} {facts} ({left} left)")
+            text = f"{event['name']}: {line['state']} {facts} ({left} left)"
+            self.console.print(text, soft_wrap=True)
 
     def _round(self, event: Mapping[str, Any], line: dict[str, str]) -> None:
         who = f" {event['federation']}" if event["federation"] else ""
