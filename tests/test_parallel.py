@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from io import StringIO
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from fedmllm.config import make_config
@@ -61,6 +65,42 @@ def test_the_demo_is_the_six_runs_that_the_readme_promises() -> None:
         ]
     )
     assert all(c.data == configs["local"].data for c in configs.values())
+
+
+KILLED = """
+import sys, yaml
+from pathlib import Path
+from fedmllm.config import make_config
+from fedmllm.parallel import run_many
+if __name__ == "__main__":
+    raw = yaml.safe_load(sys.argv[1])
+    tell = lambda event: print(event["event"], flush=True)
+    run_many([make_config(raw)], Path(sys.argv[2]), processes=1, listener=tell)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "many.py"
+    script.write_text(KILLED)
+    raw = {"name": "long", **SMALL, "training": {"rounds": 500, "clients_per_round": 1}}
+    parent = subprocess.Popen(
+        [sys.executable, script, yaml.safe_dump(raw), tmp_path / "out"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    for line in parent.stdout:
+        if line.strip() == "round":
+            break
+    parent.kill()
+    parent.wait(timeout=30)
+    lines = tmp_path / "out" / "long" / "metrics.jsonl"
+    deadline, rounds = time.monotonic() + 60, -1
+    while rounds != (now := len(lines.read_text().splitlines())):
+        assert time.monotonic() < deadline, "the worker trains on without its parent"
+        rounds = now
+        time.sleep(3)
+    assert rounds < 500
 
 
 def test_what_the_listener_raises_is_not_lost(tmp_path: Path) -> None:

@@ -86,8 +86,17 @@ class _Pump:
 def _start_worker(events: Any) -> None:
     global _EVENTS
     _EVENTS = events
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed has nobody to work for."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_one(config: Config, folder: Path) -> dict[str, Any]:
