@@ -1,5 +1,7 @@
 """The model that ships with the package: it loads offline, sees, reads and knows its letters."""
 
+import hashlib
+import json
 import string
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fedmllm.data.scenes import COLOURS, KINDS, draw, sample_scene
+from fedmllm.models import model_path
 from fedmllm.prompts import IMAGE
 from fedmllm.rng import stream
 
@@ -187,8 +190,19 @@ def test_codebook_and_untrained_weights_depend_on_the_seed_alone():
 
 
 # ---------------------------------------------------------------- what it knows
-def test_it_still_passes_a_small_gate(reader):
-    """200 questions each; three standard errors below the gate that the full run must pass."""
+def test_the_committed_gate_is_of_the_shipped_weights(reader):
+    """The file's hash is the weights', and 100 questions a kind agree with it to four s.e."""
+    facts = json.loads((ROOT / "results" / "embedded-gate.json").read_text())
+    weights = Path(model_path("embedded"), "model.safetensors").read_bytes()
+    assert facts["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    for kind in ("exist", "count", "rule"):
+        told = facts["gate"]["open"][kind]["accuracy"]
+        found = sum(open_marks(reader, gate_items(kind, False, 100))) / 100
+        assert abs(found - told) <= 4 * (max(told * (1 - told), 0.01) / 100) ** 0.5, kind
+
+
+def test_yes_no_and_letters_do_not_fall(reader):
+    """A floor for 200 questions each; whether the whole gate is passed, its result file says."""
     yes_no = open_marks(reader, gate_items("exist", False, 200))
     letters = [
         mark

@@ -23,7 +23,6 @@ from fedmllm.rng import stream, stream_seed
 SEED = 20260
 WIDTH, LAYERS, HEADS, MLP = 128, 6, 4, 384  # language model
 VISION_WIDTH, VISION_LAYERS, VISION_HEADS, VISION_MLP = 128, 4, 4, 384
-IMAGE_TOKENS = 16
 MAX_POSITIONS = 1024
 
 

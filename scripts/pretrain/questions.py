@@ -301,11 +301,6 @@ def caption(rng: Random, scene: Scene) -> Asked:
 
 
 # ---------------------------------------------------------------- text and image together
-def filler(rng: Random, most: int = 4) -> str:
-    """Up to `most` arbitrary words."""
-    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(0, most)))
-
-
 def _neutral(rng: Random, most: int = 4) -> str:
     """Up to `most` words that name no thing, colour or negation."""
     words = (rng.choice(WORDS) for _ in range(rng.randint(0, most)))

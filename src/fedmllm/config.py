@@ -193,6 +193,11 @@ def config_hash(config: Config) -> str:
     return config_digest(config.model_dump(mode="json"))
 
 
+def options_of(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A named section's own options: all of it but the name."""
+    return {key: value for key, value in section.items() if key != "name"}
+
+
 # -- problems ----------------------------------------------------------------------------------
 
 
@@ -276,7 +281,7 @@ def _options(
             full[key] = float(value) if number else value
     if section == "scenario" and not problems:  # scenarios check their own values
         try:
-            check_options(full["name"], {k: v for k, v in full.items() if k != "name"})
+            check_options(full["name"], options_of(full))
         except UserError as error:
             problems.append(f"scenario: {error}")
     return full, problems
@@ -359,8 +364,9 @@ def _combinations(config: Config) -> list[str]:
             f"{training.batch_size}: the step's samples cannot fill it"
         )
     try:
-        options = {key: value for key, value in config.algorithm.items() if key != "name"}
-        make_algorithm(config.algorithm["name"], num_clients=clients, **options)
+        make_algorithm(
+            config.algorithm["name"], num_clients=clients, **options_of(config.algorithm)
+        )
     except UserError as error:
         problems.append(f"algorithm: {error}")
     if config.topology != "federated" and config.algorithm["name"] != "fedavg":

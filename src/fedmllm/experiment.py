@@ -24,7 +24,7 @@ from fedmllm import checkpoint, manifest, results
 from fedmllm.algorithms import make_algorithm
 from fedmllm.algorithms.base import Algorithm, Params, ServerState
 from fedmllm.client import LocalPlan, learning_rate
-from fedmllm.config import HASH_KEY, Config, config_hash
+from fedmllm.config import HASH_KEY, Config, config_hash, options_of
 from fedmllm.data import load_dataset
 from fedmllm.data.dataset import Dataset
 from fedmllm.data.sample import Sample, Task
@@ -206,7 +206,6 @@ def load_model(config: Config) -> Mllm:
 
 def make_manifest(config: Config, dataset: Dataset) -> manifest.Manifest:
     """Who holds what, drawn from the seed."""
-    options = {key: value for key, value in config.scenario.items() if key != "name"}
     return manifest.build_manifest(
         config.data["name"],
         dataset,
@@ -214,7 +213,7 @@ def make_manifest(config: Config, dataset: Dataset) -> manifest.Manifest:
         partition=config.partition.name,
         alpha=config.partition.alpha,
         scenario=config.scenario["name"],
-        scenario_options=options,
+        scenario_options=options_of(config.scenario),
         seed=config.seed,
     )
 
@@ -278,8 +277,8 @@ def run_federation(session: Session, federation: Federation) -> Outcome:
 
 
 def _algorithm(config: Config, clients: int) -> Algorithm:
-    options = {key: value for key, value in config.algorithm.items() if key != "name"}
-    return make_algorithm(config.algorithm["name"], num_clients=clients, **options)
+    name, options = config.algorithm["name"], options_of(config.algorithm)
+    return make_algorithm(name, num_clients=clients, **options)
 
 
 def _runner(session: Session, federation: Federation) -> InProcessRunner:

@@ -87,7 +87,6 @@ def _start_worker(events: Any) -> None:
     global _EVENTS
     _EVENTS = events
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -32,7 +32,6 @@ from fedmllm.prompts import IMAGE, Prompted
 from fedmllm.rng import stream_seed
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-IGNORE = -100  # label of a token that is not learnt (torch's convention)
 
 
 @dataclass(frozen=True)
