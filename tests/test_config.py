@@ -62,6 +62,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_match() -> None:
         ),
         ({"model": {"name": "embeded"}}, "did you mean 'embedded'?"),
         ({"evaluation": {"limit": 1}}, "at least 2 samples"),
+        ({"scenario": {"name": "cross", "images": 12}}, "images is 12, but there are 10 clients"),
         ({"training": {"rounds": -1}}, "training.rounds: -1 must be greater than or equal to 0"),
         ({"training": {"rounds": 2.5}}, "training.rounds: 2.5 must be a valid integer"),
         ({"training": {"rounds": True}}, "training.rounds: True must be a valid integer"),

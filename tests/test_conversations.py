@@ -120,12 +120,6 @@ def test_ready_parties_become_clients(folder):
     assert list(client_samples(manifest, dataset)) == ["east", "north"]
 
 
-def test_files_may_be_listed(folder):
-    write(folder, "a.json", [item()])
-    dataset = load(folder, parties=["parties/north.json", "a.json"])
-    assert list(dataset.parties) == ["a", "north"]
-
-
 def test_the_test_file_is_no_party_though_the_pattern_matches(folder):
     write(folder, "a.json", [item()])
     assert list(load(folder, parties="*.json").parties) == ["a"]
@@ -288,8 +282,6 @@ def test_a_long_list_of_problems_is_cut(folder):
         ({"root": ""}, "needs data.root"),
         ({"root": "/nowhere/at/all"}, "does not exist or is not a folder"),
         ({"parties": "none/*.json"}, "no party files"),
-        ({"parties": []}, "no party files"),
-        ({"parties": ["parties/south.json"]}, "south.json: the file does not exist"),
         ({"parties": "/abs/*.json"}, "is not a pattern within root"),
         ({"parties": ""}, "is not a pattern within root"),
         ({"test": "absent.json"}, "absent.json: the file does not exist"),

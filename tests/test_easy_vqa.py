@@ -3,14 +3,13 @@
 import sys
 from collections import Counter
 
+import easy_vqa
 import pytest
 
 from fedmllm.data import DATASETS, load_dataset
 from fedmllm.errors import UserError
 from fedmllm.manifest import build_manifest
 from fedmllm.prompts import render
-
-easy_vqa = pytest.importorskip("easy_vqa")
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ GOLDEN = {
     (
         "hospitals",
         "missing-b0.5",
-    ): "ec0602e53f7b334aec3c8c9e84d92de61f9fdf8849baccd35e1b91a0dae10f6d",
+    ): "a361a9a13f0cd23f5479e841a24ba8c7a93b51919b17624788bf42a29aa1c441",
 }
 
 
@@ -154,11 +154,11 @@ def test_a_modality_that_nobody_holds_is_noted():
     assert build(memes()).notes == ()
 
 
-def test_a_flashcard_keeps_its_question_in_every_scenario():
+def test_a_question_is_never_withheld():
     manifest = build(medical(), scenario="missing", scenario_options={"beta": 1.0})
     rows = [row for client in manifest.clients for row in client.rows]
-    assert {row[1:] for row in rows if row[0].startswith("f")} == {(False, True)}
-    assert {row[1:] for row in rows if row[0].startswith("q")} == {(False, False)}
+    assert {row[0][0] for row in rows} == {"f", "q"}
+    assert {row[1:] for row in rows} == {(False, True)}
     samples = client_samples(manifest, medical())
     assert all(sample.question == "q?" for party in samples.values() for sample in party)
 
@@ -217,6 +217,14 @@ def test_holdings_count_a_sample_by_what_it_has():
     summary = holdings(build(medical()))[0]
     assert summary.counts == {"all": {"image+text": 0, "image": 6, "text": 4, "neither": 0}}
     assert summary.profile == {"image+text": 0.0, "image": 0.6, "text": 0.4, "neither": 0.0}
+
+
+def test_a_question_that_lost_its_image_counts_as_text():
+    summaries = holdings(build(medical(), "missing-b0.5", clients=1))
+    counts = summaries[0].counts["all"]
+    assert counts["neither"] == 0
+    assert counts["text"] > 4  # more than the flashcards
+    assert counts["image"] + counts["text"] == summaries[0].samples
 
 
 def test_a_modality_that_a_sample_never_had_is_not_kept():

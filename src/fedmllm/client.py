@@ -32,8 +32,8 @@ class LocalPlan:
     """
 
     epochs: int = 1
-    batch_size: int = 4
-    micro_batch: int = 1
+    batch_size: int = 8
+    micro_batch: int = 8
     optimizer: str = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95

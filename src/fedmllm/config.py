@@ -21,7 +21,7 @@ from fedmllm.data import DATASETS
 from fedmllm.errors import UserError, unknown
 from fedmllm.models import MODELS
 from fedmllm.report.loading import config_digest
-from fedmllm.scenarios import SCENARIOS, SETTINGS, check_options
+from fedmllm.scenarios import SCENARIOS, SETTINGS, assign, check_options
 
 # sections whose options come from a registry: (section, registry, what it lists, default name)
 NAMED: tuple[tuple[str, Mapping[str, Any], str, str], ...] = (
@@ -363,6 +363,15 @@ def _combinations(config: Config) -> list[str]:
             f"training.micro_batch: {training.micro_batch} is more than training.batch_size "
             f"{training.batch_size}: the step's samples cannot fill it"
         )
+    try:  # draws nothing of weight: who holds what by name alone
+        assign(
+            config.scenario["name"],
+            [str(client) for client in range(clients)],
+            options=options_of(config.scenario),
+            seed=config.seed,
+        )
+    except UserError as error:
+        problems += [] if ready else [f"scenario: {error}"]
     try:
         make_algorithm(
             config.algorithm["name"], num_clients=clients, **options_of(config.algorithm)

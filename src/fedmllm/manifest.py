@@ -4,8 +4,8 @@ A manifest is the product of partition and scenario, written down. It has a hash
 runs can be shown to have trained on the same holdings, and it needs no dataset to be read.
 
 What a row keeps is what is left of the sample: a modality that the sample never had is not kept.
-The question of an open sample is never withheld. A sample that is only its question (a medical
-flashcard) has nothing to withhold; its question counts as its text in every scenario.
+The question of an open sample is never withheld: without an image (a medical flashcard, an image
+question that lost its image) it counts as text.
 """
 
 from __future__ import annotations
@@ -293,10 +293,10 @@ def _holding(name: str, samples: Sequence[Sample], assignment: Assignment) -> Cl
 
 
 def _row(sample: Sample, keep: Keep) -> Row:
-    has_image, has_text = sample.image is not None, sample.text is not None
-    if not has_image and not has_text:
-        return sample.id, False, True  # only its question, which stays
-    return sample.id, keep[0] and has_image, keep[1] and has_text
+    image, text = keep[0] and sample.image is not None, keep[1] and sample.text is not None
+    if sample.question and not image:
+        return sample.id, False, True  # its question, which stays, is text
+    return sample.id, image, text
 
 
 def _class_names(dataset: Dataset) -> tuple[str, ...]:

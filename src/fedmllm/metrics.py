@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import rankdata, t
@@ -18,15 +17,6 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 from fedmllm.errors import UserError
 from fedmllm.rng import stream
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A headline metric. compute: (truth, predictions or scores, …) -> float."""
-
-    summary: str
-    compute: Callable[..., float]
-    higher_is_better: bool = True
 
 
 def auc(labels: Sequence[int], scores: Sequence[float]) -> float:
@@ -141,12 +131,6 @@ def mean_and_ci(values: Sequence[float], level: float = 0.95) -> tuple[float, fl
     quantile = t.ppf((1 + level) / 2, n - 1)
     return mean, float(quantile * np.std(values, ddof=1) / math.sqrt(n))
 
-
-METRICS: dict[str, Metric] = {
-    "auc": Metric("area under the ROC curve, binary choice", auc),
-    "macro_f1": Metric("mean F1 over all classes of the task", macro_f1),
-    "accuracy": Metric("exact match after VQA normalisation", accuracy),
-}
 
 # --- VQA normalisation -------------------------------------------------------------------
 

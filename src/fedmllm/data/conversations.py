@@ -58,7 +58,7 @@ class _Reader:
 def load(
     *,
     root: str | Path = "",
-    parties: str | Sequence[str] = "parties/*.json",
+    parties: str = "parties/*.json",
     test: str = "test.json",
     task: str = "open",
     classes: Sequence[str] = (),
@@ -68,8 +68,8 @@ def load(
 ) -> Dataset:
     """Load conversations of ready-made parties.
 
-    root: data folder. parties: a pattern or a list of files, relative to root; a party bears its
-    file's name without the ending. test: the file of test samples. task: ``open`` (accuracy) or
+    root: data folder. parties: a pattern of files, relative to root; a party bears its file's
+    name without the ending. test: the file of test samples. task: ``open`` (accuracy) or
     ``choice`` over `classes`, asked by `question` (with ``{modality}``); metric for choice:
     ``macro_f1`` (default), or ``auc`` for two classes. verify: read every image's header now.
 
@@ -119,15 +119,12 @@ def _check_classes(classes: tuple[str, ...], metric: str) -> None:
         raise UserError(f"metric 'auc' is for two classes, not {len(classes)}: use macro_f1")
 
 
-def _party_files(root: Path, parties: str | Sequence[str], test: Path) -> list[Path]:
+def _party_files(root: Path, parties: str, test: Path) -> list[Path]:
     """The parties' files in order of their names."""
-    if isinstance(parties, str):
-        try:
-            found = [file for file in root.glob(parties) if file.is_file() and file != test]
-        except (NotImplementedError, ValueError) as error:
-            raise UserError(f"parties {parties!r} is not a pattern within root: {error}") from error
-    else:
-        found = [root / name for name in parties]
+    try:
+        found = [file for file in root.glob(parties) if file.is_file() and file != test]
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(f"parties {parties!r} is not a pattern within root: {error}") from error
     if not found:
         raise UserError(
             f"no party files: nothing in {root} matches {parties!r}; put one JSON file per party "

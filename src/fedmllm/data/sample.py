@@ -29,7 +29,7 @@ class Task:
 
     name: registry name, e.g. ``memes``.
     kind: ``choice`` (multiple choice over `classes`) or ``open`` (free answers).
-    metric: headline metric, a key of `fedmllm.metrics.METRICS`: ``auc``, ``macro_f1`` or
+    metric: headline metric, one of `fedmllm.metrics`: ``auc``, ``macro_f1`` or
         ``accuracy``. Higher is better for all three.
     classes: options in order (A), (B), …; empty for open tasks.
     question: for choice tasks, the question with ``{modality}`` where the words that name the
