@@ -160,7 +160,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     input_modalities = ["image", "text"]  # noqa: RUF012 (as in transformers)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (as in transformers)
     _no_split_modules = [  # noqa: RUF012 (as in transformers)
         "Qwen2DecoderLayer",
         "LlamaDecoderLayer",

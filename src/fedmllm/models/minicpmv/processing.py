@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from PIL import Image
@@ -14,6 +15,7 @@ from fedmllm.models.minicpmv.image_processing import flat_images
 
 IMAGE = "<image>"
 PLACEHOLDER = "<unk>"
+ORDINARY_PAD = "!"  # what 2.5 pads with; with a true mask any token will do
 
 _CONTENT = """
 {%- macro words(content) -%}
@@ -68,11 +70,16 @@ class MiniCPMVProcessor(ProcessorMixin):
     ) -> None:
         self.image_token = IMAGE
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-        if tokenizer.pad_token in (None, "!"):
-            # 2.5 pads with "!", an ordinary word; with a true mask any token pads
+        if tokenizer.pad_token in (None, ORDINARY_PAD):
             tokenizer.pad_token = tokenizer.eos_token
         template = chat_template or CHAT_TEMPLATES[version_of(image_processor.version).name]
         super().__init__(image_processor, tokenizer, chat_template=template)
+
+    @property
+    def control_tokens(self) -> list[str]:
+        """Words that mean something else than themselves, which no sample's text may hold."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return sorted({t.content for t in added if t.special and t.content != ORDINARY_PAD})
 
     def __call__(
         self,
@@ -115,7 +122,7 @@ class MiniCPMVProcessor(ProcessorMixin):
             nested = [flat_images(row or []) for row in images]
         else:
             rest = iter(flat_images([] if images is None else images))
-            nested = [[i for i, _ in zip(rest, range(n), strict=False)] for n in counts]
+            nested = [list(islice(rest, count)) for count in counts]
             nested[-1] += list(rest)
         if counts != [len(row) for row in nested]:
             raise ValueError(
