@@ -12,6 +12,9 @@ import torch
 from minicpmv_checkpoint import CONTROL, preprocessor_file, tiny_config, tokenizer_files
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import (
+    MiniCPMV4_6ImageProcessorPil,
+)
 
 from fedmllm.errors import UserError
 from fedmllm.models.minicpmv import MiniCPMVImageProcessor, MiniCPMVProcessor
@@ -85,11 +88,33 @@ def test_a_patch_is_a_block_of_the_image() -> None:
 
 
 def test_cells_are_cut_row_by_row() -> None:
-    image = Image.new("RGB", (448, 896))
-    image.paste((255, 255, 255), (0, 448, 448, 896))  # the lower half is white
+    image = Image.new("RGB", (900, 900))
+    for level, corner in enumerate([(0, 0), (450, 0), (0, 450), (450, 450)]):
+        image.paste((60 * level,) * 3, (*corner, corner[0] + 450, corner[1] + 450))
     processor = MiniCPMVImageProcessor()
     views = processor.views(image, processor.grid(image.size))
-    assert [view.getpixel((200, 200))[0] for view in views[1:]] == [0, 255]
+    assert [view.getpixel((200, 200))[0] for view in views[1:]] == [0, 60, 120, 180]
+
+
+@pytest.mark.parametrize("most", [9, 4])
+def test_sizes_are_those_of_the_later_versions_processor(most) -> None:
+    """Oracle: transformers' processor of 4.6, with multiples of 14 (3.5 x 4) instead of 56."""
+    theirs = MiniCPMV4_6ImageProcessorPil()
+    options = {"scale_resolution": 448, "patch_size": 3.5, "downsample_mode": "16x"}
+    random = np.random.default_rng(0)
+    sizes = [(500, 500), (1100, 1100), *random.integers(1, 2500, (1500, 2)).tolist()]
+    for width, height in sizes:
+        grid = slice_grid((width, height), most)
+        expected = theirs.get_sliced_grid((height, width), most, 448)
+        assert grid == (expected and (expected[1], expected[0]))
+        if grid is None:
+            size = fitted_size((width, height), upscale=True)
+            best = theirs.find_best_resize((height, width), **options, allow_upscale=True)
+        else:
+            cell = cell_size((width, height), grid)
+            size = (cell[0] * grid[0], cell[1] * grid[1])
+            best = theirs.get_refine_size((height, width), expected, **options, allow_upscale=True)
+        assert size == (best[1], best[0])
 
 
 def test_slices_can_be_bounded_or_switched_off() -> None:
