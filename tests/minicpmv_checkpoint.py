@@ -164,6 +164,36 @@ def tiny_config(version: str, *, queries: int) -> dict[str, Any]:
     }
 
 
+PUBLISHED_SIZES: dict[str, dict[str, Any]] = {
+    "2.6": {
+        "vocab_size": 151666,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "query_num": 64,
+    },
+    "2.5": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "query_num": 96,
+    },
+}
+PUBLISHED_TOWER = {
+    "hidden_size": 1152,
+    "image_size": 980,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+}
+
+
 def published_folder(folder: Path, version: str, *, queries: int = 4, seed: int = 0) -> Path:
     """Everything that AutoModel and AutoProcessor read, in the published form."""
     folder.mkdir(parents=True, exist_ok=True)

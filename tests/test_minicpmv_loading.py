@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from minicpmv_checkpoint import published_folder, tiny_config
+from minicpmv_checkpoint import (
+    PUBLISHED_SIZES,
+    PUBLISHED_TOWER,
+    published_folder,
+    tiny_config,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -109,6 +114,20 @@ def test_keys_are_the_published_ones() -> None:
                 MiniCPMVConfig(**tiny_config(version, queries=4))
             )
         assert model.state_dict().keys() == published.keys()
+
+
+@pytest.mark.parametrize(("version", "billions"), [("2.6", 8.10), ("2.5", 8.54)])
+def test_the_published_sizes_make_a_model_of_eight_billion(version, billions) -> None:
+    """On the meta device: shapes only."""
+    config = tiny_config(version, queries=4) | PUBLISHED_SIZES[version]
+    with torch.device("meta"):
+        model = MiniCPMVForConditionalGeneration(
+            MiniCPMVConfig(**config | {"vision_config": PUBLISHED_TOWER})
+        )
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count / 1e9 == pytest.approx(billions, abs=0.005)
+    assert model.resampler.kv_proj.weight.shape == (model.config.hidden_size, 1152)
+    assert model.resampler.attn.heads == {"2.6": 28, "2.5": 32}[version]
 
 
 def test_the_published_configs_are_read(folder) -> None:

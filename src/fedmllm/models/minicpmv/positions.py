@@ -68,7 +68,8 @@ def sincos_2d(height: int, width: int, dim: int) -> torch.Tensor:
 def resampler_positions(sizes: list[tuple[int, int]], dim: int) -> torch.Tensor:
     """[S, N, dim] position features of the patches, 0 at the padding."""
     longest = max(h * w for h, w in sizes)
-    table_SND = torch.zeros(len(sizes), longest, dim)
+    tables = {size: sincos_2d(*size, dim).flatten(0, 1) for size in set(sizes)}  # cells are equal
+    table_SND = torch.zeros(len(sizes), longest, dim, dtype=torch.float32, device="cpu")
     for rows_ND, (h, w) in zip(table_SND, sizes, strict=True):
-        rows_ND[: h * w] = sincos_2d(h, w, dim).flatten(0, 1)
+        rows_ND[: h * w] = tables[h, w]
     return table_SND
