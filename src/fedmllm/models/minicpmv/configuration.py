@@ -65,7 +65,8 @@ class MiniCPMVConfig(PreTrainedConfig):
     `version` is 2.6 or 2.5. `query_num` (features of one slice) and `image_token_id` (placeholder
     token) default to the version's. `drop_vision_last_layer` builds the tower one layer short, as
     neither checkpoint does. Language-model fields are given flat, or together as `text_config`.
-    `slice_config["max_slice_nums"]` bounds the cells an image is cut into.
+    `slice_config` is kept as it is: what bounds the cells of an image is the image processor's
+    `max_slice_nums`.
     Raises `UserError` for another version.
     """
 
