@@ -3,8 +3,8 @@
 Runs what is missing in results/levels (a run whose config is unchanged is skipped) and copies
 each result.json there. The arms: zero-shot, local, FedAvg aligned, FedAvg with half of the
 modalities missing, centralised; and centralised on one modality alone, which says how much that
-modality tells by itself. On easy-VQA: zero-shot, local and FedAvg with five of ten parties
-without the pictures.
+modality tells by itself (one seed: pooled data are the same for all). On easy-VQA: zero-shot,
+local and FedAvg with five of ten parties without the pictures.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def main() -> None:
         for seed in given.seeds
         for task in given.tasks
         for arm in ARMS_OF[task]
-        if arm in given.arms
+        if arm in given.arms and (seed == 0 or not arm.endswith("-alone"))
     ]
     todo = [config for config in cells if not is_done(config)]
     print(f"{len(todo)} of {len(cells)} cells to run", flush=True)
