@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "levels"
 TASKS: dict[str, dict[str, Any]] = {  # rounds of a federated or local run, of a centralised one
     "memes": {"rounds": 25, "central": 8, "data": {"train": 1000, "test": 1200}},
-    "crisis": {"rounds": 20, "central": 8, "data": {"train": 1000, "test": 1200}},
+    "crisis": {"rounds": 20, "central": 8, "alpha": 5.0, "data": {"train": 1000, "test": 1200}},
     "medical": {
         "rounds": 20,
         "central": 8,
@@ -72,6 +72,7 @@ def level_config(task: str, arm: str, seed: int) -> Config:
         "name": f"{task}-{arm}-s{seed}",
         "seed": seed,
         "data": {"name": task, **facts["data"]},
+        "partition": {"alpha": facts.get("alpha", 0.5)},
         "training": {"rounds": facts["central"] if central else facts["rounds"]},
         "evaluation": {"every": 0, "conditions": ["both"]},
         **change,
