@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import logging
+from transformers.utils import PushToHubMixin, logging
 
 from fedmllm.errors import UserError
 from fedmllm.models.families import FAMILIES, Family, family_of
@@ -147,13 +147,17 @@ def _processor(path: str | Path, config: Any, trust: bool) -> Any:
     return processor
 
 
-class _NoVideo:
+class _NoVideo(PushToHubMixin):
     """Stands where a processor keeps its video part, and answers None to every question.
 
     Video processors need torchvision; a processor asks its own only for settings.
     """
 
     model_input_names: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """No settings, so that the processor can be printed."""
+        return {}
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
