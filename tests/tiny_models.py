@@ -215,7 +215,7 @@ TINY: dict[str, Tiny] = {
             {**SQUARE, "image_grid_pinpoints": [[32, 32], [32, 64], [64, 32], [64, 64]]},
         ),
         adapted=LANGUAGE,
-        tokens=(0, 0),
+        tokens=(44, 56),  # whole 16, cut 4 x 6 + 4 newlines; 16, 8 x 4 + 8
         template=chatml("<image>"),
         processor={
             "num_image_tokens": 16,
@@ -265,7 +265,7 @@ TINY: dict[str, Tiny] = {
             {**SQUARE, "crop_to_patches": True, "min_patches": 1, "max_patches": 4},
         ),
         adapted=LANGUAGE,
-        tokens=(0, 0),
+        tokens=(12, 12),  # two halves and the whole, 4 each
         template=chatml("<IMG_CONTEXT>{{ '\\n' }}"),
         processor={"image_seq_length": 4},
     ),
@@ -396,7 +396,7 @@ TINY: dict[str, Tiny] = {
             "model.language_model.layers.*.linear_attn.in_proj_qkv": 1,
             "model.language_model.layers.*.linear_attn.out_proj": 1,
         },
-        tokens=(0, 0),
+        tokens=(3, 3),  # the whole and two slices, 1 each
         # a generation prompt with an empty thought, which a finished turn does not show
         template=chatml("<|image_pad|>", opening="<think>{{ '\\n\\n' }}</think>{{ '\\n\\n' }}"),
     ),

@@ -112,8 +112,8 @@ class Mllm:
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers an old name
             model = get_peft_model(base, config)
         if gradient_checkpointing:
-            # not reentrant: gradients need not reach the inputs, whose embeddings are frozen
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.activation_checkpointing_enable({"use_reentrant": False})
+            base.disable_input_require_grads()  # the frozen embeddings need no gradient
         model.peft_config["default"].base_model_name_or_path = name  # not a path of this machine
         return cls(name, model, processor)
 
