@@ -21,7 +21,7 @@ from fedmllm.data.images import MemoryImage
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.models import families, loading
-from fedmllm.models.families import FAMILIES, Family
+from fedmllm.models.families import FAMILIES, Family, by_tokens
 from fedmllm.models.features import FeatureCache, ImageFeatures
 from fedmllm.models.lfm2_images import Lfm2Images, Settings
 from fedmllm.models.mllm import Encoded, Mllm
@@ -200,6 +200,15 @@ def test_options_are_scored_by_the_letters_logits(tiny: Mllm) -> None:
         torch.testing.assert_close(got, logits.softmax(-1), atol=1e-5, rtol=1e-4)
 
 
+def test_the_head_runs_over_the_positions_that_count(tiny: Mllm) -> None:
+    shapes = []
+    head = tiny.base.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, hidden, out: shapes.append(out.shape[:2]))
+    tiny.score_options(choices(tiny))
+    hook.remove()
+    assert shapes == [(3, 3)]  # three prompts end at three places
+
+
 def test_generation_is_that_of_plain_transformers(tiny: Mllm) -> None:
     """A padded, mixed batch with cached features; then text alone, with nothing left over."""
     items = encoded(tiny)
@@ -267,6 +276,15 @@ def test_special_words_in_text_are_refused(tiny: Mllm) -> None:
         sample = Sample(id="s", question=f"is it {word}?", answer="x")
         with pytest.raises(UserError, match="sample s: its text holds"):
             tiny.encode(render(sample, OPEN))
+
+
+def test_a_processor_that_names_no_replacement_is_read_by_its_tokens(tiny: Mllm) -> None:
+    """For code from elsewhere; the same words wherever an image becomes special tokens."""
+    if tiny.name in ("gemma3", "paligemma"):  # newlines around it, BOS after it
+        pytest.skip("an image is not special tokens only")
+    words, inputs = by_tokens(tiny.processor, WIDE.open())
+    assert words == tiny.image_features(WIDE).words
+    assert "pixel_values" in inputs
 
 
 # -- what single families need -------------------------------------------------------------------
@@ -448,7 +466,8 @@ def test_a_template_that_hides_the_image_is_refused(load, monkeypatch) -> None:
 
 def test_a_processor_of_another_model_is_refused(folders, tmp_path) -> None:
     folder = make_model("idefics3", tmp_path)
-    (folder / "processor_config.json").write_text(json.dumps({"image_seq_len": 5}))
+    settings = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({**settings, "image_seq_len": 5}))
     mllm = Mllm.load("idefics3", folder)
     with pytest.raises(UserError, match="makes 5 tokens of an image, its vision tower 4 features"):
         encoded(mllm)

@@ -356,6 +356,7 @@ TINY: dict[str, Tiny] = {
             },
         ),
         adapted=attention("model.language_model", last="out_proj"),
+        processor={"processor_class": "Lfm2VlProcessor"},
         tokens=(6, 11),
         template=chatml("<image>"),
     ),
@@ -452,8 +453,11 @@ def make_model(name: str, folder: Path) -> Path:
     path.write_text(json.dumps({**written, "extra_special_tokens": tiny.specials}))
     kind, options = tiny.image_processor
     images = {"image_processor_type": kind, **options}
-    (folder / "preprocessor_config.json").write_text(json.dumps(images))
-    (folder / "processor_config.json").write_text(json.dumps(tiny.processor))
+    if tiny.processor:  # as checkpoints of transformers 5 are, in one file
+        whole = {**tiny.processor, "image_processor": images}
+        (folder / "processor_config.json").write_text(json.dumps(whole))
+    else:  # as older ones are
+        (folder / "preprocessor_config.json").write_text(json.dumps(images))
     if tiny.template is not None:
         (folder / "chat_template.jinja").write_text(tiny.template)
     return folder

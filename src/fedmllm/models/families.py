@@ -10,12 +10,13 @@ hold it to everything that the others do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Idefics3Processor, Lfm2VlProcessor
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import is_torchvision_available
@@ -37,16 +38,47 @@ def mark_answers(ids_BT: torch.Tensor, answer_BT: torch.Tensor, image_id: int) -
     return answer_BT.long()
 
 
+# (processor, picture) -> the text in place of the image token, what the model takes beside it
+Reader = Callable[[Any, Image.Image], tuple[str, Mapping[str, Any]]]
+
+
+def by_replacement(processor: Any, picture: Image.Image) -> tuple[str, Mapping[str, Any]]:
+    """Ask the processor what text it put in place of the image token: exact for any text."""
+    found = processor(
+        text=[processor.image_token],
+        images=[picture],
+        images_kwargs={"return_tensors": "pt"},
+        return_text_replacement_offsets=True,
+    )
+    return found["text_replacement_offsets"][0][0]["replacement"], found
+
+
+def by_tokens(processor: Any, picture: Image.Image) -> tuple[str, Mapping[str, Any]]:
+    """Read the text back from its tokens, for a processor that cannot be asked.
+
+    Exact where an image becomes special tokens and newlines.
+    """
+    found = processor(
+        text=[processor.image_token],
+        images=[picture],
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    return processor.tokenizer.decode(found["input_ids"][0]), found
+
+
 @dataclass(frozen=True)
 class Family:
     """What a family needs beyond features of its images.
 
+    read: how its processor is asked for one image.
     processor: builds its processor from a folder where `AutoProcessor` cannot.
     image_inputs: what its processor says of an image that its language model must also be given.
     token_types: name of the input that tells token positions apart, and how it is filled.
     chat_template: Jinja; used if the checkpoint's processor has none.
     """
 
+    read: Reader = by_replacement
     processor: Callable[[str | Path], Any] | None = None
     image_inputs: tuple[str, ...] = ()
     token_types: tuple[str, TokenTypes] | None = None

@@ -71,15 +71,10 @@ class FeatureCache:
 @torch.no_grad()
 def see(base: Any, processor: Any, family: Family, picture: Image.Image) -> ImageFeatures:
     """Pass one picture through processor, vision tower and connector."""
-    inputs = processor(
-        text=[processor.image_token],
-        images=[picture],
-        images_kwargs={"return_tensors": "pt"},
-        return_text_replacement_offsets=True,
-    )
-    words = inputs["text_replacement_offsets"][0][0]["replacement"]
+    words, inputs = family.read(processor, picture)
     kept = {name: torch.as_tensor(inputs[name]) for name in family.image_inputs}
-    tower = base.base_model.get_image_features
+    inner = base.base_model  # its signature names what the tower takes; the outer one may not
+    tower = (inner if hasattr(inner, "get_image_features") else base).get_image_features
     wanted = inspect.signature(tower).parameters
     device = next(base.parameters()).device
     pixels = {

@@ -57,7 +57,7 @@ def load_base(
     except _UNREADABLE as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"cannot load model {str(path)!r}: {first}") from error
-    _check_class(path, type(model), family(model.config))
+    _check_class(path, type(model), family(config))
     _check_processor(path, processor)
     model.requires_grad_(False)
     try:
@@ -95,15 +95,17 @@ def _check_config(path: str | Path, config: Any, trust: bool) -> None:
             f"image-text model of type {', '.join(sorted(FAMILIES))}"
         )
     known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    _check_class(path, known[0] if isinstance(known, (list, tuple)) else known, None)
-    family(config)
+    kind = known[0] if isinstance(known, (list, tuple)) else known
+    _check_class(path, kind, None)
+    _check_class(path, kind, family(config))
 
 
 def _check_class(path: str | Path, kind: Any, entry: Family | None) -> None:
-    """Refuse a model that does not take features of images in place of pixels."""
+    """Refuse a model that does not take features of images in place of pixels, and one whose
+    entry, if given, leaves out what it needs."""
     name = f"model {str(path)!r} ({kind.__name__})"
-    modalities = getattr(kind, "input_modalities", ("image", "text"))
-    if "image" not in modalities:
+    modalities = getattr(kind, "input_modalities", ())
+    if "video" in modalities and "image" not in modalities:
         raise UserError(f"{name} takes {' and '.join(modalities)}, no images")
     inputs = inspect.signature(kind.forward).parameters
     if "mm_encoder_outputs" not in inputs:

@@ -78,7 +78,6 @@ class Mllm:
         self._lead = _lead(self.tokenizer)
         pad = self.tokenizer.pad_token_id
         self._pad_id: int = self.tokenizer.eos_token_id if pad is None else pad  # masked out
-        self._picks_logits = "logits_to_keep" in inspect.signature(self.base.forward).parameters
 
     @classmethod
     def load(
@@ -237,7 +236,13 @@ class Mllm:
             if not full[len(opening) :].endswith(tuple(self.specials)):
                 full += self.tokenizer.eos_token
             tokens = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
-            pairs = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+            spans = tokens["offset_mapping"]
+            if any(start < len(opening) < end for start, end in spans):
+                raise UserError(
+                    f"the tokeniser of {self.name} makes one token of the end of the prompt and "
+                    f"the beginning of {answer!r}: give the answer without white space before it"
+                )
+            pairs = zip(tokens["input_ids"], spans, strict=True)
             self._answers[answer] = tuple(i for i, (start, _) in pairs if start >= len(opening))
         return self._answers[answer]
 
@@ -354,18 +359,32 @@ class Mllm:
 
         The language model's head runs only over positions that some row needs.
         """
-        inputs = self._inputs(batch, rows)
         wanted = sorted({s + j for s, n in zip(starts, lengths, strict=True) for j in range(n)})
-        if self._picks_logits:
-            inputs["logits_to_keep"] = torch.tensor(wanted, device=self.device)
-        else:
-            wanted = list(range(inputs["input_ids"].shape[1]))
         place = {position: i for i, position in enumerate(wanted)}
-        logits_BKV = self.model(**inputs, use_cache=False).logits
+        keep = torch.tensor(wanted, device=self.device)
+        with self._head_over(keep) as options:
+            logits_BKV = self.model(**self._inputs(batch, rows), **options, use_cache=False).logits
         return [
             logits_BKV[b, [place[start + j] for j in range(length)]]
             for b, (start, length) in enumerate(zip(starts, lengths, strict=True))
         ]
+
+    @contextlib.contextmanager
+    def _head_over(self, keep: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+        """What to pass so that the head runs over the positions `keep` only.
+
+        A model that takes no such argument (MiniCPM-V-4.6) has them picked before its head: all
+        positions of a batch times a vocabulary of 250,000 would not fit into memory.
+        """
+        if "logits_to_keep" in inspect.signature(self.base.forward).parameters:
+            yield {"logits_to_keep": keep}
+            return
+        head = self.base.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, keep],))
+        try:
+            yield {}
+        finally:
+            hook.remove()
 
     def _inputs(
         self, batch: Sequence[Encoded], rows: Sequence[tuple[int, ...]], *, left: bool = False
