@@ -446,6 +446,14 @@ def test_an_entry_that_leaves_out_what_a_model_needs_is_refused(folders, monkeyp
         Mllm.load("qwen2_vl", folders["qwen2_vl"])
 
 
+def test_a_special_token_that_is_an_ordinary_word_may_stand_in_text(folders, monkeypatch) -> None:
+    monkeypatch.setitem(FAMILIES, "idefics3", Family(ordinary=("<global-img>",)))
+    mllm = Mllm.load("idefics3", folders["idefics3"])
+    mllm.encode(render(Sample(id="s", question="a <global-img> b", answer="x"), OPEN))
+    with pytest.raises(UserError, match="its text holds '<row_1_col_1>'"):
+        mllm.encode(render(Sample(id="s", question="<row_1_col_1>", answer="x"), OPEN))
+
+
 def test_a_model_without_chat_template_is_refused(folders, tmp_path) -> None:
     folder = make_model("idefics3", tmp_path)
     (folder / "chat_template.jinja").unlink()

@@ -76,6 +76,7 @@ class Family:
     image_inputs: what its processor says of an image that its language model must also be given.
     token_types: name of the input that tells token positions apart, and how it is filled.
     chat_template: Jinja; used if the checkpoint's processor has none.
+    ordinary: special tokens of its vocabulary that are ordinary words, which text may hold.
     """
 
     read: Reader = by_replacement
@@ -83,6 +84,7 @@ class Family:
     image_inputs: tuple[str, ...] = ()
     token_types: tuple[str, TokenTypes] | None = None
     chat_template: str | None = None
+    ordinary: tuple[str, ...] = ()
 
 
 def _smolvlm(path: str | Path) -> Any:

@@ -56,11 +56,12 @@ def lora_targets(base: Any) -> str:
             f"no LoRA targets: the language model's attention has {names} linear layers, "
             f"none named {', '.join(ATTENTION)}"
         )
-    ways = "|".join(
+    ways = [
         rf"{re.escape(block)}\.({'|'.join(sorted(leaves))})"
         for block, leaves in sorted(blocks.items())
-    )
-    return rf"{re.escape(prefix)}\.layers\.\d+\.({ways})"
+    ]
+    either = ways[0] if len(ways) == 1 else f"({'|'.join(ways)})"
+    return rf"{re.escape(prefix)}\.layers\.\d+\.{either}"
 
 
 def adapted_modules(names: Iterable[str]) -> dict[str, int]:

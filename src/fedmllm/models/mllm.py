@@ -72,7 +72,7 @@ class Mllm:
         self.features = FeatureCache()
         self.trainable = adapter_parameters(model)
         self.layer_of, self.num_layers = layers_of(self.base, self.trainable)
-        self.specials = _special_words(processor)
+        self.specials = sorted(_special_words(processor) - {*self.family.ordinary})
         self._answers: dict[str, tuple[int, ...]] = {}
         self._image_id: int = self.base.config.image_token_id
         self._lead = _lead(self.tokenizer)
@@ -461,11 +461,11 @@ def _base(model: PeftModel) -> Any:
     return model.base_model.model
 
 
-def _special_words(processor: Any) -> list[str]:
+def _special_words(processor: Any) -> set[str]:
     """Words that are special tokens: they would end a turn or stand for an image."""
     tokenizer = processor.tokenizer
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({IMAGE, processor.image_token, *tokenizer.all_special_tokens, *added})
+    return {IMAGE, processor.image_token, *tokenizer.all_special_tokens, *added}
 
 
 def _lead(tokenizer: Any) -> list[int]:
