@@ -367,6 +367,22 @@ def test_lfm2_patches_are_the_pictures_pixels() -> None:
     assert found["image_sizes"] == [[16, 32]]
 
 
+def test_lfm2_cuts_row_by_row_and_ends_with_the_whole() -> None:
+    """Four quarters of one grey each; 64 x 64 pixels are 16 tokens, 4 times too many."""
+    image = Image.new("L", (64, 64))
+    for i, grey in enumerate((40, 80, 120, 160)):
+        image.paste(grey, (i % 2 * 32, i // 2 * 32, i % 2 * 32 + 32, i // 2 * 32 + 32))
+    settings = {"encoder_patch_size": 8, "tile_size": 32, "min_image_tokens": 1}
+    found = Lfm2Images.of({**settings, "max_image_tokens": 4, "max_pixels_tolerance": 1.0})(image)
+    assert (found["image_rows"], found["image_cols"]) == ([2], [2])
+    assert found["image_sizes"] == [[32, 32]]
+    assert found["spatial_shapes"].tolist() == [[4, 4]] * 5
+    first = (found["pixel_values"][:, 0].mean(1) + 1) / 2 * 255  # each one's first patch
+    assert first.round().int().tolist() == [40, 80, 120, 160, 40]
+    without = Lfm2Images.of({**settings, "max_image_tokens": 4, "use_thumbnail": False})
+    assert len(without(image.resize((128, 128)))["pixel_values"]) == 9
+
+
 def test_a_cache_counts_all_that_an_image_keeps() -> None:
     cache = FeatureCache(budget_bytes=100)
     for name in "ab":

@@ -37,6 +37,7 @@ VISION: dict[str, Any] = {
     "num_attention_heads": 4,
     "image_size": 32,
     "patch_size": 8,
+    "attention_dropout": 0.5,  # must never be felt: the tower is frozen
 }
 QWEN_VISION = {"depth": 2, "num_heads": 4, "patch_size": 8, "temporal_patch_size": 2}
 MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
