@@ -114,7 +114,7 @@ class Mllm:
             base.activation_checkpointing_enable({"use_reentrant": False})
             base.disable_input_require_grads()  # the frozen embeddings need no gradient
         model.peft_config["default"].base_model_name_or_path = name  # not a path of this machine
-        return cls(name, model, processor)
+        return cls(name, model.eval(), processor)
 
     # -- the adapter -------------------------------------------------------------------------
 
