@@ -25,7 +25,7 @@ from fedmllm.models.families import FAMILIES, Family, by_tokens
 from fedmllm.models.features import FeatureCache, ImageFeatures
 from fedmllm.models.lfm2_images import Lfm2Images, Settings
 from fedmllm.models.mllm import Encoded, Mllm
-from fedmllm.prompts import render
+from fedmllm.prompts import IMAGE, Prompted, render
 
 WIDE = MemoryImage("wide", lambda: Image.radial_gradient("L").resize((48, 32)).convert("RGB"))
 TALL = MemoryImage("tall", lambda: Image.effect_mandelbrot((32, 64), (-3, -2.5, 2, 2.5), 50))
@@ -237,6 +237,8 @@ def gradients(mllm: Mllm) -> dict[str, torch.Tensor]:
 def test_gradient_checkpointing_changes_no_gradient(tiny: Mllm, folders) -> None:
     frugal = Mllm.load(tiny.name, folders[tiny.name], rank=2, gradient_checkpointing=True)
     frugal.set_adapter(adapter(frugal))
+    assert not frugal.model.training  # dropout belongs to training
+    assert not frugal.base.get_input_embeddings()._forward_hooks  # nor a gradient to the inputs
     passes = []
     inside = next(m for n, m in frugal.model.named_modules() if n.endswith(".lora_A.default"))
     inside.register_forward_pre_hook(lambda *_: passes.append(1))
@@ -308,6 +310,20 @@ def test_paligemma_reads_a_prompt_both_ways_and_an_answer_from_left_to_right(loa
     torch.testing.assert_close(mllm.loss_sum([item]), mllm.model(**inputs).loss)
 
 
+def test_paligemma_begins_a_conversation_once(load) -> None:
+    mllm = load("paligemma")
+    earlier = (f"{IMAGE}\nwhat?", "red")
+    item = mllm.encode(Prompted(samples()[0], (earlier, ("and?", "blue"))))
+    image = "<image>" * 16
+    assert mllm.tokenizer.decode(item.prompt) == f"{image}<bos>what?\nred<eos>and?\n"
+
+
+def test_an_answer_that_melts_into_the_prompt_is_refused(load) -> None:
+    """Gemma has a token of two newlines: the prompt's last and the answer's first."""
+    with pytest.raises(UserError, match="makes one token of the end of the prompt"):
+        load("paligemma").answer_ids("\nyes")
+
+
 def test_qwen3_vl_keeps_the_features_of_the_first_layers(load) -> None:
     features = load("qwen3_vl").image_features(WIDE)
     assert [part.shape for part in features.deepstack] == [features.features.shape] * 2
@@ -322,6 +338,8 @@ def test_processors_of_video_models_stay_as_they_are(load) -> None:
     assert "Qwen2VLProcessor" in repr(processor)
     assert "check_argument_for_proper_class" not in vars(transformers.Qwen2VLProcessor)
     assert type(processor).__mro__[1] is transformers.Qwen2VLProcessor
+    with pytest.raises(TypeError):
+        processor.check_argument_for_proper_class("tokenizer", "no tokeniser")
 
 
 def test_lfm2_vl_prefers_its_own_image_processor(folders, monkeypatch) -> None:
