@@ -466,6 +466,14 @@ def test_code_beside_a_model_is_not_run(remote, asked) -> None:
     assert not (remote.parent / "mark").exists()
 
 
+def test_naming_its_code_does_not_stand_in_for_an_entry(tmp_path) -> None:
+    """A type that transformers knows is built by transformers, whatever lies beside it."""
+    names = {"AutoConfig": "own.OwnConfig"}
+    folder = write_config(tmp_path, model_type="llava_next", auto_map=names)
+    with pytest.raises(UserError, match="unknown model type 'llava_next'"):
+        Mllm.load("x", folder)
+
+
 def test_code_beside_a_model_is_run_if_the_model_is_named(remote) -> None:
     mllm = Mllm.load("own", remote, rank=2, remote_code=str(remote))
     assert (remote.parent / "mark").exists()

@@ -49,8 +49,9 @@ def load_base(
         settings, _ = PreTrainedConfig.get_config_dict(path)
         _check_code(path, settings, trust)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        _check_config(path, config, trust)
+        _check_config(path, config)
         processor = _processor(path, config, trust)
+        _check_processor(path, processor)
         model: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust
         )
@@ -58,7 +59,6 @@ def load_base(
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"cannot load model {str(path)!r}: {first}") from error
     _check_class(path, type(model), family(config))
-    _check_processor(path, processor)
     model.requires_grad_(False)
     try:
         return model.to(torch.device(device)).eval(), processor
@@ -69,9 +69,14 @@ def load_base(
 
 def family(config: Any) -> Family:
     """A configuration's entry; a model that came with its own code may do without."""
-    if config.model_type not in FAMILIES and getattr(config, "auto_map", None):
+    if config.model_type not in FAMILIES and _own_code(config):
         return Family()
     return family_of(config.model_type)
+
+
+def _own_code(config: Any) -> bool:
+    """Whether its class is from a checkpoint: transformers imports those into one package."""
+    return type(config).__module__.startswith("transformers_modules.")
 
 
 def _check_code(path: str | Path, settings: dict[str, Any], trust: bool) -> None:
@@ -85,9 +90,9 @@ def _check_code(path: str | Path, settings: dict[str, Any], trust: bool) -> None
         )
 
 
-def _check_config(path: str | Path, config: Any, trust: bool) -> None:
-    """Refuse what no entry could mend: no image tower, an encoder and decoder, no entry."""
-    if trust and getattr(config, "auto_map", None):
+def _check_config(path: str | Path, config: Any) -> None:
+    """Refuse a model without images, or without an entry; its own code is judged when loaded."""
+    if _own_code(config):
         return
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UserError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -470,6 +471,5 @@ def _special_words(processor: Any) -> set[str]:
 
 def _lead(tokenizer: Any) -> list[int]:
     """What the tokeniser puts before every text (a BOS token), if anything."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    return full[: max(0, full.index(bare[0]))]
+    special = {*tokenizer.all_special_ids}
+    return list(itertools.takewhile(special.__contains__, tokenizer("a")["input_ids"]))
