@@ -424,7 +424,7 @@ def write_config(folder: Path, **settings: Any) -> Path:
         ("instructblipvideo", "takes video and text, no images"),
         ("mllama", "does not put an image's features among the tokens"),
         ("florence2", "does not put an image's features among the tokens"),
-        ("llava_next", "unknown model type 'llava_next': choose .*add a model"),
+        ("fuyu", "unknown model type 'fuyu': choose .*add a model"),
         ("nonsense", "cannot load model"),
     ],
 )
@@ -469,8 +469,8 @@ def test_code_beside_a_model_is_not_run(remote, asked) -> None:
 def test_naming_its_code_does_not_stand_in_for_an_entry(tmp_path) -> None:
     """A type that transformers knows is built by transformers, whatever lies beside it."""
     names = {"AutoConfig": "own.OwnConfig"}
-    folder = write_config(tmp_path, model_type="llava_next", auto_map=names)
-    with pytest.raises(UserError, match="unknown model type 'llava_next'"):
+    folder = write_config(tmp_path, model_type="fuyu", auto_map=names)
+    with pytest.raises(UserError, match="unknown model type 'fuyu'"):
         Mllm.load("x", folder)
 
 

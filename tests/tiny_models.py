@@ -95,6 +95,19 @@ def attention(prefix: str, count: int = 2, last: str = "o_proj") -> dict[str, in
 
 
 LANGUAGE = attention("model.language_model")
+# Qwen3.5's text model: a layer of linear attention, a layer of softmax attention
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
+HYBRID = {
+    **attention("model.language_model", count=1),
+    "model.language_model.layers.*.linear_attn.in_proj_qkv": 1,
+    "model.language_model.layers.*.linear_attn.out_proj": 1,
+}
 SLICES = {
     "image_token": "<image>",
     "fake_image_token": "<fake_token_around_image>",
@@ -134,7 +147,13 @@ def idefics3(name: str, image_processor: str, split: bool) -> Tiny:
     )
 
 
-def qwen(name: str, vision: dict[str, Any]) -> Tiny:
+def qwen(
+    name: str,
+    vision: dict[str, Any],
+    *,
+    text: dict[str, Any] | None = None,
+    adapted: dict[str, int] | None = None,
+) -> Tiny:
     """One token for 16 x 16 pixels, as many as the picture has."""
     return Tiny(
         tokenizer=Qwen2Tokenizer,
@@ -147,7 +166,7 @@ def qwen(name: str, vision: dict[str, Any]) -> Tiny:
         image_token="<|image_pad|>",
         config=lambda image: {
             "model_type": name,
-            "text_config": {**TEXT, "rope_parameters": MROPE},
+            "text_config": {**TEXT, "rope_parameters": MROPE, **(text or {})},
             "vision_config": {**QWEN_VISION, **vision},
             "image_token_id": image,
             "video_token_id": image + 1,
@@ -163,7 +182,7 @@ def qwen(name: str, vision: dict[str, Any]) -> Tiny:
                 "size": {"shortest_edge": 256, "longest_edge": 4096},
             },
         ),
-        adapted=LANGUAGE,
+        adapted=adapted or LANGUAGE,
         tokens=(6, 8),
         template=chatml(QWEN_IMAGE),
     )
@@ -188,6 +207,34 @@ TINY: dict[str, Tiny] = {
         ),
         adapted=LANGUAGE,
         tokens=(16, 16),
+        template=VICUNA,
+        processor={
+            "patch_size": 8,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+    ),
+    "llava_next": Tiny(
+        tokenizer=LlamaTokenizer,
+        specials={"image_token": "<image>"},
+        image_token="<image>",
+        config=lambda image: {
+            "model_type": "llava_next",
+            "text_config": {"model_type": "llama", **TEXT},
+            "vision_config": {"model_type": "clip_vision_model", **VISION},
+            "image_token_index": image,
+            "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]],
+        },
+        image_processor=(
+            "LlavaNextImageProcessorPil",
+            {
+                "size": {"shortest_edge": 32},
+                "crop_size": {"height": 32, "width": 32},
+                "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]],
+            },
+        ),
+        adapted=LANGUAGE,
+        tokens=(44, 56),  # as LLaVA-OneVision
         template=VICUNA,
         processor={
             "patch_size": 8,
@@ -244,6 +291,17 @@ TINY: dict[str, Tiny] = {
             "deepstack_visual_indexes": [0, 1],
             "num_position_embeddings": 16,
         },
+    ),
+    "qwen3_5": qwen(
+        "qwen3_5",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+        },
+        text={**LINEAR, "head_dim": 16, "rope_parameters": {**MROPE, "partial_rotary_factor": 0.5}},
+        adapted=HYBRID,
     ),
     "internvl": Tiny(
         tokenizer=Qwen2Tokenizer,
@@ -378,11 +436,7 @@ TINY: dict[str, Tiny] = {
             "model_type": "minicpmv4_6",
             "text_config": {
                 **TEXT,
-                "layer_types": ["linear_attention", "full_attention"],
-                "linear_key_head_dim": 8,
-                "linear_value_head_dim": 8,
-                "linear_num_key_heads": 2,
-                "linear_num_value_heads": 2,
+                **LINEAR,
             },
             "vision_config": {**VISION, "image_size": 64},
             "insert_layer_id": 0,
@@ -393,11 +447,7 @@ TINY: dict[str, Tiny] = {
             "MiniCPMV4_6ImageProcessorPil",
             {"patch_size": 8, "scale_resolution": 32, "max_slice_nums": 4},
         ),
-        adapted={
-            **attention("model.language_model", count=1),
-            "model.language_model.layers.*.linear_attn.in_proj_qkv": 1,
-            "model.language_model.layers.*.linear_attn.out_proj": 1,
-        },
+        adapted=HYBRID,
         tokens=(3, 3),  # the whole and two slices, 1 each
         # a generation prompt with an empty thought, which a finished turn does not show
         template=chatml("<|image_pad|>", opening="<think>{{ '\\n\\n' }}</think>{{ '\\n\\n' }}"),

@@ -127,10 +127,12 @@ FAMILIES: dict[str, Family] = {
     "idefics3": Family(),
     "smolvlm": Family(processor=_smolvlm),
     "llava": Family(),
+    "llava_next": Family(),
     "llava_onevision": Family(),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
+    "qwen3_5": _QWEN,
     "internvl": Family(),
     # tokens of one image see each other in both directions
     "gemma3": Family(token_types=("token_type_ids", mark_images)),
