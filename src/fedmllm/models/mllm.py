@@ -251,9 +251,12 @@ class Mllm:
         """Words and connector output of an image, from the cache or computed now."""
         found = self.features.get(source.key)
         if found is None:
-            found = see(self.base, self.processor, self.family, source.open())
+            found = self._see(source)
             self.features.put(source.key, found)
         return found
+
+    def _see(self, source: ImageSource) -> ImageFeatures:
+        return see(self.base, self.processor, self.family, source.open())
 
     # -- forward -----------------------------------------------------------------------------
 
