@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
+import pytest
 import torch
 
 from fedmllm import checkpoint
@@ -57,3 +62,30 @@ def test_a_half_written_one_is_never_seen(tmp_path) -> None:
     assert found.state.round == 1
     checkpoint.save(tmp_path, make(2))
     assert not draft.exists()
+
+
+@pytest.mark.parametrize("after", [0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.1, 0.15])
+def test_a_kill_at_any_instant_of_writing_loses_at_most_one_round(tmp_path, after) -> None:
+    """A child saves round after round and is killed; what is left is whole."""
+    checkpoint.save(tmp_path, make(1))
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            for round_ in range(2, 10**6):
+                checkpoint.save(tmp_path, make(round_))
+                os.write(tell, b".")
+        finally:
+            os._exit(1)  # never back into pytest
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(tell)
+    with os.fdopen(told, "rb") as pipe:
+        saved = 1 + len(pipe.read())
+    found = checkpoint.load(tmp_path)
+    assert found is not None
+    assert saved <= found.state.round <= saved + 1
+    assert torch.equal(found.state.params["b"], torch.arange(3.0) + found.state.round)
+    assert torch.equal(found.memory["client-03"]["a"], torch.full((2,), float(found.state.round)))
+    assert len(found.history) == found.state.round

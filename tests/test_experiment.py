@@ -124,6 +124,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
     rounds = [event["round"] for event in seen if event["event"] == "round"]
     assert rounds in ([3, 4], [4])  # round 3 may have ended before the kill came
     assert scores(whole) == scores(resumed)
+    assert (whole["time"]["resumed"], resumed["time"]["resumed"]) == (False, True)
     assert equal(adapter(tmp_path / "whole"), adapter(cut))
 
 

@@ -73,6 +73,7 @@ class Session:
     test: TestSet
     listener: Listener
     started: float
+    resumed: bool = False
 
 
 def run(
@@ -111,6 +112,7 @@ def run(
         test=None,  # type: ignore[arg-type]
         listener=listener or (lambda event: None),
         started=began,
+        resumed=resume,
     )
     session.test = TestSet(
         session.mllm,
@@ -405,6 +407,7 @@ def _result(
             "train_seconds": sum(line["seconds"] for line in lines),
             "evaluate_seconds": sum(outcome.evaluate_seconds for outcome in outcomes),
             "total_seconds": seconds,
+            "resumed": session.resumed,  # then the total is of the last stretch only
         },
         "peak_memory_bytes": results.peak_memory_bytes(),
         "versions": results.versions(),
