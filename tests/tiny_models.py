@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from minicpmv_checkpoint import published_folder
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForImageTextToText, GemmaTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
@@ -74,17 +75,23 @@ QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 @dataclass(frozen=True)
 class Tiny:
-    """A family's recipe. adapted: the modules that LoRA must find. tokens: of the two pictures
-    of the tests (48 x 32 and 32 x 64), counted by hand. config takes the image token's id."""
+    """A family's recipe.
 
-    tokenizer: type
-    specials: dict[str, str]
-    image_token: str
-    config: Callable[[int], dict[str, Any]]
-    image_processor: tuple[str, dict[str, Any]]
+    adapted: the modules that LoRA must find. tokens: of the two pictures of the tests (48 x 32
+    and 32 x 64), counted by hand. config takes the image token's id. build: writes the whole
+    folder, in place of all that follows it here. model_type: the entry, if not of the same name.
+    """
+
     adapted: dict[str, int]
     tokens: tuple[int, int]
-    template: str | None
+    model_type: str = ""
+    build: Callable[[Path], Path] | None = None
+    tokenizer: type = Qwen2Tokenizer
+    specials: dict[str, str] = field(default_factory=dict)
+    image_token: str = ""
+    config: Callable[[int], dict[str, Any]] = lambda image: {}
+    image_processor: tuple[str, dict[str, Any]] = ("", {})
+    template: str | None = None
     processor: dict[str, Any] = field(default_factory=dict)
     plain_specials: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")
 
@@ -455,6 +462,20 @@ TINY: dict[str, Tiny] = {
 }
 
 
+def minicpmv(version: str) -> Tiny:
+    """The published layout of MiniCPM-V, which has a recipe of its own; one slice, 4 tokens."""
+    return Tiny(
+        model_type="minicpmv",
+        adapted=attention("llm.model"),
+        tokens=(4, 4),
+        build=lambda folder: published_folder(folder, version),
+    )
+
+
+TINY["minicpmv 2.5"] = minicpmv("2.5")
+TINY["minicpmv 2.6"] = minicpmv("2.6")
+
+
 def make_tokenizer(tiny: Tiny) -> Any:
     """Bytes for letters; the family's special tokens from 3 on, the image's first of the named."""
     if tiny.tokenizer is Qwen2Tokenizer:
@@ -486,6 +507,8 @@ def make_tokenizer(tiny: Tiny) -> Any:
 def make_model(name: str, folder: Path) -> Path:
     """Write a random model of the family with its processor's settings."""
     tiny = TINY[name]
+    if tiny.build is not None:
+        return tiny.build(folder)
     tokenizer = make_tokenizer(tiny)
     image = tokenizer.convert_tokens_to_ids(tiny.image_token)
     settings = tiny.config(image)

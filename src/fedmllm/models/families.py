@@ -140,6 +140,8 @@ FAMILIES: dict[str, Family] = {
         token_types=("token_type_ids", mark_answers), chat_template=_PALIGEMMA_CHAT
     ),
     "lfm2_vl": Family(processor=_lfm2_vl),
+    # 2.6 and 2.5, in fedmllm.models.minicpmv; 2.5 pads with an exclamation mark
+    "minicpmv": Family(read=by_tokens, ordinary=("!",)),
     "minicpmv4_6": Family(),
 }
 

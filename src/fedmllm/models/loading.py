@@ -28,6 +28,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import PushToHubMixin, logging
 
 from fedmllm.errors import UserError
+from fedmllm.models import minicpmv
 from fedmllm.models.families import FAMILIES, Family, family_of
 
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -44,6 +45,7 @@ def load_base(
     Raises `UserError` if the model cannot be read, takes no images, or has code of its own.
     """
     logging.disable_progress_bar()
+    minicpmv.register()
     trust = remote_code is not None and str(remote_code) == str(path)
     try:
         settings, _ = PreTrainedConfig.get_config_dict(path)
@@ -52,12 +54,18 @@ def load_base(
         _check_config(path, config)
         processor = _processor(path, config, trust)
         _check_processor(path, processor)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust, output_loading_info=True
         )
     except _UNREADABLE as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"cannot load model {str(path)!r}: {first}") from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"model {str(path)!r} lacks {len(missing)} tensors, e.g. {missing[0]}, which would be "
+            "random: fetch its weights again, or use the config.json that they were saved with"
+        )
     _check_class(path, type(model), family(config))
     model.requires_grad_(False)
     try:
