@@ -4,8 +4,8 @@ Everything else is read from the model itself: where the language model lies (`l
 vision tower takes and gives (`features.py`), how many tokens an image becomes (its processor says
 so for each image, so a family may cut images into any number of slices).
 
-To add a family, add one entry to `FAMILIES` and one to `tests/test_families.py`, whose tests then
-hold it to everything that the others do.
+To add a family, add one entry to `FAMILIES` and one to `TINY` (`tests/tiny_models.py`);
+`tests/test_families.py` then holds it to everything that the others do.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """LFM2-VL's pictures without torchvision: Pillow in place of its own image processor.
 
 Same geometry as `Lfm2VlImageProcessor` of transformers, whose settings it reads from the
-checkpoint; Pillow's bilinear filter differs from torchvision's in the last bit of a pixel, so
-features differ by rounding between machines with and without torchvision.
+checkpoint. Pillow resizes where that one lets torchvision resize, so pixels, and features with
+them, may differ by rounding between machines with and without torchvision.
 
 Shapes: S pictures (cells of the grid, then the thumbnail; or one), N patches at most of one.
 """
