@@ -31,7 +31,7 @@ TASKS: dict[str, dict[str, Any]] = {  # rounds of a federated or local run, of a
         "central": 8,
         "data": {"train": 1000, "test": 1200, "flashcards": 600},
     },
-    "easy-vqa": {"rounds": 20, "data": {"max_train": 1000, "max_test": 1200}},
+    "easy-vqa": {"rounds": 10, "data": {"max_train": 1000, "max_test": 1200}},
 }
 ARMS: dict[str, dict[str, Any]] = {
     "zero-shot": {"topology": "zero-shot"},
