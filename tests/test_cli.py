@@ -228,8 +228,9 @@ def test_the_installed_command_gives_exit_code_two(tmp_path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("version", ["2.6", "2.5"])
-def test_a_round_on_the_papers_models(cli, experiment, tmp_path, version):
+def test_a_round_on_the_papers_models(cli, experiment, tmp_path, version, quantization):
     """Tiny MiniCPM-V in the published layout, through the ordinary command."""
     folder = published_folder(tmp_path / "model", version)
     code, out, err = cli(
@@ -237,6 +238,7 @@ def test_a_round_on_the_papers_models(cli, experiment, tmp_path, version):
         experiment,
         f"model.path={folder}",
         "model.name=tiny-minicpmv",
+        f"model.quantization={quantization}",
         "setting=missing-b0.3",
         "--out",
         tmp_path / "run",

@@ -59,6 +59,7 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """Which multimodal LLM. `name` is a registry name or, with `path`, any label.
 
+    quantization: nf4 reads the decoder's linear layers in 4 bit (QLoRA; package bitsandbytes).
     gradient_checkpointing: less memory for more time, same numbers. remote_code: the path again,
     word for word, of a model whose own code may be run.
     """
@@ -67,6 +68,7 @@ class ModelSection(_Section):
     path: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
+    quantization: Literal["none", "nf4"] = "none"
     gradient_checkpointing: bool = False
     remote_code: str | None = None
 

@@ -204,6 +204,7 @@ def load_model(config: Config) -> Mllm:
         dropout=config.lora.dropout,
         dtype=getattr(torch, config.model.dtype),
         device=config.model.device,
+        quantization=config.model.quantization,
         gradient_checkpointing=config.model.gradient_checkpointing,
         remote_code=config.model.remote_code,
     )

@@ -30,6 +30,7 @@ from transformers.utils import PushToHubMixin, logging
 from fedmllm.errors import UserError
 from fedmllm.models import minicpmv
 from fedmllm.models.families import FAMILIES, Family, family_of
+from fedmllm.models.quantize import nf4, settle
 
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 # inputs of a forward pass that only a family's entry can fill
@@ -37,11 +38,18 @@ _SPECIAL = ("image_grid_thw", "mm_token_type_ids", "token_type_ids")
 
 
 def load_base(
-    path: str | Path, *, dtype: torch.dtype, device: str, remote_code: str | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    quantization: str = "none",
+    remote_code: str | None = None,
 ) -> tuple[Any, Any]:
     """The frozen base and its processor, offline if `path` is a folder.
 
-    remote_code: the model whose own code may be run; it must be `path`, word for word.
+    quantization: ``none``, or ``nf4`` to read the decoder's linear layers in 4 bit; a checkpoint
+    that is quantised already stays as it is. remote_code: the model whose own code may be run; it
+    must be `path`, word for word.
     Raises `UserError` if the model cannot be read, takes no images, or has code of its own.
     """
     logging.disable_progress_bar()
@@ -54,8 +62,15 @@ def load_base(
         _check_config(path, config)
         processor = _processor(path, config, trust)
         _check_processor(path, processor)
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust}
+        quantised = getattr(config, "quantization_config", None) is not None
+        if quantization == "nf4" and not quantised:
+            options["quantization_config"] = nf4(config, dtype=dtype, trust=trust)
+            quantised = True
+        if quantised:  # put in place at once: what is packed cannot be moved as floats are
+            options["device_map"] = {"": device}
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust, output_loading_info=True
+            path, output_loading_info=True, **options
         )
     except _UNREADABLE as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -68,6 +83,9 @@ def load_base(
         )
     _check_class(path, type(model), family(config))
     model.requires_grad_(False)
+    if quantised:
+        settle(model, dtype)
+        return model.eval(), processor
     try:
         return model.to(torch.device(device)).eval(), processor
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA

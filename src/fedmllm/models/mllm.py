@@ -91,16 +91,19 @@ class Mllm:
         dropout: float = 0.05,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        quantization: str = "none",
         gradient_checkpointing: bool = False,
         remote_code: str | None = None,
     ) -> Mllm:
         """Load a base from a folder or hub name and add a fresh adapter (B = 0: the base itself).
 
         gradient_checkpointing: compute a layer's activations again when they are needed, which
-        saves memory for time and changes no gradient. remote_code: see `load_base`.
+        saves memory for time and changes no gradient. quantization, remote_code: see `load_base`.
         Raises `UserError` if the model or its language model's attention cannot be had.
         """
-        base, processor = load_base(path, dtype=dtype, device=device, remote_code=remote_code)
+        base, processor = load_base(
+            path, dtype=dtype, device=device, quantization=quantization, remote_code=remote_code
+        )
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -151,9 +154,9 @@ class Mllm:
         (Path(folder) / "README.md").unlink(missing_ok=True)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters in all and trainable."""
-        total = sum(p.numel() for p in self.model.parameters())
-        return {"total": total, "trainable": sum(p.numel() for p in self.trainable.values())}
+        """Parameters in all and trainable; one in 4 bit is one, though two share a byte."""
+        trainable, total = self.model.get_nb_trainable_parameters()
+        return {"total": total, "trainable": trainable}
 
     def lora_modules(self) -> dict[str, int]:
         """What the adapter adapts: module names, `*` for the layer, and how many of each."""

@@ -28,6 +28,8 @@ HOLDINGS = ("image_text", "image", "text", "neither")
 # config keys that cannot change a run's numbers
 NO_NUMBERS = ("name", "title", "threads")
 NO_NUMBERS_OF_MODEL = ("gradient_checkpointing", "remote_code")
+# keys that came later, with what runs did before them: so a hash means the same before and after
+LATER_OF_MODEL = {"quantization": "none"}
 _BOUNDED = ("auc", "macro_f1", "accuracy")
 _TASK = ("name", "metric")
 _SECTIONS = ("metrics", "spread", "per_client", "bytes", "parameters", "time", "versions")
@@ -114,7 +116,11 @@ def config_digest(config: Mapping[str, Any]) -> str:
     """
     facts = {k: v for k, v in config.items() if k not in NO_NUMBERS}
     if isinstance(model := facts.get("model"), dict):
-        facts["model"] = {k: v for k, v in model.items() if k not in NO_NUMBERS_OF_MODEL}
+        facts["model"] = {
+            k: v
+            for k, v in model.items()
+            if k not in NO_NUMBERS_OF_MODEL and LATER_OF_MODEL.get(k) != v
+        }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,0 +1,80 @@
+"""4-bit weights (nf4) through bitsandbytes: what QLoRA trains adapters on.
+
+Quantised are the linear layers inside the decoder's layers, found from the structure; vision tower,
+connector, embeddings and head stay as they are. So features of images do not change.
+
+Dettmers et al., "QLoRA", NeurIPS 2023: normal float 4, double quantisation.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+from fedmllm.errors import UserError
+from fedmllm.models.lora import decoder_of
+
+
+def nf4(config: Any, *, dtype: torch.dtype, trust: bool = False) -> BitsAndBytesConfig:
+    """How to read a model of this configuration in 4 bit; `dtype` is that of its arithmetic.
+
+    Raises `UserError` if bitsandbytes is not installed or the model has nothing to quantise.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "model.quantization nf4 needs the package bitsandbytes: pip install 'fedmllm[4bit]'"
+        )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels it can do without
+    with torch.device("meta"):
+        skeleton = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept_modules(skeleton),
+    )
+
+
+def kept_modules(base: Any) -> list[str]:
+    """The largest modules that hold linear layers and no layer of the decoder.
+
+    >>> # Idefics3: ["lm_head", "model.connector", "model.vision_model"]
+    """
+    layers = set(decoder_of(base).layers.modules())
+    kept: list[str] = []
+
+    def walk(module: nn.Module, name: str) -> None:
+        inside = set(module.modules())
+        if layers.isdisjoint(inside):
+            if any(isinstance(each, nn.Linear) for each in inside):
+                kept.append(name)
+        elif module not in layers:
+            for child, each in module.named_children():
+                walk(each, f"{name}.{child}" if name else child)
+
+    walk(base, "")
+    return sorted(kept)
+
+
+@torch.no_grad()
+def settle(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make a model that was read in 4 bit fit to train, in place.
+
+    What is not packed takes one `dtype`, whatever mixture the checkpoint had. And bitsandbytes is
+    kept from packing weights once more when a model is first evaluated on some CPUs: those have
+    no backward pass, and training goes on after a test.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,122 @@
+"""4-bit weights: every family, what is quantised and what is not, what still trains."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from PIL import Image
+from tiny_models import TINY, make_model
+from torch import nn
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+from fedmllm.data.images import MemoryImage
+from fedmllm.data.sample import Sample, Task
+from fedmllm.errors import UserError
+from fedmllm.models import model_path
+from fedmllm.models.lora import decoder_of
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.quantize import kept_modules
+from fedmllm.prompts import render
+
+PICTURE = MemoryImage("p", lambda: Image.radial_gradient("L").resize((48, 32)).convert("RGB"))
+OPEN = Task("vqa", "open", "accuracy")
+SAMPLES = [
+    Sample(id="image", question="what is it?", answer="red", image=PICTURE),
+    Sample(id="text", question="no picture here, what now?", answer="a tree"),
+]
+
+
+@pytest.fixture(scope="module", params=sorted(TINY))
+def pair(request, tmp_path_factory) -> tuple[Mllm, Mllm]:
+    """A family's tiny model in float32 and in 4 bit."""
+    folder = make_model(request.param, tmp_path_factory.mktemp(request.param))
+    whole, packed = (
+        Mllm.load(request.param, folder, rank=2, quantization=how) for how in ("none", "nf4")
+    )
+    return whole, packed
+
+
+def test_linear_layers_of_the_decoder_and_no_others_are_packed(pair):
+    whole, packed = pair
+    inside = set(decoder_of(packed.base).layers.modules())
+    linear = [module for module in packed.base.modules() if isinstance(module, nn.Linear)]
+    frozen = [module for module in linear if not module.weight.requires_grad]
+    assert {module in inside for module in frozen} == {True, False}
+    for module in frozen:
+        assert isinstance(module, Linear4bit) == (module in inside), module
+    assert packed.parameter_counts() == whole.parameter_counts()
+    assert packed.lora_modules() == whole.lora_modules()
+
+
+def test_it_reads_nearly_as_the_whole_model_and_sees_the_same(pair):
+    whole, packed = pair
+    assert torch.equal(whole.image_features(PICTURE).features,
+                       packed.image_features(PICTURE).features)  # fmt: skip
+    items = [whole.encode(render(sample, OPEN)) for sample in SAMPLES]
+    assert items == [packed.encode(render(sample, OPEN)) for sample in SAMPLES]
+    with torch.no_grad():
+        given, found = (float(mllm.loss_sum(items)) for mllm in pair)
+    assert found != given  # a model that was not packed would give the same
+    assert found == pytest.approx(given, rel=0.25)
+    assert len(packed.generate(items, max_new_tokens=3)) == len(items)
+
+
+def test_every_adapter_tensor_gets_a_gradient(pair):
+    _, packed = pair
+    params = packed.init_adapter(0)
+    packed.set_adapter({name: value + 0.01 for name, value in params.items()})
+    items = [packed.encode(render(sample, OPEN)) for sample in SAMPLES]
+    with packed.training(0):
+        packed.loss_sum(items).backward()
+    assert packed.trainable
+    for name, value in packed.trainable.items():
+        assert value.grad is not None, name
+        assert value.grad.abs().sum() > 0, name
+    assert all(p.grad is None for p in packed.base.parameters() if not p.requires_grad)
+
+
+def test_a_checkpoint_quantised_already_is_read_as_it_is(tmp_path):
+    """As the published 4-bit MiniCPM-V-2.6 is: its tower is packed too, but for some layers."""
+    folder = make_model("minicpmv 2.6", tmp_path / "whole")
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["out_proj", "kv_proj", "lm_head"],
+    )
+    packed = AutoModelForImageTextToText.from_pretrained(
+        folder, quantization_config=how, device_map={"": "cpu"}
+    )
+    shutil.copytree(folder, tmp_path / "packed", ignore=shutil.ignore_patterns("*.safetensors"))
+    packed.save_pretrained(tmp_path / "packed")
+    whole, mllm = (Mllm.load("x", tmp_path / name, rank=2) for name in ("whole", "packed"))
+    layer = mllm.base.vpm.encoder.layers[0]
+    assert isinstance(layer.self_attn.q_proj, Linear4bit)
+    assert not isinstance(layer.self_attn.out_proj, Linear4bit)
+    assert mllm.parameter_counts() == whole.parameter_counts()
+    items = [mllm.encode(render(sample, OPEN)) for sample in SAMPLES]
+    with mllm.training(0):
+        loss = mllm.loss_sum(items)
+        loss.backward()
+    assert float(loss) == pytest.approx(float(whole.loss_sum(items)), rel=0.25)
+    assert all(value.grad is not None for value in mllm.trainable.values())
+
+
+def test_what_is_kept_is_named_by_its_largest_modules():
+    mllm = Mllm.load("embedded", model_path("embedded"))
+    kept = ["lm_head", "model.connector", "model.vision_model"]
+    assert kept_modules(mllm.base) == kept
+
+
+def test_without_the_package_the_message_says_what_to_install(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
+    )
+    with pytest.raises(UserError, match=r"pip install 'fedmllm\[4bit\]'"):
+        Mllm.load("embedded", Path(model_path("embedded")), quantization="nf4")
