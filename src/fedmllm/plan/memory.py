@@ -133,9 +133,8 @@ def _image_tokens(config: Any, patches: int) -> int:
     for name in ("query_num", "mm_tokens_per_image"):
         if getattr(config, name, None):
             return int(getattr(config, name))
-    merge = int(
-        getattr(config, "scale_factor", None)
-        or getattr(config.vision_config, "spatial_merge_size", 1)
+    merge: int = getattr(config, "scale_factor", None) or getattr(
+        config.vision_config, "spatial_merge_size", 1
     )
     return max(1, patches // (merge * merge))
 
