@@ -133,9 +133,8 @@ def _image_tokens(config: Any, patches: int) -> int:
     for name in ("query_num", "mm_tokens_per_image"):
         if getattr(config, name, None):
             return int(getattr(config, name))
-    merge: int = getattr(config, "scale_factor", None) or getattr(
-        config.vision_config, "spatial_merge_size", 1
-    )
+    merge: Any = getattr(config, "scale_factor", None)
+    merge = merge or getattr(config.vision_config, "spatial_merge_size", 1)
     return max(1, patches // (merge * merge))
 
 
@@ -204,16 +203,20 @@ def tower(shapes: Shapes, load: Load) -> int:
 
 
 def testing(shapes: Shapes, load: Load) -> dict[str, int]:
-    """A test batch, without gradient: one MLP b (3 F + 2 D) a token; the mask b T; logits of the
-    last tokens, which stand at up to min(T, B) positions; generation's key-value cache."""
+    """A test batch, without gradient: one MLP and the mask, b (3 F + 2 D + T) a token; the logits
+    of each sample's last token, b B P V at P = min(T, B) places and b B V picked from them; or,
+    where answers are generated, (b + 4) B V and the key-value cache, 2 b L K d a token.
+    """
     b, tokens = load.itemsize, load.test_batch * load.tokens
-    places = 1 if load.generates else min(load.tokens, load.test_batch)
-    cache = 2 * b * shapes.L * shapes.K * shapes.d * (tokens + NEW_TOKENS * load.test_batch)
-    return {
-        "activations": tokens * b * (3 * shapes.F + 2 * shapes.D + load.tokens),
-        "logits": load.test_batch * places * shapes.V * (b + 4),
-        "key-value cache": cache if load.generates else 0,
-    }
+    terms = {"activations": tokens * b * (3 * shapes.F + 2 * shapes.D + load.tokens)}
+    if load.generates:
+        kept = tokens + NEW_TOKENS * load.test_batch
+        terms["logits"] = load.test_batch * shapes.V * (b + 4)
+        terms["key-value cache"] = 2 * b * shapes.L * shapes.K * shapes.d * kept
+    else:
+        places = min(load.tokens, load.test_batch)
+        terms["logits"] = b * load.test_batch * (places + 1) * shapes.V
+    return terms
 
 
 def feature_cache(shapes: Shapes, load: Load) -> int:

@@ -1,0 +1,262 @@
+"""How far the planned peak memory is from the measured one, on a CPU.
+
+    python benchmarks/memory.py            # all cases, about five minutes on one core
+    python benchmarks/memory.py NAME …     # some, printed and not written
+
+Each case is a process of its own: it loads the libraries, plans, loads the model, and trains two
+steps or answers one test batch of samples whose length is known. Measured is the high-water mark
+of resident memory (VmHWM of /proc, so Linux only). Written to results/memory.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+OUT = Path(__file__).resolve().parent.parent / "results" / "memory.json"
+SEED = 0
+ANSWER = 8  # tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement. model: a key of `MODELS`. phase: training or testing."""
+
+    model: str
+    phase: str
+    batch: int
+    tokens: int
+    dtype: str = "float32"
+    dropout: float = 0.05
+
+    @property
+    def name(self) -> str:
+        """A word for the command line."""
+        extra = ("-bf16" if self.dtype == "bfloat16" else "") + ("" if self.dropout else "-nodrop")
+        return f"{self.model}-{self.phase}-{self.batch}x{self.tokens}{extra}"
+
+
+# language model of each: changes to the embedded model's; random weights, the same tower
+MODELS: dict[str, dict[str, int]] = {
+    "embedded": {},
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+    "100M": {
+        "hidden_size": 768,
+        "intermediate_size": 2304,
+        "num_hidden_layers": 13,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+    },
+}
+CASES = [
+    Case("embedded", "training", 8, 64),
+    Case("embedded", "training", 8, 512),
+    Case("embedded", "training", 32, 256),
+    Case("embedded", "training", 8, 512, dropout=0.0),
+    Case("embedded", "training", 8, 512, dtype="bfloat16"),
+    Case("embedded", "testing", 64, 256),
+    Case("tiny", "training", 8, 512),
+    Case("tiny", "testing", 64, 256),
+    Case("100M", "training", 1, 256),
+    Case("100M", "training", 4, 256),
+    Case("100M", "training", 2, 384, dtype="bfloat16"),
+    Case("100M", "testing", 16, 256),
+]
+
+
+def high_water() -> int:
+    """Peak resident memory of this process, bytes. Unlike getrusage's, not its parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("error: /proc/self/status has no VmHWM: this benchmark needs Linux")
+
+
+def make_model(name: str, folder: Path) -> Path:
+    """A folder with the embedded model's processor and a language model of another size."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from fedmllm.models import model_path
+
+    source = Path(model_path("embedded"))
+    if not MODELS[name]:
+        return source
+    for file in source.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, folder)
+    config = AutoConfig.from_pretrained(source)
+    for key, value in MODELS[name].items():
+        setattr(config.text_config, key, value)
+    if "head_dim" not in MODELS[name]:
+        config.text_config.head_dim = config.text_config.hidden_size // 2
+    torch.manual_seed(SEED)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def samples(case: Case) -> list[Any]:
+    """Two batches; the answers of a batch stand at different places, as the plan assumes."""
+    from fedmllm.models.mllm import Encoded
+
+    made = []
+    for i in range(2 * case.batch):
+        back = (i % case.batch) * ANSWER % max(1, case.tokens - 2 * ANSWER)
+        length = case.tokens - back - ANSWER
+        options = ((20, 21), (20, 22)) if case.phase == "testing" else ()
+        prompt = (10,) * (case.tokens - 2 - i % case.batch if options else length)
+        made.append(Encoded(str(i), prompt, (20,) * ANSWER, None, options))
+    return made
+
+
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    """Plan, then do it. Runs in a process of its own."""
+    import torch
+
+    import fedmllm.experiment
+    from fedmllm.plan.capacity import resident_now
+    from fedmllm.plan.memory import Load, estimate
+    from fedmllm.plan.structure import build_skeleton
+
+    torch.set_num_threads(1)
+    runtime = resident_now()
+    options = {"rank": 8, "alpha": 8, "dropout": case.dropout}
+    skeleton = build_skeleton(folder, dtype=case.dtype, **options)
+    load = Load(
+        tokens=case.tokens,
+        slices=1,
+        batch=case.batch,
+        test_batch=case.batch,
+        rank=8,
+        dropout=case.dropout,
+        itemsize=2 if case.dtype == "bfloat16" else 4,
+        images=0,
+        generates=False,
+        answer=ANSWER,
+    )
+    planned = estimate(skeleton, load, runtime=runtime)
+    peak = planned.runtime + sum(planned.resident.values())
+    peak += sum(planned.phases[case.phase].values())
+    dtype = getattr(torch, case.dtype)
+    mllm = fedmllm.experiment.Mllm.load(case.model, folder, dtype=dtype, **options)
+    loaded = high_water()
+    work(mllm, case)
+    measured = high_water()
+    return {
+        **asdict(case),
+        "name": case.name,
+        "parameters": skeleton.total,
+        "planned": {"runtime": runtime, "resident": planned.resident, **planned.phases[case.phase]},
+        "planned_bytes": peak,
+        "measured_bytes": measured,
+        "measured_after_loading_bytes": loaded,
+        "ratio": round(peak / measured, 3),
+        "ratio_above_runtime": round((peak - runtime) / (measured - runtime), 3),
+    }
+
+
+def work(mllm: Any, case: Case) -> None:
+    """Two optimiser steps, or one test batch."""
+    from fedmllm.algorithms.base import LocalObjective
+    from fedmllm.client import LocalPlan, train_client
+
+    items = samples(case)
+    if case.phase == "testing":
+        mllm.score_options(items[: case.batch], batch_size=case.batch)
+        return
+    train_client(
+        mllm,
+        mllm.init_adapter(SEED),
+        items,
+        client="client",
+        round_=1,
+        seed=SEED,
+        lr=1e-3,
+        plan=LocalPlan(batch_size=case.batch, micro_batch=case.batch),
+        objective=LocalObjective(),
+    )
+
+
+def main() -> None:
+    """Every case in a process of its own, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="cases; all by default")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--make", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.make:
+        print(make_model(given.make, given.folder))
+        return
+    if given.measure:
+        case = next(case for case in CASES if case.name == given.measure)
+        print(json.dumps(measure(case, given.folder)))
+        return
+    known = [case.name for case in CASES]
+    if set(given.names) - set(known):
+        raise SystemExit(f"error: choose from {', '.join(known)}")
+    rows = run_all([case for case in CASES if not given.names or case.name in given.names])
+    if not given.names:
+        write(rows)
+
+
+def run_all(cases: list[Case]) -> list[dict[str, Any]]:
+    """Measure and print."""
+    rows = []
+    for model in dict.fromkeys(case.model for case in cases):
+        with tempfile.TemporaryDirectory() as folder:
+            path = call("--make", model, "--folder", folder)
+            for case in (case for case in cases if case.model == model):
+                rows.append(json.loads(call("--measure", case.name, "--folder", path)))
+                planned, measured = rows[-1]["planned_bytes"], rows[-1]["measured_bytes"]
+                print(
+                    f"{case.name:36} planned {planned / 1e6:7.0f} MB, measured "
+                    f"{measured / 1e6:7.0f} MB, ratio {rows[-1]['ratio']:.2f}, above the "
+                    f"libraries {rows[-1]['ratio_above_runtime']:.2f}",
+                    flush=True,
+                )
+    return rows
+
+
+def call(*words: str) -> str:
+    """This script in a process of its own; the last line that it prints."""
+    command = [sys.executable, __file__, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(words)} failed\n{done.stderr}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """The committed result."""
+    from fedmllm import results
+
+    facts = {
+        "schema": 1,
+        "what": "planned and measured peak memory, bytes; one process a case, one thread",
+        "seed": SEED,
+        "cases": rows,
+        "versions": results.versions(),
+        "commit": results.commit(),
+        "hardware": results.hardware(1, "cpu"),
+    }
+    results.write_json(OUT, facts)
+    print(f"result  {OUT.relative_to(OUT.parent.parent)}")
+
+
+if __name__ == "__main__":
+    main()
