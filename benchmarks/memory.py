@@ -6,12 +6,17 @@
 Each case is a process of its own: it loads the libraries, plans, loads the model, and trains two
 steps or answers one test batch of samples whose length is known. Measured is the high-water mark
 of resident memory (VmHWM of /proc, so Linux only). Written to results/memory.json.
+
+Every case runs twice: as it is, and with MALLOC_MMAP_THRESHOLD_=65536, which makes glibc give
+freed tensors back at once. The second is what the arithmetic counts; the first is what a run
+takes, with the holes in the heap, for which the plan has one allowance.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +28,8 @@ from typing import Any
 OUT = Path(__file__).resolve().parent.parent / "results" / "memory.json"
 SEED = 0
 ANSWER = 8  # tokens
+SLACK = "allocator"  # the plan's term for holes in the heap
+TIGHT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
@@ -164,8 +171,6 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         "planned_bytes": peak,
         "measured_bytes": measured,
         "measured_after_loading_bytes": loaded,
-        "ratio": round(peak / measured, 3),
-        "ratio_above_runtime": round((peak - runtime) / (measured - runtime), 3),
     }
 
 
@@ -221,21 +226,38 @@ def run_all(cases: list[Case]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             path = call("--make", model, "--folder", folder)
             for case in (case for case in cases if case.model == model):
-                rows.append(json.loads(call("--measure", case.name, "--folder", path)))
-                planned, measured = rows[-1]["planned_bytes"], rows[-1]["measured_bytes"]
+                words = ("--measure", case.name, "--folder", path)
+                rows.append(compared(json.loads(call(*words)), json.loads(call(*words, **TIGHT))))
+                row = rows[-1]
                 print(
-                    f"{case.name:36} planned {planned / 1e6:7.0f} MB, measured "
-                    f"{measured / 1e6:7.0f} MB, ratio {rows[-1]['ratio']:.2f}, above the "
-                    f"libraries {rows[-1]['ratio_above_runtime']:.2f}",
+                    f"{case.name:36} planned {row['planned_bytes'] / 1e6:6.0f} MB, measured "
+                    f"{row['measured_bytes'] / 1e6:6.0f} MB ({row['ratio']:.2f}); without "
+                    f"allowance {row['planned_live_bytes'] / 1e6:6.0f} MB, measured "
+                    f"{row['measured_live_bytes'] / 1e6:6.0f} MB ({row['ratio_live']:.2f})",
                     flush=True,
                 )
     return rows
 
 
-def call(*words: str) -> str:
+def compared(row: dict[str, Any], tight: dict[str, Any]) -> dict[str, Any]:
+    """A case with its second measurement. Ratios are planned / measured, above the libraries."""
+    live = tight["planned_bytes"] - tight["planned"].get(SLACK, 0)
+    floor, tight_floor = row["planned"]["runtime"], tight["planned"]["runtime"]
+    return {
+        **row,
+        "planned_live_bytes": live,
+        "measured_live_bytes": tight["measured_bytes"],
+        "ratio": round((row["planned_bytes"] - floor) / (row["measured_bytes"] - floor), 3),
+        "ratio_live": round((live - tight_floor) / (tight["measured_bytes"] - tight_floor), 3),
+    }
+
+
+def call(*words: str, **environment: str) -> str:
     """This script in a process of its own; the last line that it prints."""
     command = [sys.executable, __file__, *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}
+    )
     if done.returncode:
         raise SystemExit(f"error: {' '.join(words)} failed\n{done.stderr}")
     return done.stdout.strip().splitlines()[-1]

@@ -104,6 +104,7 @@ def make_plan(
     checkpointing. measured: results to take the time from, by default those below ``runs``.
     Raises `UserError` for anything the user can mend.
     """
+    runtime = resident_now()
     path = model_path(config.model.name, config.model.path)
     lora = config.lora
     skeleton = build_skeleton(
@@ -130,7 +131,7 @@ def make_plan(
         checkpointing=checkpointing,
         copies=_copies(slots, clients, control=algorithm.local.control),
     )
-    estimated = estimate(skeleton, load, runtime=resident_now())
+    estimated = estimate(skeleton, load, runtime=runtime)
     capacity = find_capacity(config.model.device, memory)
     time = estimate_time(config, parties.sizes, parties.test, measured) if parties else None
     return Plan(
