@@ -13,6 +13,8 @@ import torch
 from fedmllm.algorithms import make_algorithm
 from fedmllm.config import Config, options_of
 from fedmllm.data import DATASETS, load_dataset
+from fedmllm.data.images import ImageFile
+from fedmllm.data.sample import ImageSource
 from fedmllm.errors import UserError
 from fedmllm.experiment import make_manifest
 from fedmllm.models import model_path
@@ -180,11 +182,16 @@ def _parties(config: Config) -> tuple[Parties | None, list[str]]:
         Parties(
             sizes={client.id: len(client.rows) for client in held.clients},
             test=len(dataset.test),
-            images=len({sample.image.key for sample in samples if sample.image is not None}),
+            images=len({_picture(sample.image) for sample in samples if sample.image is not None}),
             open=dataset.task.kind == "open",
         ),
         [],
     )
+
+
+def _picture(source: ImageSource) -> str:
+    """What tells pictures apart without reading them: a file's key is a digest of its bytes."""
+    return str(source.file) if isinstance(source, ImageFile) else source.key
 
 
 def _load(
