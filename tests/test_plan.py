@@ -264,7 +264,7 @@ def test_the_papers_setting(folder) -> None:
 # -- bytes are those of a run ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "fedadam"])
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
 def test_bytes_and_parameters_are_those_of_a_run(algorithm, tmp_path, mllm) -> None:
     config = make_config({**SMALL, "algorithm": algorithm})
     facts = make_plan(config).to_json()
@@ -357,7 +357,7 @@ def test_a_checkpoint_in_four_bit_says_so_itself(folder) -> None:
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
-        "llm_int8_skip_modules": ["lm_head", "vision_model", "connector"],
+        "llm_int8_skip_modules": ["lm_head", "model.vision_model", "model.connector"],
     }
     skeleton = skeleton_of(folder(real.config | {"quantization_config": own}))
     half, scales = nf4(real.decoder.matrices * real.decoder.layers, nested=False)
@@ -395,7 +395,7 @@ def saved_bytes(kind: str, layers: int, load: Load) -> int:
     config = LoraConfig(r=load.rank, lora_dropout=load.dropout, target_modules=targets)
     model = get_peft_model(base, config)
     if load.checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -445,7 +445,8 @@ def test_memory_grows_with_what_it_depends_on() -> None:
     kept = [p.memory.phases["training"]["activations"] for p in (base, one)]
     assert kept[0] == 8 * kept[1]
     assert make_plan(config, tokens=100, checkpointing=True).memory.peak < base.memory.peak
-    assert base.memory.resident["image features"] == 56 * 16 * 128 * 4  # 40 + 16 images
+    pictures = 28  # each of the memes' stands with two texts
+    assert base.memory.resident["image features"] == pictures * 16 * 128 * 4
     sgd = make_plan(make_config(SMALL, ["training.optimizer=sgd"]), tokens=100)
     assert sgd.memory.phases["training"]["optimiser"] == 0
     assert base.memory.phases["training"]["optimiser"] == 8 * 49_152

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -40,6 +41,7 @@ _BAD_CONFIG = (
     ArithmeticError,
     IndexError,
     AssertionError,
+    StrictDataclassError,
 )
 
 
