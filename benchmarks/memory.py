@@ -1,10 +1,11 @@
 """How far the planned peak memory is from the measured one, on a CPU.
 
     python benchmarks/memory.py            # all cases, about five minutes on one core
-    python benchmarks/memory.py NAME …     # some, printed and not written
+    python benchmarks/memory.py NAME …     # some, the others stay as they are in the file
 
 Each case is a process of its own: it loads the libraries, plans, loads the model, and trains two
-steps or answers one test batch of samples whose length is known. Measured is the high-water mark
+steps, or answers one test batch, of samples whose length is known, or runs a small experiment.
+Measured is the high-water mark
 of resident memory (VmHWM of /proc, so Linux only). Written to results/memory.json.
 
 Every case runs twice: as it is, and with MALLOC_MMAP_THRESHOLD_=65536, which makes glibc give
@@ -34,7 +35,8 @@ TIGHT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. model: a key of `MODELS`. phase: training or testing."""
+    """One measurement. model: a key of `MODELS`. phase: training, testing, or run: a whole
+    experiment on the memes, for which tokens are those of the longest sample, found afterwards."""
 
     model: str
     phase: str
@@ -46,6 +48,8 @@ class Case:
     @property
     def name(self) -> str:
         """A word for the command line."""
+        if self.phase == "run":
+            return f"{self.model}-run-{self.batch}"
         extra = ("-bf16" if self.dtype == "bfloat16" else "") + ("" if self.dropout else "-nodrop")
         return f"{self.model}-{self.phase}-{self.batch}x{self.tokens}{extra}"
 
@@ -76,6 +80,8 @@ CASES = [
     Case("embedded", "training", 8, 512, dropout=0.0),
     Case("embedded", "training", 8, 512, dtype="bfloat16"),
     Case("embedded", "testing", 64, 256),
+    Case("embedded", "run", 8, 0),
+    Case("embedded", "run", 64, 0),
     Case("tiny", "training", 8, 512),
     Case("tiny", "testing", 64, 256),
     Case("100M", "training", 1, 256),
@@ -141,6 +147,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     runtime = resident_now()
+    if case.phase == "run":
+        return measure_run(case, folder, runtime)
     options = {"rank": 8, "alpha": 8, "dropout": case.dropout}
     skeleton = build_skeleton(folder, dtype=case.dtype, **options)
     load = Load(
@@ -166,9 +174,57 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     return {
         **asdict(case),
         "name": case.name,
+        "commit": fedmllm.results.commit(),
         "parameters": skeleton.total,
         "planned": {"runtime": runtime, "resident": planned.resident, **planned.phases[case.phase]},
         "planned_bytes": peak,
+        "measured_bytes": measured,
+        "measured_after_loading_bytes": loaded,
+    }
+
+
+def measure_run(case: Case, folder: Path, runtime: int) -> dict[str, Any]:
+    """A whole experiment: the plan's phases and their largest are compared, not one of them."""
+    from fedmllm import results
+    from fedmllm.config import make_config
+    from fedmllm.data import load_dataset
+    from fedmllm.experiment import load_model, run
+    from fedmllm.plan import make_plan
+    from fedmllm.plan.memory import estimate
+    from fedmllm.prompts import render
+
+    config = make_config(
+        {
+            "name": "memory",
+            "seed": SEED,
+            "data": {"name": "memes", "train": 400, "test": 128},
+            "partition": {"clients": 2},
+            "training": {"rounds": 1, "batch_size": case.batch, "micro_batch": case.batch},
+            "evaluation": {"every": 0, "conditions": ["both"]},
+        }
+    )
+    mllm = load_model(config)
+    loaded = high_water()
+    with tempfile.TemporaryDirectory() as out:
+        run(config, out=Path(out) / "run", mllm=mllm)
+    measured = high_water()
+    dataset = load_dataset(**config.data)
+    encoded = [mllm.encode(render(one, dataset.task, config.prompt)) for one in dataset.train]
+    made = make_plan(config, tokens=max(map(len, encoded)))
+    planned = estimate(made.skeleton, made.load, runtime=runtime)
+    terms = {"runtime": runtime, "resident": planned.resident, **planned.phases[planned.phase]}
+    return {
+        **asdict(case),
+        "tokens": made.load.tokens,
+        "name": case.name,
+        "commit": results.commit(),
+        "parameters": made.skeleton.total,
+        "planned": {
+            "runtime": runtime,
+            "resident": planned.resident,
+            **planned.phases[planned.phase],
+        },
+        "planned_bytes": planned.peak,
         "measured_bytes": measured,
         "measured_after_loading_bytes": loaded,
     }
@@ -214,9 +270,7 @@ def main() -> None:
     known = [case.name for case in CASES]
     if set(given.names) - set(known):
         raise SystemExit(f"error: choose from {', '.join(known)}")
-    rows = run_all([case for case in CASES if not given.names or case.name in given.names])
-    if not given.names:
-        write(rows)
+    write(run_all([case for case in CASES if not given.names or case.name in given.names]))
 
 
 def run_all(cases: list[Case]) -> list[dict[str, Any]]:
@@ -264,16 +318,17 @@ def call(*words: str, **environment: str) -> str:
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    """The committed result."""
+    """The committed result: these rows, and the file's own for the other cases."""
     from fedmllm import results
 
+    old = json.loads(OUT.read_text())["cases"] if OUT.exists() else []
+    by_name = {row["name"]: row for row in [*old, *rows]}
     facts = {
         "schema": 1,
         "what": "planned and measured peak memory, bytes; one process a case, one thread",
         "seed": SEED,
-        "cases": rows,
+        "cases": [by_name[case.name] for case in CASES if case.name in by_name],
         "versions": results.versions(),
-        "commit": results.commit(),
         "hardware": results.hardware(1, "cpu"),
     }
     results.write_json(OUT, facts)

@@ -462,15 +462,16 @@ def test_features_stay_within_the_caches_budget() -> None:
 
 
 def test_the_committed_measurements_are_within_the_tolerance() -> None:
-    """Peaks within 25 % of the measured ones; the arithmetic alone within 25 %, too, wherever a
-    case takes more than 100 MB beside the libraries."""
+    """Peaks within 25 % of the measured ones; the arithmetic alone, too, where lengths are known
+    and a case takes more than 100 MB beside the libraries."""
     facts = json.loads((ROOT / "results" / "memory.json").read_text())
     assert {case["model"] for case in facts["cases"]} == {"embedded", "tiny", "100M"}
     assert len(facts["cases"]) >= 12
     for case in facts["cases"]:
         ratio = case["planned_bytes"] / case["measured_bytes"]
         assert abs(ratio - 1) < TOLERANCE, case["name"]
-        if case["measured_live_bytes"] - case["planned"]["runtime"] > 100e6:
+        beside = case["measured_live_bytes"] - case["planned"]["runtime"]
+        if case["phase"] != "run" and beside > 100e6:
             assert abs(case["ratio_live"] - 1) < 0.25, case["name"]
 
 
