@@ -219,11 +219,7 @@ def measure_run(case: Case, folder: Path, runtime: int) -> dict[str, Any]:
         "name": case.name,
         "commit": results.commit(),
         "parameters": made.skeleton.total,
-        "planned": {
-            "runtime": runtime,
-            "resident": planned.resident,
-            **planned.phases[planned.phase],
-        },
+        "planned": terms,
         "planned_bytes": planned.peak,
         "measured_bytes": measured,
         "measured_after_loading_bytes": loaded,

@@ -363,6 +363,9 @@ def test_a_checkpoint_in_four_bit_says_so_itself(folder) -> None:
     half, scales = nf4(real.decoder.matrices * real.decoder.layers, nested=False)
     found = weight_bytes(skeleton)
     assert (found["nf4"], found["scales"]) == (half, scales)
+    other = {"quant_method": "gptq", "bits": 4}
+    found = planned(folder(real.config | {"quantization_config": other}))
+    assert any("'gptq'" in note for note in found.notes)
     own["llm_int8_skip_modules"] = None  # all but the head
     own["bnb_4bit_use_double_quant"] = True
     tower = [768 * 768] * 4 + [768 * 3072] * 2
@@ -500,6 +503,7 @@ def test_what_does_not_fit_is_said_with_what_to_change() -> None:
     assert "may not fit" in tight.warnings[0]
     small = make_plan(config, memory=peak * 9 // 10)
     assert small.fits is False
+    assert "will not fit" in small.warnings[0]
     assert "training.micro_batch" in small.warnings[0]
     tested = make_config(SMALL, ["evaluation.batch_size=600"])
     assert "evaluation.batch_size" in make_plan(tested, memory=peak).warnings[0]
@@ -512,6 +516,7 @@ def test_what_does_not_fit_is_said_with_what_to_change() -> None:
     [
         ("24GB", 24 * 10**9),
         ("24GiB", 24 * 2**30),
+        ("512 MiB", 2**29),
         ("1.5 mb", 1_500_000),
         ("80g", 80 * 10**9),
         ("12345", 12345),

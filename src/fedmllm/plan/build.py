@@ -145,7 +145,11 @@ def make_plan(
         capacity=capacity,
         time=time,
         warnings=tuple(_warnings(config, skeleton, load, estimated, capacity)),
-        notes=(*notes, *_notes(config, load, estimated, capacity, time)),
+        notes=(
+            *notes,
+            *_unknown_quantisation(skeleton),
+            *_notes(config, load, estimated, capacity, time),
+        ),
     )
 
 
@@ -295,6 +299,14 @@ def _notes(
     if time is None:
         lines.append("time: no measured run of this model and data on this machine was found")
     return lines
+
+
+def _unknown_quantisation(skeleton: Skeleton) -> list[str]:
+    own = skeleton.quantization
+    if not own or own.get("load_in_4bit"):
+        return []
+    method = own.get("quant_method", "unnamed")
+    return [f"quantisation {method!r} other than 4 bit is not known here: counted without it"]
 
 
 def size(count: float) -> str:

@@ -15,7 +15,7 @@ features are kept in main memory: in the training phase it takes nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedmllm.errors import UserError
@@ -105,15 +105,18 @@ class Estimate:
 def shapes_of(skeleton: Skeleton) -> Shapes:
     """Read the sizes. Raises `UserError` if the config lacks one."""
     config = skeleton.config
-    text, vision = config.get_text_config(), config.vision_config
-    side = getattr(vision, "image_size", None)
+    text = config.get_text_config()
     sliced = config.model_type == "minicpmv"  # its image_size is that of the position table
     try:
+        vision = config.vision_config
+        side = _side(getattr(vision, "image_size", None))
         tower = getattr(vision, "embed_dim", None) or vision.hidden_size
-        inner = getattr(vision, "intermediate_size", None) or int(tower * vision.mlp_ratio)
-        patches = UNKNOWN_PATCHES if sliced or not side else (side // vision.patch_size) ** 2
+        inner = getattr(vision, "intermediate_size", None) or getattr(vision, "mlp_dim", None)
+        inner = inner or int(tower * vision.mlp_ratio)
+        known = side and not sliced
+        patches = (side // _side(vision.patch_size)) ** 2 if known else UNKNOWN_PATCHES
         heads = text.num_attention_heads
-        return Shapes(
+        shapes = Shapes(
             D=text.hidden_size,
             F=text.intermediate_size,
             L=text.num_hidden_layers,
@@ -128,11 +131,22 @@ def shapes_of(skeleton: Skeleton) -> Shapes:
         )
     except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"the config of a {config.model_type!r} lacks a size: {error}") from error
+    odd = {name: value for name, value in asdict(shapes).items() if not isinstance(value, int)}
+    if odd:
+        raise UserError(
+            f"the config of a {config.model_type!r} has sizes that are no numbers: {odd}"
+        )
+    return shapes
+
+
+def _side(size: Any) -> Any:
+    """The longer side of a size that may be a number or a pair."""
+    return max(size) if isinstance(size, list | tuple) else size
 
 
 def _image_tokens(config: Any, patches: int) -> int:
     """Tokens of a slice: the family's number, or the patches less what the connector merges."""
-    for name in ("query_num", "mm_tokens_per_image"):
+    for name in ("query_num", "mm_tokens_per_image", "image_seq_length"):
         if getattr(config, name, None):
             return int(getattr(config, name))
     merge: Any = getattr(config, "scale_factor", None)

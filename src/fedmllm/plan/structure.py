@@ -41,6 +41,7 @@ _BAD_CONFIG = (
     ArithmeticError,
     IndexError,
     AssertionError,
+    StopIteration,
     StrictDataclassError,
 )
 
@@ -167,8 +168,8 @@ def _owners(base: Any) -> dict[int, tuple[str, nn.Parameter]]:
         for parameter in module.parameters() if module is not None else ():
             owner.setdefault(id(parameter), (part, parameter))
 
-    for tower in vision_towers(base):
-        claim("vision tower", tower)
+    for module in _vision_modules(base):
+        claim("vision tower", module)
     claim("embeddings", base.get_input_embeddings())
     claim("output head", base.get_output_embeddings())
     claim("language model", base.get_decoder())
@@ -176,16 +177,12 @@ def _owners(base: Any) -> dict[int, tuple[str, nn.Parameter]]:
     return owner
 
 
-def vision_towers(base: Any) -> list[nn.Module]:
-    """The modules that are built from the vision config and lie in no other such module."""
-    kind = type(getattr(base.config, "vision_config", None))
-    found: dict[str, nn.Module] = {}
-    for name, module in base.named_modules():
-        if type(getattr(module, "config", None)) is not kind or kind is type(None):
-            continue
-        if not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    return list(found.values())
+def _vision_modules(base: Any) -> list[nn.Module]:
+    """The modules that are built from the vision config."""
+    vision = getattr(base.config, "vision_config", None)
+    if vision is None:
+        return []
+    return [m for m in base.modules() if type(getattr(m, "config", None)) is type(vision)]
 
 
 def _count(owner: Mapping[int, tuple[str, nn.Parameter]]) -> dict[str, int]:
