@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "src" / "fedmllm" / "models" / "embedded"
 RESULT = ROOT / "results" / "embedded-gate.json"
 STAGES = ("vision", "language", "export", "gate")
-STEPS = {"vision": 4000, "language": 4800}
+STEPS = {"vision": 4000, "language": 5400}
 
 
 def blank_model(processor: Idefics3Processor) -> Idefics3ForConditionalGeneration:

@@ -6,10 +6,13 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from pretrain.curriculum import PHASES
 
 from fedmllm.metrics import mean_and_ci
 from fedmllm.report import figures, load_results, markdown_table
@@ -55,27 +58,93 @@ def gate() -> str:
     return "\n".join([*lines, "", f"The gate is {verdict}."])
 
 
-def levels() -> str:
-    """Mean and spread over seeds of each arm on each embedded task."""
-    table: dict[tuple[str, str], list[float]] = {}
-    errors: dict[tuple[str, str], list[float]] = {}
+def level_results() -> dict[tuple[str, str], dict[int, dict]]:
+    """The level runs' results by task and arm, then by seed."""
+    found: dict[tuple[str, str], dict[int, dict]] = {}
     for file in sorted((RESULTS / "levels").glob("*/result.json")):
         result = json.loads(file.read_text())
         task, arm = result["task"]["name"], result["name"].split("-", 1)[1].rsplit("-s", 1)[0]
-        metric = result["task"]["metric"]
-        table.setdefault((task, arm), []).append(result["metrics"]["both"][metric])
-        error = result["metrics"]["both"].get(f"{metric}_se")
-        if error is not None:
-            errors.setdefault((task, arm), []).append(error)
-    if not table:
+        found.setdefault((task, arm), {})[result["seed"]] = result
+    return found
+
+
+def headline(result: dict, suffix: str = "") -> float:
+    """The task's metric under the run's first test condition: nan if it is not there."""
+    condition = result["config"]["evaluation"]["conditions"][0]
+    return result["metrics"][condition].get(f"{result['task']['metric']}{suffix}", math.nan)
+
+
+def levels(*tasks: str) -> str:
+    """Mean and spread over seeds of each arm on each task."""
+    found = {key: runs for key, runs in level_results().items() if key[0] in tasks}
+    if not found:
         return NONE
     lines = ["| task | run | seeds | mean | 95 % interval | largest test s.e. |"]
     lines.append("|---|---|---|---|---|---|")
-    for (task, arm), values in sorted(table.items()):
-        mean, half = mean_and_ci(values)
-        worst = errors.get((task, arm))
-        error = f"{max(worst):.4f}" if worst else "–"
-        lines.append(f"| {task} | {arm} | {len(values)} | {mean:.3f} | ± {half:.3f} | {error} |")
+    for (task, arm), by_seed in sorted(found.items(), key=_level_order):
+        mean, half = mean_and_ci([headline(r) for r in by_seed.values()])
+        errors = [headline(r, "_se") for r in by_seed.values()]
+        error = "–" if any(map(math.isnan, errors)) else f"{max(errors):.4f}"
+        lines.append(f"| {task} | {arm} | {len(by_seed)} | {mean:.3f} | ± {half:.3f} | {error} |")
+    return "\n".join(lines)
+
+
+EMBEDDED = ("memes", "crisis", "medical")
+ARM_ORDER = ("zero-shot", "local", "fedavg-missing", "fedavg-aligned", "centralised")
+
+
+def _level_order(item: tuple[tuple[str, str], dict]) -> tuple[str, int, str]:
+    (task, arm), _ = item
+    return task, ARM_ORDER.index(arm) if arm in ARM_ORDER else len(ARM_ORDER), arm
+
+
+GAPS = (
+    ("centralised", "fedavg-aligned"),
+    ("fedavg-aligned", "local"),
+    ("fedavg-aligned", "zero-shot"),
+    ("fedavg-aligned", "fedavg-missing"),
+    ("fedavg-cross", "local"),
+    ("fedavg-cross", "zero-shot"),
+)
+
+
+def level_gaps(*tasks: str) -> str:
+    """What one arm has over another, paired over seeds."""
+    found = level_results()
+    lines = ["| task | difference | seeds | mean | 95 % interval | in each seed |"]
+    lines.append("|---|---|---|---|---|---|")
+    for task in tasks:
+        for more, less in GAPS:
+            one, other = found.get((task, more), {}), found.get((task, less), {})
+            gaps = [headline(one[s]) - headline(other[s]) for s in sorted(one.keys() & other)]
+            if gaps:
+                mean, half = mean_and_ci(gaps)
+                each = ", ".join(f"{gap:+.3f}" for gap in gaps)
+                lines.append(
+                    f"| {task} | {more} − {less} | {len(gaps)} | {mean:+.3f} | ± {half:.3f} "
+                    f"| {each} |"
+                )
+    return "\n".join(lines) if len(lines) > 2 else NONE
+
+
+def pretraining() -> str:
+    """The language stage's log at the end of each of its phases."""
+    file = RESULTS / "pretraining" / "language.jsonl"
+    if not file.exists():
+        return NONE
+    log = [json.loads(line) for line in file.read_text().splitlines()]
+    ends = [phase.until for phase in PHASES[:-1]] + [log[-1]["step"]]
+    kinds = ("exist", "match", "colour_of", "count", "reading", "naming", "rule")
+    lines = ["| step | seconds | loss | " + " | ".join(kinds) + " | by letter |"]
+    lines.append("|---" * (4 + len(kinds)) + "|")
+    for row in (row for row in log if row["step"] in ends):
+        letters = [v for k, v in row.items() if k.startswith("choice_")]
+        shown = [f"{row[k]:.2f}" if k in row else "–" for k in kinds]
+        lines.append(
+            f"| {row['step']:,} | {row['seconds']:,.0f} | {row['loss']:.3f} | "
+            + " | ".join(shown)
+            + f" | {sum(letters) / len(letters):.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -98,10 +167,12 @@ def memory() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "demo": lambda: runs("demo"),
-    "easy-vqa": lambda: runs("easy-vqa"),
+    "easy-vqa": lambda: levels("easy-vqa") + "\n\n" + level_gaps("easy-vqa"),
     "gate": gate,
-    "levels": levels,
     "memory": memory,
+    "levels": lambda: levels(*EMBEDDED),
+    "level-gaps": lambda: level_gaps(*EMBEDDED),
+    "pretraining": pretraining,
 }
 
 

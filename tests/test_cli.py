@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from minicpmv_checkpoint import published_folder
 from PIL import Image
 
 from fedmllm.cli import main
@@ -225,3 +226,25 @@ def test_the_installed_command_gives_exit_code_two(tmp_path) -> None:
     assert done.returncode == 2
     assert "does not exist" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("version", ["2.6", "2.5"])
+def test_a_round_on_the_papers_models(cli, experiment, tmp_path, version):
+    """Tiny MiniCPM-V in the published layout, through the ordinary command."""
+    folder = published_folder(tmp_path / "model", version)
+    code, out, err = cli(
+        "run",
+        experiment,
+        f"model.path={folder}",
+        "model.name=tiny-minicpmv",
+        "setting=missing-b0.3",
+        "--out",
+        tmp_path / "run",
+    )
+    assert code == 0, err
+    assert "× llm.model.layers.*.self_attn.q_proj" in out
+    assert "vpm" not in out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["bytes"]["up"] > 0
+    assert 0 <= result["metrics"]["both"]["auc"] <= 1
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

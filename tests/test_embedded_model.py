@@ -5,7 +5,9 @@ import json
 import string
 import sys
 from pathlib import Path
+from random import Random
 
+import easy_vqa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from pretrain.common import Codebook, build_model  # noqa: E402
 from pretrain.curriculum import PHASES  # noqa: E402
-from pretrain.dialogues import Turn, Writer  # noqa: E402
+from pretrain.dialogues import Turn, Writer, draw_scene  # noqa: E402
 from pretrain.gate import (  # noqa: E402
     NEEDED_CHOICE,
     NEEDED_OPEN,
@@ -33,6 +35,7 @@ from pretrain.gate import (  # noqa: E402
     gate_items,
     open_marks,
 )
+from pretrain.questions import ASK  # noqa: E402
 from pretrain.tokenizer import build_processor, whole_tokens  # noqa: E402
 from pretrain.vision import pixels_of, see  # noqa: E402
 from pretrain.words import CRISIS_CLASSES, MEME_CLASSES, WORDS  # noqa: E402
@@ -106,6 +109,19 @@ def test_lines_are_encoded_as_the_whole_text_is(tokenizer):
     assert ids == tokenizer.encode(tokenizer.decode(ids))
     row = writer.batch(1, 0, PHASES[-1])[0]
     assert row.ids == tokenizer.encode(tokenizer.decode(row.ids))
+
+
+def test_no_wording_of_easy_vqa_is_asked_in_pre_training():
+    """easy-VQA stays a test of the base: no question of its files is a training question."""
+    known = {*easy_vqa.get_train_questions()[0], *easy_vqa.get_test_questions()[0]}
+    assert "is there a circle?" in known
+    asked = set()
+    for kind, ask in ASK.items():
+        for i in range(300):
+            found = ask(Random(f"{kind}{i}"), draw_scene(1, 0.5, kind, i))
+            asked |= {found.question.replace("colour", "color")} if found else set()
+    assert len(asked) > 1000
+    assert not asked & known
 
 
 # ---------------------------------------------------------------- template and images

@@ -141,20 +141,20 @@ PLAIN = ("embed", "q_proj", "k_proj")
 class Trainer:
     """bf16 parameters for speed, fp32 masters for precision; Muon for matrices, Adam for the rest.
 
-    The rate falls linearly to a twentieth at step `horizon(step)` after a short warm-up.
+    The rate falls linearly to a twentieth at step `steps` after a short warm-up.
     """
 
     def __init__(
         self,
         params: dict[str, nn.Parameter],
-        horizon: Callable[[int], int],
+        steps: int,
         *,
         muon: float = 0.006,
         adam: float = 1.5e-3,
         plain: tuple[str, ...] = PLAIN,
     ) -> None:
         self.live = params
-        self.horizon, self.muon_rate, self.adam_rate, self.step_count = horizon, muon, adam, 0
+        self.steps, self.muon_rate, self.adam_rate, self.step_count = steps, muon, adam, 0
         self.master = {n: p.detach().float().clone() for n, p in params.items()}
         self.momentum = {n: torch.zeros_like(p) for n, p in self.master.items()}
         matrix = [n for n in params if params[n].ndim == 2 and not any(w in n for w in plain)]
@@ -167,7 +167,7 @@ class Trainer:
     def rate(self) -> float:
         """Share of the peak learning rate at the present step."""
         warm = min(1.0, (self.step_count + 1) / 100)
-        return warm * max(0.05, 1 - 0.95 * self.step_count / self.horizon(self.step_count))
+        return warm * max(0.05, 1 - 0.95 * self.step_count / self.steps)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -256,7 +256,7 @@ def run_stage(
     check: Callable[[], dict] | None = None,
     every: int = 250,
     stop: int,
-    parts_at: Callable[[int], int] = lambda step: 1,
+    parts: int = 1,
 ) -> float:
     """Train until `stop` steps; log, checkpoint, resume.
 
@@ -273,7 +273,7 @@ def run_stage(
         spent = state["seconds"]
     started, recent = time.time() - spent, []
     while trainer.step_count < stop:
-        recent.append(backward(trainer, loss_at, parts_at(trainer.step_count)))
+        recent.append(backward(trainer, loss_at, parts))
         trainer.step()
         if RANK or (trainer.step_count % every and trainer.step_count < stop):
             continue

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from pretrain.common import SEED, Codebook, Trainer, join_world, run_stage
-from pretrain.curriculum import PHASES, phase_at
+from pretrain.curriculum import PARTS, PHASES, phase_at
 from pretrain.dialogues import Row, Writer
 from pretrain.wiring import wire
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Idefics3Processor
 
-HORIZONS = ((1400, 2600), (1900, 3400), (4100, 4700), (10**9, 5000))  # (until step, end)
 FEATURE_NOISE = 0.04  # half a code's standard deviation
 
 
@@ -54,11 +53,6 @@ def answer_loss(hidden: Tensor, head: Tensor, ids: np.ndarray, weights: np.ndarr
     return (functional.cross_entropy(logits, tokens, reduction="none") * share).sum() / share.sum()
 
 
-def horizon(step: int) -> int:
-    """Where the rate would end; put off three times while the recipe was being found."""
-    return next(end for until, end in HORIZONS if step < until)
-
-
 def train(
     folder: Path,
     model: nn.Module,
@@ -73,7 +67,7 @@ def train(
     wire(model.model.text_model, processor.tokenizer, book)
     text_model = model.model.text_model.bfloat16()
     text_model.config._attn_implementation = "eager"
-    trainer = Trainer(dict(text_model.named_parameters()), horizon)
+    trainer = Trainer(dict(text_model.named_parameters()), steps)
     forward = torch.compile(text_model, dynamic=False)
     image_id = model.config.image_token_id
 
@@ -97,7 +91,7 @@ def train(
         check=check,
         stop=steps,
         every=100,
-        parts_at=lambda step: phase_at(step).parts,
+        parts=PARTS,
     )
     model.float()
     with torch.no_grad():

@@ -83,7 +83,7 @@ def train(folder: Path, model: nn.Module, steps: int, *, seed: int = SEED) -> fl
     parts = {
         n: p for n, p in core.named_parameters() if n.startswith(("vision_model", "connector"))
     }
-    trainer = Trainer(parts, lambda step: steps, muon=0.012, adam=2e-3, plain=("embed",))
+    trainer = Trainer(parts, steps, muon=0.012, adam=2e-3, plain=("embed",))
     forward = torch.compile(see, dynamic=False)
     held_out = [
         [sample(stream(seed, "vision-check", name, i)) for i in range(512)]

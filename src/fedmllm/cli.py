@@ -91,9 +91,6 @@ def plan(
     four_bit: Annotated[
         bool, typer.Option("--four-bit", help="Count the language model in 4 bit (NF4).")
     ] = False,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Count with gradient checkpointing.")
-    ] = False,
     measured: Annotated[
         Path | None, typer.Option(help="Runs to take the time from. [default: runs]")
     ] = None,
@@ -111,7 +108,6 @@ def plan(
         tokens=tokens,
         slices=slices,
         four_bit=four_bit,
-        checkpointing=checkpointing,
         measured=measured,
     )
     if json_:

@@ -57,12 +57,18 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """Which multimodal LLM. `name` is a registry name or, with `path`, any label."""
+    """Which multimodal LLM. `name` is a registry name or, with `path`, any label.
+
+    gradient_checkpointing: less memory for more time, same numbers. remote_code: the path again,
+    word for word, of a model whose own code may be run.
+    """
 
     name: str = "embedded"
     path: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
+    gradient_checkpointing: bool = False
+    remote_code: str | None = None
 
 
 class LoraSection(_Section):

@@ -121,7 +121,8 @@ def run(
         style=config.prompt,
         max_length=config.training.max_length,
     )
-    _tell(session, "start", parameters=session.mllm.parameter_counts())
+    counts, modules = mllm.parameter_counts(), mllm.lora_modules()
+    _tell(session, "start", parameters=counts, lora_modules=modules)
     outcomes = [
         run_federation(session, federation) for federation in federations(config, dataset, held)
     ]
@@ -203,6 +204,8 @@ def load_model(config: Config) -> Mllm:
         dropout=config.lora.dropout,
         dtype=getattr(torch, config.model.dtype),
         device=config.model.device,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        remote_code=config.model.remote_code,
     )
 
 

@@ -46,6 +46,7 @@ def load_adapter(folder: Path, device: str = "cpu") -> tuple[Mllm, dict[str, Any
         dropout=lora["dropout"],
         dtype=dtype,
         device=device,
+        remote_code=model.get("remote_code"),
     )
     mllm.set_adapter(weights)
     return mllm, facts

@@ -54,6 +54,8 @@ class RunProgress:
             self.console.print(
                 f"{event['name']}: {counts['trainable']:,} of {counts['total']:,} parameters train"
             )
+            for module, count in event["lora_modules"].items():
+                self.console.print(f"  LoRA on {count} × {module}", soft_wrap=True)
         elif event["event"] == "round":
             self._round(event)
 

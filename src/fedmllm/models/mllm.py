@@ -11,7 +11,8 @@ Shapes: B samples, T tokens, V vocabulary, N image tokens of one image, D hidden
 from __future__ import annotations
 
 import contextlib
-import re
+import inspect
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,18 +21,23 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import logging
 
 from fedmllm.data.sample import ImageSource
 from fedmllm.errors import UserError
+from fedmllm.models.features import FeatureCache, ImageFeatures, feature_inputs, see
+from fedmllm.models.loading import family, load_base
+from fedmllm.models.lora import (
+    adapted_modules,
+    adapter_parameters,
+    check_adapter,
+    layers_of,
+    lora_targets,
+)
 from fedmllm.prompts import IMAGE, Prompted
 from fedmllm.rng import stream_seed
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MARK = "ANSWER"  # stands for an answer while a chat template is read
 
 
 @dataclass(frozen=True)
@@ -49,38 +55,6 @@ class Encoded:
         return len(self.prompt) + len(self.answer)
 
 
-@dataclass(frozen=True)
-class ImageFeatures:
-    """What the language model needs of one image: its token ids and its N x D features."""
-
-    tokens: tuple[int, ...]
-    features: torch.Tensor
-
-
-class FeatureCache:
-    """Vision features by image key, kept in memory; the frozen tower sees an image once.
-
-    Bounded by bytes; when full, the oldest entries leave first.
-    """
-
-    def __init__(self, budget_bytes: int = 512 * 2**20) -> None:
-        self.budget_bytes = budget_bytes
-        self._entries: dict[str, ImageFeatures] = {}
-        self._bytes = 0
-
-    def get(self, key: str) -> ImageFeatures | None:
-        return self._entries.get(key)
-
-    def put(self, key: str, value: ImageFeatures) -> None:
-        if key in self._entries:
-            return
-        self._entries[key] = value
-        self._bytes += value.features.nbytes
-        while self._bytes > self.budget_bytes and len(self._entries) > 1:
-            oldest = next(iter(self._entries))
-            self._bytes -= self._entries.pop(oldest).features.nbytes
-
-
 class Mllm:
     """A frozen base with a trainable LoRA adapter on its language model's attention.
 
@@ -93,15 +67,18 @@ class Mllm:
         self.model = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        if not getattr(processor, "chat_template", None):
-            raise UserError(f"model {name!r} has no chat template: its processor needs one")
+        self.base = _base(model)
+        self.family = family(self.base.config)
         self.device = next(model.parameters()).device
         self.features = FeatureCache()
-        self.trainable: dict[str, nn.Parameter] = dict(sorted(_adapter_parameters(model).items()))
-        self.layer_of, self.num_layers = _layers(model, self.trainable)
+        self.trainable = adapter_parameters(model)
+        self.layer_of, self.num_layers = layers_of(self.base, self.trainable)
+        self.specials = sorted(_special_words(processor) - {*self.family.ordinary})
         self._answers: dict[str, tuple[int, ...]] = {}
-        self.specials = sorted({IMAGE, *self.tokenizer.all_special_tokens})
-        self._image_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
+        self._image_id: int = self.base.config.image_token_id
+        self._lead = _lead(self.tokenizer)
+        pad = self.tokenizer.pad_token_id
+        self._pad_id: int = self.tokenizer.eos_token_id if pad is None else pad  # masked out
 
     @classmethod
     def load(
@@ -114,12 +91,16 @@ class Mllm:
         dropout: float = 0.05,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        gradient_checkpointing: bool = False,
+        remote_code: str | None = None,
     ) -> Mllm:
         """Load a base from a folder or hub name and add a fresh adapter (B = 0: the base itself).
 
-        Raises `UserError` if the model or its language model's attention cannot be found.
+        gradient_checkpointing: compute a layer's activations again when they are needed, which
+        saves memory for time and changes no gradient. remote_code: see `load_base`.
+        Raises `UserError` if the model or its language model's attention cannot be had.
         """
-        base, processor = load_base(path, dtype=dtype, device=device)
+        base, processor = load_base(path, dtype=dtype, device=device, remote_code=remote_code)
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -130,8 +111,11 @@ class Mllm:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers an old name
             model = get_peft_model(base, config)
+        if gradient_checkpointing:
+            base.activation_checkpointing_enable({"use_reentrant": False})
+            base.disable_input_require_grads()  # the frozen embeddings need no gradient
         model.peft_config["default"].base_model_name_or_path = name  # not a path of this machine
-        return cls(name, model, processor)
+        return cls(name, model.eval(), processor)
 
     # -- the adapter -------------------------------------------------------------------------
 
@@ -171,6 +155,10 @@ class Mllm:
         total = sum(p.numel() for p in self.model.parameters())
         return {"total": total, "trainable": sum(p.numel() for p in self.trainable.values())}
 
+    def lora_modules(self) -> dict[str, int]:
+        """What the adapter adapts: module names, `*` for the layer, and how many of each."""
+        return adapted_modules(self.trainable)
+
     # -- encoding ----------------------------------------------------------------------------
 
     def encode(self, prompted: Prompted, *, max_length: int = 1200) -> Encoded:
@@ -180,12 +168,9 @@ class Mllm:
         """
         sample = prompted.sample
         self._check_words(prompted)
-        text = self.processor.apply_chat_template(
-            _messages(prompted.turns), add_generation_prompt=True, tokenize=False
-        )
-        prompt = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if sample.image is not None:
-            prompt = self._expand_image(prompt, self.image_features(sample.image))
+        text = self._render(_messages(prompted.turns), add_generation_prompt=True)
+        image = None if sample.image is None else self.image_features(sample.image)
+        prompt = self._prompt_ids(text, image)
         encoded = Encoded(
             id=sample.id,
             prompt=tuple(prompt),
@@ -212,29 +197,58 @@ class Mllm:
                     f"something else to {self.name}: remove it"
                 )
 
-    def answer_ids(self, answer: str) -> tuple[int, ...]:
-        """Token ids of an assistant turn, from the first token after the generation prompt."""
-        if answer not in self._answers:
-            opening = self.processor.apply_chat_template(
-                _messages((("?", ""),)), add_generation_prompt=True, tokenize=False
+    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        return self.processor.apply_chat_template(messages, tokenize=False, **options)
+
+    def _prompt_ids(self, text: str, image: ImageFeatures | None) -> list[int]:
+        """Tokens of a prompt in which an image's words stand in place of its one image token."""
+        token = self.processor.image_token
+        if text.count(token) != (image is not None):
+            raise UserError(
+                f"the chat template of {self.name} places {text.count(token)} image tokens "
+                f"({token}) for {int(image is not None)} images"
             )
-            full = self.processor.apply_chat_template(
-                _messages((("?", answer),), closed=True), tokenize=False
-            ).rstrip()
+        if image is not None:
+            text = text.replace(token, image.words)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if image is not None and ids.count(self._image_id) != len(image.features):
+            raise UserError(
+                f"the processor of {self.name} makes {ids.count(self._image_id)} tokens of an "
+                f"image, its vision tower {len(image.features)} features: their configurations "
+                "do not belong together"
+            )
+        return ids if ids[: len(self._lead)] == self._lead else [*self._lead, *ids]
+
+    def answer_ids(self, answer: str) -> tuple[int, ...]:
+        """Token ids of an assistant turn, from the first token after the generation prompt.
+
+        It ends in a special token, the end of the sequence if the template has none, since a
+        model that never learns to end its answer does not end it.
+        """
+        if answer not in self._answers:
+            opening = self._render(_messages((("?", ""),)), add_generation_prompt=True)
+            full = self._render(_messages((("?", answer),), closed=True))
             if not full.startswith(opening):
-                raise UserError(f"the chat template of {self.name} rewrites the prompt")
+                # the template opens an answer with words that it leaves out of a finished turn
+                # (an empty thought): the answer goes where the model is asked to give it
+                marked = self._render(_messages((("?", _MARK),), closed=True))
+                full = opening + answer + marked.rpartition(_MARK)[2]
+            full = opening + full[len(opening) :].rstrip()
+            if not full[len(opening) :].endswith(tuple(self.specials)):
+                full += self.tokenizer.eos_token
             tokens = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
-            pairs = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+            spans = tokens["offset_mapping"]
+            if any(start < len(opening) < end for start, end in spans):
+                raise UserError(
+                    f"the tokeniser of {self.name} makes one token of the end of the prompt and "
+                    f"the beginning of {answer!r}: give the answer without white space before it"
+                )
+            pairs = zip(tokens["input_ids"], spans, strict=True)
             self._answers[answer] = tuple(i for i, (start, _) in pairs if start >= len(opening))
         return self._answers[answer]
 
-    def _expand_image(self, ids: list[int], image: ImageFeatures) -> list[int]:
-        at = ids.index(self._image_id)
-        return [*ids[:at], *image.tokens, *ids[at + 1 :]]
-
-    @torch.no_grad()
     def image_features(self, source: ImageSource) -> ImageFeatures:
-        """Token ids and connector output of an image, from the cache or computed now."""
+        """Words and connector output of an image, from the cache or computed now."""
         found = self.features.get(source.key)
         if found is None:
             found = self._see(source)
@@ -242,15 +256,7 @@ class Mllm:
         return found
 
     def _see(self, source: ImageSource) -> ImageFeatures:
-        inputs = self.processor(
-            text=self.processor.image_token, images=[source.open()], return_tensors="pt"
-        ).to(self.device)
-        tokens = tuple(inputs.pop("input_ids")[0].tolist())
-        inputs.pop("attention_mask", None)
-        output = _base(self.model).get_image_features(**inputs)
-        pooled = output.pooler_output
-        features = torch.cat(list(pooled)) if isinstance(pooled, (list, tuple)) else pooled
-        return ImageFeatures(tokens, features.reshape(-1, features.shape[-1]).float().cpu())
+        return see(self.base, self.processor, self.family, source.open())
 
     # -- forward -----------------------------------------------------------------------------
 
@@ -333,12 +339,12 @@ class Mllm:
         for chunk in by_length(items, batch_size):
             batch = [items[i] for i in chunk]
             inputs = self._inputs(batch, [item.prompt for item in batch], left=True)
-            made = _base(self.model).generate(
+            made = self.base.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=stop,
-                pad_token_id=self.tokenizer.pad_token_id,
+                pad_token_id=self._pad_id,
             )
             new = made[:, inputs["input_ids"].shape[1] :]
             texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -357,37 +363,53 @@ class Mllm:
 
         The language model's head runs only over positions that some row needs.
         """
-        inputs = self._inputs(batch, rows)
         wanted = sorted({s + j for s, n in zip(starts, lengths, strict=True) for j in range(n)})
         place = {position: i for i, position in enumerate(wanted)}
         keep = torch.tensor(wanted, device=self.device)
-        logits_BKV = self.model(**inputs, logits_to_keep=keep, use_cache=False).logits
+        with self._head_over(keep) as options:
+            logits_BKV = self.model(**self._inputs(batch, rows), **options, use_cache=False).logits
         return [
             logits_BKV[b, [place[start + j] for j in range(length)]]
             for b, (start, length) in enumerate(zip(starts, lengths, strict=True))
         ]
+
+    @contextlib.contextmanager
+    def _head_over(self, keep: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+        """What to pass so that the head runs over the positions `keep` only.
+
+        A model that takes no such argument (MiniCPM-V-4.6) has them picked before its head: all
+        positions of a batch times a vocabulary of 250,000 would not fit into memory.
+        """
+        if "logits_to_keep" in inspect.signature(self.base.forward).parameters:
+            yield {"logits_to_keep": keep}
+            return
+        head = self.base.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, keep],))
+        try:
+            yield {}
+        finally:
+            hook.remove()
 
     def _inputs(
         self, batch: Sequence[Encoded], rows: Sequence[tuple[int, ...]], *, left: bool = False
     ) -> dict[str, Any]:
         """Padded ids and mask [B, T] with the features of the images that the batch has."""
         width = max(map(len, rows))
-        ids_BT = torch.full((len(rows), width), self.tokenizer.pad_token_id, dtype=torch.long)
+        ids_BT = torch.full((len(rows), width), self._pad_id, dtype=torch.long)
         mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
-        for b, row in enumerate(rows):
-            span = slice(width - len(row), width) if left else slice(0, len(row))
-            ids_BT[b, span] = torch.tensor(row)
-            mask_BT[b, span] = 1
-        inputs: dict[str, Any] = {
-            "input_ids": ids_BT.to(self.device),
-            "attention_mask": mask_BT.to(self.device),
-        }
+        answer_BT = torch.zeros((len(rows), width), dtype=torch.bool)
+        for b, (item, row) in enumerate(zip(batch, rows, strict=True)):
+            first = width - len(row) if left else 0
+            ids_BT[b, first : first + len(row)] = torch.tensor(row)
+            mask_BT[b, first : first + len(row)] = 1
+            answer_BT[b, first + len(item.prompt) : first + len(row)] = True
+        inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT}
+        if self.family.token_types is not None:
+            name, types = self.family.token_types
+            inputs[name] = types(ids_BT, answer_BT, self._image_id)
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
         seen = [self.image_features(item.image) for item in batch if item.image is not None]
-        if seen:
-            features = torch.cat([image.features for image in seen]).to(self.device)
-            output = BaseModelOutputWithPooling(pooler_output=features)
-            inputs["mm_encoder_outputs"] = {"image": output}
-        return inputs
+        return inputs | feature_inputs(seen, self.device)
 
     @contextlib.contextmanager
     def training(self, seed: int) -> Iterator[None]:
@@ -405,71 +427,11 @@ class Mllm:
                 self.model.eval()
 
 
-def load_base(path: str | Path, *, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
-    """The frozen base and its processor, offline if `path` is a folder."""
-    logging.disable_progress_bar()
-    try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"cannot load model {str(path)!r}: {first}") from error
-    model.requires_grad_(False)
-    try:
-        return model.to(torch.device(device)).eval(), processor
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"device {device!r} cannot be used: {first}; cpu always can") from error
-
-
-def lora_targets(base: Any) -> str:
-    """A regular expression for the attention projections of the language model, and only those.
-
-    Found from the model's structure: vision towers share the leaf names (q_proj, …), so bare
-    names would adapt the tower as well.
-    """
-    decoder = base.get_decoder()
-    prefix = next(name for name, module in base.named_modules() if module is decoder)
-    names = {
-        name.rsplit(".", 1)[1]
-        for name, module in decoder.named_modules()
-        if "layers." in name and "attn" in name and isinstance(module, nn.Linear)
-    }
-    found = sorted(names & set(ATTENTION))
-    if not found:
-        raise UserError(
-            f"no LoRA targets: the language model's attention has {sorted(names) or 'no'} linear "
-            f"layers, none named {', '.join(ATTENTION)}"
-        )
-    return rf"{re.escape(prefix)}\.layers\.\d+\.self_attn\.({'|'.join(found)})"
-
-
 def by_length(items: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
     """Indices in batches of similar length (stable order), to pad little."""
     order = sorted(range(len(items)), key=lambda i: (len(items[i].prompt), i))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
-
-
-def check_adapter(params: dict[str, torch.Tensor], expected: dict[str, nn.Parameter]) -> None:
-    """Raises `UserError` if names or shapes differ from what the model expects."""
-    missing = sorted(expected.keys() - params.keys())
-    foreign = sorted(params.keys() - expected.keys())
-    shapes = [
-        f"{name} is {tuple(params[name].shape)}, the model needs {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in params and params[name].shape != value.shape
-    ]
-    if not (missing or foreign or shapes):
-        return
-    facts = [f"lacks {len(missing)} tensors, e.g. {missing[0]}"] if missing else []
-    facts += [f"has {len(foreign)} unknown tensors, e.g. {foreign[0]}"] if foreign else []
-    facts += shapes[:1]
-    raise UserError(
-        "the adapter does not fit the model: "
-        + "; ".join(facts)
-        + ". Use the adapter with the model and LoRA rank it was trained with"
-    )
 
 
 def _messages(turns: Sequence[tuple[str, str]], *, closed: bool = False) -> list[dict[str, Any]]:
@@ -503,16 +465,14 @@ def _base(model: PeftModel) -> Any:
     return model.base_model.model
 
 
-def _adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    return {
-        name.replace(".default", ""): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+def _special_words(processor: Any) -> set[str]:
+    """Words that are special tokens: they would end a turn or stand for an image."""
+    tokenizer = processor.tokenizer
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return {IMAGE, processor.image_token, *tokenizer.all_special_tokens, *added}
 
 
-def _layers(model: PeftModel, trainable: dict[str, nn.Parameter]) -> tuple[dict[str, int], int]:
-    """Decoder layer index of each adapter tensor, read from the model's structure."""
-    layers = _base(model).get_decoder().layers
-    owner = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}
-    return {name: owner[id(p)] for name, p in trainable.items() if id(p) in owner}, len(layers)
+def _lead(tokenizer: Any) -> list[int]:
+    """What the tokeniser puts before every text (a BOS token), if anything."""
+    special = {*tokenizer.all_special_ids}
+    return list(itertools.takewhile(special.__contains__, tokenizer("a")["input_ids"]))

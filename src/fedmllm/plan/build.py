@@ -36,7 +36,8 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | 
     "TIB": 2**40,
 }
 _KNOBS = {
-    "training": "lower training.micro_batch or training.max_length, or use a smaller dtype",
+    "training": "lower training.micro_batch or training.max_length, or set "
+    "model.gradient_checkpointing=true",
     "testing": "lower evaluation.batch_size",
     "image encoding": "use smaller images or fewer slices",
 }
@@ -95,15 +96,14 @@ def make_plan(
     tokens: int | None = None,
     slices: int | None = None,
     four_bit: bool = False,
-    checkpointing: bool = False,
     measured: str | Path | None = None,
 ) -> Plan:
     """Plan one experiment. Reads the model's config.json and the data's index, no weights.
 
     memory: bytes to fit into, by default what this machine has. tokens: of the longest sample,
     by default `training.max_length`. slices: of the largest image, by default the most that the
-    model cuts. four_bit: the language model's matrices in NF4. checkpointing: with gradient
-    checkpointing. measured: results to take the time from, by default those below ``runs``.
+    model cuts. four_bit: the language model's matrices in NF4. measured: results to take the time
+    from, by default those below ``runs``.
     Raises `UserError` for anything the user can mend.
     """
     runtime = resident_now()
@@ -130,7 +130,6 @@ def make_plan(
     load = replace(
         load,
         four_bit=four_bit,
-        checkpointing=checkpointing,
         copies=_copies(slots, clients, control=algorithm.local.control),
     )
     estimated = estimate(skeleton, load, runtime=runtime)
@@ -220,6 +219,7 @@ def _load(
         rank=config.lora.rank,
         dropout=config.lora.dropout,
         adam=training.optimizer == "adamw",
+        checkpointing=config.model.gradient_checkpointing,
         cuda=config.model.device.startswith("cuda"),
         itemsize=torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size(),
         images=parties.images if parties else None,
@@ -290,8 +290,6 @@ def _notes(
     ]
     if load.four_bit:
         lines.append("4 bit: a checkpoint in 4 bit is needed; a run does not quantise by itself")
-    if load.checkpointing:
-        lines.append("gradient checkpointing: for planning only, no config key turns it on yet")
     if found.host is not None:
         lines.append(f"main memory beside the GPU: about {size(found.host)} while loading")
     if capacity is None:

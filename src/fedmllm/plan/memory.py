@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedmllm.errors import UserError
-from fedmllm.models.mllm import FeatureCache
+from fedmllm.models.features import FeatureCache
 from fedmllm.plan.structure import Skeleton, weight_bytes
 
 CUDA_RUNTIME = 800 * 2**20  # context, kernels, cuBLAS workspace: an assumption, not measured here

@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
-import fedmllm.models.minicpmv  # noqa: F401 (registers its model type)
 from fedmllm.algorithms.base import Params
 from fedmllm.errors import UserError
-from fedmllm.models.mllm import lora_targets
+from fedmllm.models import minicpmv
+from fedmllm.models.lora import decoder_of, lora_targets
 
 COMPONENTS = ("vision tower", "connector", "embeddings", "language model", "output head")
 _LORA = re.compile(r"\.lora_(A|B)\.default")
@@ -135,6 +135,7 @@ def _read_config(path: str | Path) -> Any:
             "weights are not needed)"
         )
     logging.set_verbosity_error()
+    minicpmv.register()
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except _BAD_CONFIG as error:
@@ -172,7 +173,7 @@ def _owners(base: Any) -> dict[int, tuple[str, nn.Parameter]]:
         claim("vision tower", module)
     claim("embeddings", base.get_input_embeddings())
     claim("output head", base.get_output_embeddings())
-    claim("language model", base.get_decoder())
+    claim("language model", decoder_of(base))
     claim("connector", base)
     return owner
 
@@ -255,7 +256,7 @@ def _base_tensors(base: Any) -> Iterable[tuple[str, torch.Tensor]]:
 def _quantised(skeleton: Skeleton, four_bit: bool) -> Iterable[str]:
     """Names of the matrices that are kept in 4 bit."""
     own = skeleton.quantization
-    decoder, head = skeleton.base.get_decoder(), skeleton.base.get_output_embeddings()
+    decoder, head = decoder_of(skeleton.base), skeleton.base.get_output_embeddings()
     if own.get("load_in_4bit"):
         skip = own.get("llm_int8_skip_modules")
         inside: Any = skeleton.base

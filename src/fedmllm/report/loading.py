@@ -25,6 +25,9 @@ SCHEMA = 1
 # The order of a reader's questions: nothing learnt, alone, together, everything in one place.
 TOPOLOGIES = ("zero-shot", "local", "federated", "centralised")
 HOLDINGS = ("image_text", "image", "text", "neither")
+# config keys that cannot change a run's numbers
+NO_NUMBERS = ("name", "title", "threads")
+NO_NUMBERS_OF_MODEL = ("gradient_checkpointing", "remote_code")
 _BOUNDED = ("auc", "macro_f1", "accuracy")
 _TASK = ("name", "metric")
 _SECTIONS = ("metrics", "spread", "per_client", "bytes", "parameters", "time", "versions")
@@ -104,12 +107,14 @@ def _faults(data: Any) -> Iterator[str]:
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of what decides a run's numbers: everything but the name, the title and threads.
+    """SHA-256 of what decides a run's numbers: everything but `NO_NUMBERS`.
 
     It stands here because config checking knows the algorithms and so needs torch; a report
     must not.
     """
-    facts = {k: v for k, v in config.items() if k not in ("name", "title", "threads")}
+    facts = {k: v for k, v in config.items() if k not in NO_NUMBERS}
+    if isinstance(model := facts.get("model"), dict):
+        facts["model"] = {k: v for k, v in model.items() if k not in NO_NUMBERS_OF_MODEL}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,0 +1,203 @@
+"""A frozen base and its processor from a folder, or the reason why it cannot be had.
+
+What can be known from a checkpoint's configuration is said before its weights are read. No code
+that lies beside a checkpoint is run unless the model is named for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    ProcessorMixin,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import PushToHubMixin, logging
+
+from fedmllm.errors import UserError
+from fedmllm.models import minicpmv
+from fedmllm.models.families import FAMILIES, Family, family_of
+
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+# inputs of a forward pass that only a family's entry can fill
+_SPECIAL = ("image_grid_thw", "mm_token_type_ids", "token_type_ids")
+
+
+def load_base(
+    path: str | Path, *, dtype: torch.dtype, device: str, remote_code: str | None = None
+) -> tuple[Any, Any]:
+    """The frozen base and its processor, offline if `path` is a folder.
+
+    remote_code: the model whose own code may be run; it must be `path`, word for word.
+    Raises `UserError` if the model cannot be read, takes no images, or has code of its own.
+    """
+    logging.disable_progress_bar()
+    minicpmv.register()
+    trust = remote_code is not None and str(remote_code) == str(path)
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(path)
+        _check_code(path, settings, trust)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        _check_config(path, config)
+        processor = _processor(path, config, trust)
+        _check_processor(path, processor)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust, output_loading_info=True
+        )
+    except _UNREADABLE as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"cannot load model {str(path)!r}: {first}") from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"model {str(path)!r} lacks {len(missing)} tensors, e.g. {missing[0]}, which would be "
+            "random: fetch its weights again, or use the config.json that they were saved with"
+        )
+    _check_class(path, type(model), family(config))
+    model.requires_grad_(False)
+    try:
+        return model.to(torch.device(device)).eval(), processor
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used: {first}; cpu always can") from error
+
+
+def family(config: Any) -> Family:
+    """A configuration's entry; a model that came with its own code may do without."""
+    if config.model_type not in FAMILIES and _own_code(config):
+        return Family()
+    return family_of(config.model_type)
+
+
+def _own_code(config: Any) -> bool:
+    """Whether its class is from a checkpoint: transformers imports those into one package."""
+    return type(config).__module__.startswith("transformers_modules.")
+
+
+def _check_code(path: str | Path, settings: dict[str, Any], trust: bool) -> None:
+    """Refuse a model that can only be built by running code from its own folder."""
+    kind = settings.get("model_type")
+    if "auto_map" in settings and kind not in CONFIG_MAPPING and not trust:
+        raise UserError(
+            f"model {str(path)!r} (type {kind!r}) runs code of its own, which could read your "
+            "data: use a model that transformers knows, or, if you trust that code, name the "
+            f"model in remote_code: remote_code={str(path)!r}"
+        )
+
+
+def _check_config(path: str | Path, config: Any) -> None:
+    """Refuse a model without images, or without an entry; its own code is judged when loaded."""
+    if _own_code(config):
+        return
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise UserError(
+            f"model {str(path)!r} (type {config.model_type!r}) has no vision tower: choose an "
+            f"image-text model of type {', '.join(sorted(FAMILIES))}"
+        )
+    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    kind = known[0] if isinstance(known, (list, tuple)) else known
+    _check_class(path, kind, None)
+    _check_class(path, kind, family(config))
+
+
+def _check_class(path: str | Path, kind: Any, entry: Family | None) -> None:
+    """Refuse a model that does not take features of images in place of pixels, and one whose
+    entry, if given, leaves out what it needs."""
+    name = f"model {str(path)!r} ({kind.__name__})"
+    modalities = getattr(kind, "input_modalities", ())
+    if "video" in modalities and "image" not in modalities:
+        raise UserError(f"{name} takes {' and '.join(modalities)}, no images")
+    inputs = inspect.signature(kind.forward).parameters
+    if "mm_encoder_outputs" not in inputs:
+        raise UserError(
+            f"{name} does not put an image's features among the tokens of one decoder, which "
+            "federated fine-tuning of its adapter needs"
+        )
+    if entry is None:
+        return
+    given = {*entry.image_inputs, *(entry.token_types or ())[:1]}
+    lacking = [each for each in _SPECIAL if each in inputs and each not in given]
+    if lacking:
+        raise UserError(f"{name} needs {', '.join(lacking)}: its family's entry must give them")
+
+
+def _check_processor(path: str | Path, processor: Any) -> None:
+    for part, what in (("image_processor", "pictures"), ("tokenizer", "text")):
+        if getattr(processor, part, None) is None:
+            raise UserError(f"model {str(path)!r}: its processor has no {part}, so no {what}")
+    if getattr(processor, "image_token", None) is None:
+        raise UserError(f"model {str(path)!r}: its processor names no image token")
+    if not getattr(processor, "chat_template", None):
+        raise UserError(
+            f"model {str(path)!r} has no chat template: its processor needs one "
+            "(chat_template.jinja in its folder)"
+        )
+
+
+def _processor(path: str | Path, config: Any, trust: bool) -> Any:
+    """The processor, without its video part, with the family's template if it has none."""
+    entry = family(config)
+    known: Any = PROCESSOR_MAPPING.get(type(config), None)
+    if entry.processor is not None:
+        processor = entry.processor(path)
+    elif known is not None and "video_processor" in known.get_attributes():
+        processor = _without_video(known, path)
+    else:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust)
+    if not getattr(processor, "chat_template", None):
+        processor.chat_template = entry.chat_template
+    return processor
+
+
+class _NoVideo(PushToHubMixin):
+    """Stands where a processor keeps its video part, and answers None to every question.
+
+    Video processors need torchvision; a processor asks its own only for settings.
+    """
+
+    model_input_names: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """No settings, so that the processor can be printed."""
+        return {}
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _without_video(known: type[ProcessorMixin], path: str | Path) -> Any:
+    """A processor of the class `known` that never loads a video processor.
+
+    Built alike with and without torchvision; the class itself is left as it is.
+    """
+
+    class ImagesOnly(known):  # type: ignore[valid-type, misc]
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if isinstance(argument, _NoVideo):
+                return _NoVideo
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+    parts: dict[str, Callable[..., Any]] = {
+        "image_processor": AutoImageProcessor.from_pretrained,
+        "tokenizer": AutoTokenizer.from_pretrained,
+        "video_processor": lambda _: _NoVideo(),
+    }
+    ImagesOnly.__name__ = known.__name__
+    settings, _ = known.get_processor_dict(path)
+    return ImagesOnly.from_args_and_dict(
+        [parts[name](path) for name in known.get_attributes()], settings
+    )

@@ -1,0 +1,557 @@
+"""Every family of `FAMILIES` held to the same properties, on tiny random models (tiny_models.py).
+
+Oracles are plain transformers with pixels and plain PEFT; both are given one sample at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_models import TINY, make_model
+from transformers import AutoModelForImageTextToText, PaliGemmaProcessor
+
+from fedmllm.data.images import MemoryImage
+from fedmllm.data.sample import Sample, Task
+from fedmllm.errors import UserError
+from fedmllm.models import families, loading
+from fedmllm.models.families import FAMILIES, Family, by_tokens
+from fedmllm.models.features import FeatureCache, ImageFeatures
+from fedmllm.models.lfm2_images import Lfm2Images, Settings
+from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.prompts import IMAGE, Prompted, render
+
+WIDE = MemoryImage("wide", lambda: Image.radial_gradient("L").resize((48, 32)).convert("RGB"))
+TALL = MemoryImage("tall", lambda: Image.effect_mandelbrot((32, 64), (-3, -2.5, 2, 2.5), 50))
+OPEN = Task("vqa", "open", "accuracy")
+CHOICE = Task("pick", "choice", "accuracy", ("red", "blue"), "Which?{modality}")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A tiny model of each family on disk, written when it is first asked for."""
+
+    class Made(dict):
+        def __missing__(self, name: str) -> Path:
+            self[name] = make_model(name, tmp_path_factory.mktemp(name))
+            return self[name]
+
+    return Made()
+
+
+@pytest.fixture(scope="module", params=sorted(TINY))
+def tiny(request, folders) -> Mllm:
+    """A family's model with an adapter that is not the identity."""
+    mllm = Mllm.load(request.param, folders[request.param], rank=2)
+    mllm.set_adapter(adapter(mllm))
+    return mllm
+
+
+def adapter(mllm: Mllm) -> dict[str, torch.Tensor]:
+    params = mllm.init_adapter(1)
+    for i, (name, value) in enumerate(params.items()):
+        if "lora_B" in name:
+            generator = torch.Generator().manual_seed(i)
+            params[name] = torch.randn(value.shape, generator=generator) * 0.5
+    return params
+
+
+def samples() -> list[Sample]:
+    """Both pictures, no picture, and a longer question, so that a batch is padded."""
+    return [
+        Sample(id="wide", question="what is it?", answer="red", image=WIDE),
+        Sample(id="text", question="no picture here, what now?", answer="a tree"),
+        Sample(id="tall", question="and this?", answer="7", image=TALL),
+    ]
+
+
+def encoded(mllm: Mllm) -> list[Encoded]:
+    return [mllm.encode(render(sample, OPEN)) for sample in samples()]
+
+
+def choices(mllm: Mllm) -> list[Encoded]:
+    questions = [
+        Sample(id="wide", answer="red", text="some words", image=WIDE, label=0),
+        Sample(id="text", answer="blue", text="other words, more of them", label=1),
+        Sample(id="tall", answer="red", image=TALL, label=0),
+    ]
+    return [mllm.encode(render(sample, CHOICE)) for sample in questions]
+
+
+def plain_inputs(mllm: Mllm, sample: Sample) -> dict[str, Any]:
+    """What the processor alone makes of a sample: pixels, and its own token types."""
+    processor = mllm.processor
+    words = {"type": "text", "text": sample.question}
+    content = [{"type": "image"}, words] if sample.image is not None else [words]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    if isinstance(processor, PaliGemmaProcessor):  # writes BOS and the newline by itself
+        text = f"<image>{sample.question}"
+    bos = processor.tokenizer.bos_token
+    more = {} if bos is None else {"add_special_tokens": not text.startswith(bos)}
+    if sample.image is None:
+        found = dict(processor.tokenizer(text, return_tensors="pt", **more))
+        found.pop("token_type_ids", None)
+        return found
+    found = dict(processor(text=[text], images=[sample.image.open()], return_tensors="pt", **more))
+    found.pop("labels", None)
+    return found
+
+
+def has_plain_path(mllm: Mllm, sample: Sample) -> bool:
+    """PaliGemma's processor refuses text without an image."""
+    return sample.image is not None or not isinstance(mllm.processor, PaliGemmaProcessor)
+
+
+def test_every_family_is_tested() -> None:
+    assert {tiny.model_type or name for name, tiny in TINY.items()} == set(FAMILIES)
+
+
+def test_lora_adapts_the_language_models_attention_only(tiny: Mllm) -> None:
+    assert tiny.lora_modules() == TINY[tiny.name].adapted
+    decoder = {id(p) for p in tiny.base.get_decoder().parameters()}
+    assert all(id(p) in decoder for p in tiny.trainable.values())
+    places = ("vision", "visual", "vpm")
+    tower = [n for n, _ in tiny.base.named_modules() if any(place in n for place in places)]
+    assert tower
+    assert not any("lora" in name for name in tower)
+    assert set(tiny.layer_of) == set(tiny.trainable)
+    assert all(f".layers.{tiny.layer_of[n]}." in n for n in tiny.trainable)
+
+
+def test_prompts_are_what_the_processor_makes(tiny: Mllm) -> None:
+    """Token for token, whatever number of tokens an image becomes."""
+    counted = []
+    for sample, item in zip(samples(), encoded(tiny), strict=True):
+        if has_plain_path(tiny, sample):
+            assert list(item.prompt) == plain_inputs(tiny, sample)["input_ids"][0].tolist()
+        if sample.image is not None:
+            counted.append(item.prompt.count(tiny.base.config.image_token_id))
+            assert counted[-1] == len(tiny.image_features(sample.image).features)
+    assert tuple(counted) == TINY[tiny.name].tokens
+
+
+def test_an_answer_ends_and_is_read_back(tiny: Mllm) -> None:
+    ids = tiny.answer_ids("yes, two")
+    words = tiny.tokenizer.decode(ids)
+    end = tiny.tokenizer.convert_ids_to_tokens(ids[-1])
+    assert words.strip() == f"yes, two{end}"
+    assert end in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<eos>", "</s>")
+    assert tiny.answer_ids("") == ids[-1:]
+
+
+@torch.no_grad()
+def test_cached_features_give_the_logits_of_pixels(tiny: Mllm) -> None:
+    """To the last bit, in all families."""
+    for sample, item in zip(samples(), encoded(tiny), strict=True):
+        if not has_plain_path(tiny, sample):
+            continue
+        plain = tiny.model(**plain_inputs(tiny, sample)).logits
+        cached = tiny.model(**tiny._inputs([item], [item.prompt])).logits
+        assert torch.equal(cached, plain)
+
+
+def test_an_image_is_seen_once_and_alike_in_training(tiny: Mllm, monkeypatch) -> None:
+    items = encoded(tiny)
+    before = tiny.image_features(WIDE)
+    assert tiny.image_features(WIDE) is before
+    monkeypatch.setattr(tiny, "features", FeatureCache())
+    with tiny.training(0):
+        again = tiny.image_features(WIDE)
+        assert tiny.model.training
+    assert torch.equal(again.features, before.features)
+    assert again.words == before.words
+    losses = [float(tiny.loss_sum([item]).detach()) for item in items]
+    swapped = Encoded("x", items[0].prompt, items[0].answer, MemoryImage("black", black))
+    assert abs(float(tiny.loss_sum([swapped]).detach()) - losses[0]) > 1e-4  # it is looked at
+
+
+def black() -> Image.Image:
+    return Image.new("RGB", (48, 32), (1, 1, 1))
+
+
+def test_mixed_batch_is_its_samples_one_by_one(tiny: Mllm) -> None:
+    items = encoded(tiny)
+    together = tiny.loss_sum(items)
+    alone = torch.stack([tiny.loss_sum([item]) for item in items]).sum()
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-5)
+    picks = choices(tiny)
+    scores = tiny.score_options(picks)
+    single = torch.cat([tiny.score_options([item]) for item in picks])
+    torch.testing.assert_close(scores, single, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(scores.sum(1), torch.ones(3))
+
+
+@torch.no_grad()
+def test_options_are_scored_by_the_letters_logits(tiny: Mllm) -> None:
+    """Oracle: a forward pass over the prompt and the words before the letter, nothing picked."""
+    for item, got in zip(choices(tiny), tiny.score_options(choices(tiny)), strict=True):
+        first, second = item.options
+        at = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+        inputs = tiny._inputs([item], [item.prompt + first[:at]])
+        logits = tiny.model(**inputs).logits[0, -1, [first[at], second[at]]]
+        torch.testing.assert_close(got, logits.softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_the_head_runs_over_the_positions_that_count(tiny: Mllm) -> None:
+    shapes = []
+    head = tiny.base.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, hidden, out: shapes.append(out.shape[:2]))
+    tiny.score_options(choices(tiny))
+    hook.remove()
+    assert shapes == [(3, 3)]  # three prompts end at three places
+
+
+def test_generation_is_that_of_plain_transformers(tiny: Mllm) -> None:
+    """A padded, mixed batch with cached features; then text alone, with nothing left over."""
+    items = encoded(tiny)
+    got = tiny.generate(items, max_new_tokens=4)
+    end = tiny.answer_ids("")[-1]
+    for sample, answer in zip(samples(), got, strict=True):
+        if not has_plain_path(tiny, sample):
+            continue
+        inputs = plain_inputs(tiny, sample)
+        made = tiny.model.generate(
+            **inputs, max_new_tokens=4, do_sample=False, eos_token_id=end, pad_token_id=0
+        )[0, inputs["input_ids"].shape[1] :]
+        assert answer == tiny.tokenizer.decode(made, skip_special_tokens=True).strip()
+    assert tiny.generate([items[1]], max_new_tokens=4) == [got[1]]
+
+
+def gradients(mllm: Mllm) -> dict[str, torch.Tensor]:
+    items = encoded(mllm)
+    with mllm.training(3):
+        mllm.loss_sum(items).backward()
+    found = {name: p.grad.clone() for name, p in mllm.trainable.items()}
+    mllm.model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny: Mllm, folders) -> None:
+    frugal = Mllm.load(tiny.name, folders[tiny.name], rank=2, gradient_checkpointing=True)
+    frugal.set_adapter(adapter(frugal))
+    assert not frugal.model.training  # dropout belongs to training
+    assert not frugal.base.get_input_embeddings()._forward_hooks  # nor a gradient to the inputs
+    passes = []
+    inside = next(m for n, m in frugal.model.named_modules() if n.endswith(".lora_A.default"))
+    inside.register_forward_pre_hook(lambda *_: passes.append(1))
+    expected, got = gradients(tiny), gradients(frugal)
+    assert len(passes) == 2  # once forward, once more on the way back
+    assert any(float(g.abs().max()) > 1e-4 for g in expected.values())
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_adapter_is_saved_loaded_by_plain_peft_and_merged(tiny: Mllm, folders, tmp_path) -> None:
+    tiny.save_adapter(tmp_path / "adapter")
+    base = AutoModelForImageTextToText.from_pretrained(folders[tiny.name], dtype=torch.float32)
+    item = encoded(tiny)[0]
+    expected = tiny.model(**tiny._inputs([item], [item.prompt])).logits
+    bare = base(**tiny._inputs([item], [item.prompt])).logits
+    assert not torch.allclose(bare, expected, atol=1e-3)
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.equal(plain(**tiny._inputs([item], [item.prompt])).logits, expected)
+    plain.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    found = merged(**tiny._inputs([item], [item.prompt])).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_is_near_float32(tiny: Mllm, folders) -> None:
+    half = Mllm.load(tiny.name, folders[tiny.name], rank=2, dtype=torch.bfloat16)
+    half.set_adapter(adapter(half))
+    found, expected = (float(m.loss_sum(encoded(m)).detach()) for m in (half, tiny))
+    assert found == pytest.approx(expected, rel=0.1)
+    assert half.image_features(WIDE).features.dtype == torch.bfloat16
+
+
+def test_special_words_in_text_are_refused(tiny: Mllm) -> None:
+    for word in {tiny.processor.image_token, tiny.tokenizer.decode(tiny.answer_ids("")).strip()}:
+        sample = Sample(id="s", question=f"is it {word}?", answer="x")
+        with pytest.raises(UserError, match="sample s: its text holds"):
+            tiny.encode(render(sample, OPEN))
+
+
+def test_a_processor_that_names_no_replacement_is_read_by_its_tokens(tiny: Mllm) -> None:
+    """For code from elsewhere; the same words wherever an image becomes special tokens."""
+    if tiny.name in ("gemma3", "paligemma"):  # newlines around it, BOS after it
+        pytest.skip("an image is not special tokens only")
+    words, inputs = by_tokens(tiny.processor, WIDE.open())
+    assert words == tiny.image_features(WIDE).words
+    assert "pixel_values" in inputs
+
+
+# -- what single families need -------------------------------------------------------------------
+
+
+@pytest.fixture
+def load(folders):
+    return lambda name: Mllm.load(name, folders[name], rank=2)
+
+
+@torch.no_grad()
+def test_paligemma_reads_a_prompt_both_ways_and_an_answer_from_left_to_right(load) -> None:
+    """Oracle: the loss of plain transformers for the processor's own prefix and suffix."""
+    mllm = load("paligemma")
+    mllm.set_adapter(adapter(mllm))
+    inputs = mllm.processor(
+        text="<image>what is it?", images=WIDE.open(), suffix="red", return_tensors="pt"
+    )
+    item = encoded(mllm)[0]
+    assert (*item.prompt, *item.answer) == tuple(inputs["input_ids"][0].tolist())
+    torch.testing.assert_close(mllm.loss_sum([item]), mllm.model(**inputs).loss)
+
+
+def test_paligemma_begins_a_conversation_once(load) -> None:
+    mllm = load("paligemma")
+    earlier = (f"{IMAGE}\nwhat?", "red")
+    item = mllm.encode(Prompted(samples()[0], (earlier, ("and?", "blue"))))
+    image = "<image>" * 16
+    assert mllm.tokenizer.decode(item.prompt) == f"{image}<bos>what?\nred<eos>and?\n"
+
+
+def test_an_answer_that_melts_into_the_prompt_is_refused(load) -> None:
+    """Gemma has a token of two newlines: the prompt's last and the answer's first."""
+    with pytest.raises(UserError, match="makes one token of the end of the prompt"):
+        load("paligemma").answer_ids("\nyes")
+
+
+def test_qwen3_vl_keeps_the_features_of_the_first_layers(load) -> None:
+    features = load("qwen3_vl").image_features(WIDE)
+    assert [part.shape for part in features.deepstack] == [features.features.shape] * 2
+    assert features.nbytes == 3 * features.features.nbytes
+    assert features.inputs["image_grid_thw"].tolist() == [[1, 4, 6]]  # patches of 8 pixels
+
+
+def test_processors_of_video_models_stay_as_they_are(load) -> None:
+    """The part left out is left out of a class of its own."""
+    processor = load("qwen2_vl").processor
+    assert isinstance(processor, transformers.Qwen2VLProcessor)
+    assert "Qwen2VLProcessor" in repr(processor)
+    assert "check_argument_for_proper_class" not in vars(transformers.Qwen2VLProcessor)
+    assert type(processor).__mro__[1] is transformers.Qwen2VLProcessor
+    with pytest.raises(TypeError):
+        processor.check_argument_for_proper_class("tokenizer", "no tokeniser")
+
+
+def test_lfm2_vl_prefers_its_own_image_processor(folders, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(families, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(families.AutoProcessor, "from_pretrained", asked.append)
+    families.FAMILIES["lfm2_vl"].processor(folders["lfm2_vl"])
+    assert asked == [folders["lfm2_vl"]]
+
+
+@pytest.mark.parametrize(
+    ("size", "whole", "grid"),
+    [
+        ((512, 512), (512, 512), (1, 1)),  # 256 tokens of 32 x 32: as it is
+        ((100, 100), (256, 256), (1, 1)),  # 9 tokens: up to 64
+        ((720, 480), (608, 416), (1, 1)),  # above 256, not twice: down to 19 x 13 = 247
+        ((1024, 1024), (512, 512), (2, 2)),  # 1024: cut; 3 x 3 is as square, and too large
+        ((2000, 500), (1024, 256), (4, 1)),
+    ],
+)
+def test_lfm2_geometry_by_hand(size, whole, grid) -> None:
+    settings = Settings()
+    assert settings.whole_size(*size) == whole
+    assert settings.grid(*size) == grid
+
+
+def test_lfm2_patches_are_the_pictures_pixels() -> None:
+    """A picture of 2 x 4 patches of 8 pixels, each of one grey: rows first, padded by zeros."""
+    greys = [0, 30, 60, 90, 120, 150, 180, 210]
+    image = Image.new("L", (32, 16))
+    for i, grey in enumerate(greys):
+        image.paste(grey, (i % 4 * 8, i // 4 * 8, i % 4 * 8 + 8, i // 4 * 8 + 8))
+    processor = Lfm2Images.of(
+        {"encoder_patch_size": 8, "tile_size": 32, "min_image_tokens": 2, "max_image_tokens": 4}
+    )
+    found = processor([[image]])
+    assert found["spatial_shapes"].tolist() == [[2, 4]]
+    assert found["pixel_attention_mask"].sum() == 8
+    expected = torch.tensor([grey / 255 * 2 - 1 for grey in greys])
+    torch.testing.assert_close(found["pixel_values"][0, :8].mean(1), expected, atol=1e-6, rtol=0)
+    assert not found["pixel_values"][0, 8:].any()
+    assert (found["image_rows"], found["image_cols"]) == ([1], [1])
+    assert found["image_sizes"] == [[16, 32]]
+
+
+def test_lfm2_cuts_row_by_row_and_ends_with_the_whole() -> None:
+    """Four quarters of one grey each; 64 x 64 pixels are 16 tokens, 4 times too many."""
+    image = Image.new("L", (64, 64))
+    for i, grey in enumerate((40, 80, 120, 160)):
+        image.paste(grey, (i % 2 * 32, i // 2 * 32, i % 2 * 32 + 32, i // 2 * 32 + 32))
+    settings = {"encoder_patch_size": 8, "tile_size": 32, "min_image_tokens": 1}
+    found = Lfm2Images.of({**settings, "max_image_tokens": 4, "max_pixels_tolerance": 1.0})(image)
+    assert (found["image_rows"], found["image_cols"]) == ([2], [2])
+    assert found["image_sizes"] == [[32, 32]]
+    assert found["spatial_shapes"].tolist() == [[4, 4]] * 5
+    first = (found["pixel_values"][:, 0].mean(1) + 1) / 2 * 255  # each one's first patch
+    assert first.round().int().tolist() == [40, 80, 120, 160, 40]
+    without = Lfm2Images.of({**settings, "max_image_tokens": 4, "use_thumbnail": False})
+    assert len(without(image.resize((128, 128)))["pixel_values"]) == 9
+
+
+def test_a_cache_counts_all_that_an_image_keeps() -> None:
+    cache = FeatureCache(budget_bytes=100)
+    for name in "ab":
+        cache.put(name, ImageFeatures("", torch.zeros(5), deepstack=(torch.zeros(5),) * 2))
+    assert cache.get("a") is None
+    assert cache.get("b") is not None
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+
+def write_config(folder: Path, **settings: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("qwen2", "has no vision tower: choose an image-text model of type .*paligemma"),
+        ("instructblipvideo", "takes video and text, no images"),
+        ("mllama", "does not put an image's features among the tokens"),
+        ("florence2", "does not put an image's features among the tokens"),
+        ("fuyu", "unknown model type 'fuyu': choose .*add a model"),
+        ("nonsense", "cannot load model"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_before_weights_are_read(
+    tmp_path, model_type, reason
+) -> None:
+    folder = write_config(tmp_path, model_type=model_type)
+    with pytest.raises(UserError, match=reason):
+        Mllm.load("x", folder)
+
+
+REMOTE = """
+from pathlib import Path
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+Path({mark!r}).touch()
+class OwnConfig(Idefics3Config):
+    model_type = "own"
+class OwnModel(Idefics3ForConditionalGeneration):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch) -> Path:
+    """A model that brings its code, which leaves a mark when it is run."""
+    folder = make_model("idefics3", tmp_path / "own_model")
+    (folder / "own.py").write_text(REMOTE.format(mark=str(tmp_path / "mark")))
+    settings = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForImageTextToText": "own.OwnModel"}
+    write_config(folder, **{**settings, "model_type": "own", "auto_map": names})
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "m"))
+    return folder
+
+
+@pytest.mark.parametrize("asked", [None, "another/model"])
+def test_code_beside_a_model_is_not_run(remote, asked) -> None:
+    with pytest.raises(UserError, match=r"runs code of its own.*remote_code="):
+        Mllm.load("own", remote, remote_code=asked)
+    assert not (remote.parent / "mark").exists()
+
+
+def test_naming_its_code_does_not_stand_in_for_an_entry(tmp_path) -> None:
+    """A type that transformers knows is built by transformers, whatever lies beside it."""
+    names = {"AutoConfig": "own.OwnConfig"}
+    folder = write_config(tmp_path, model_type="fuyu", auto_map=names)
+    with pytest.raises(UserError, match="unknown model type 'fuyu'"):
+        Mllm.load("x", folder)
+
+
+def test_code_beside_a_model_is_run_if_the_model_is_named(remote) -> None:
+    mllm = Mllm.load("own", remote, rank=2, remote_code=str(remote))
+    assert (remote.parent / "mark").exists()
+    assert type(mllm.base).__name__ == "OwnModel"
+    items = encoded(mllm)
+    assert len(mllm.generate(items, max_new_tokens=2)) == 3
+
+
+def test_an_entry_that_leaves_out_what_a_model_needs_is_refused(folders, monkeypatch) -> None:
+    monkeypatch.setitem(FAMILIES, "qwen2_vl", Family())
+    with pytest.raises(UserError, match="needs image_grid_thw, mm_token_type_ids"):
+        Mllm.load("qwen2_vl", folders["qwen2_vl"])
+
+
+def test_a_special_token_that_is_an_ordinary_word_may_stand_in_text(folders, monkeypatch) -> None:
+    monkeypatch.setitem(FAMILIES, "idefics3", Family(ordinary=("<global-img>",)))
+    mllm = Mllm.load("idefics3", folders["idefics3"])
+    mllm.encode(render(Sample(id="s", question="a <global-img> b", answer="x"), OPEN))
+    with pytest.raises(UserError, match="its text holds '<row_1_col_1>'"):
+        mllm.encode(render(Sample(id="s", question="<row_1_col_1>", answer="x"), OPEN))
+
+
+def test_weights_that_lack_a_tensor_are_refused(tmp_path) -> None:
+    folder = make_model("qwen3_vl", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.language_model.layers.1.self_attn.q_proj.weight"
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"lacks 1 tensors, e.g. {name}, which would be random"):
+        Mllm.load("qwen3_vl", folder)
+
+
+def test_a_model_without_chat_template_is_refused(folders, tmp_path) -> None:
+    folder = make_model("idefics3", tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        Mllm.load("idefics3", folder)
+
+
+def test_a_template_that_hides_the_image_is_refused(load, monkeypatch) -> None:
+    mllm = load("idefics3")
+    template = mllm.processor.chat_template
+    for image, count in (("", 0), ("<image><image>", 2)):
+        monkeypatch.setattr(mllm.processor, "chat_template", template.replace("<image>", image))
+        with pytest.raises(
+            UserError, match=rf"places {count} image tokens \(<image>\) for 1 image"
+        ):
+            encoded(mllm)
+
+
+def test_a_processor_of_another_model_is_refused(folders, tmp_path) -> None:
+    folder = make_model("idefics3", tmp_path)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({**settings, "image_seq_len": 5}))
+    mllm = Mllm.load("idefics3", folder)
+    with pytest.raises(UserError, match="makes 5 tokens of an image, its vision tower 4 features"):
+        encoded(mllm)
+
+
+def test_a_processor_without_a_part_is_refused() -> None:
+    for part in ("image_processor", "tokenizer", "image_token"):
+        processor = transformers.BatchFeature(  # anything with attributes
+            {"image_processor": 1, "tokenizer": 1, "image_token": "<i>", "chat_template": "x"}
+        )
+        processor.data[part] = None
+        with pytest.raises(UserError, match=part.split("_")[0]):
+            loading._check_processor("x", processor)
+
+
+def test_a_model_without_decoder_layers_has_no_targets(load) -> None:
+    base = load("idefics3").base
+    base.model.text_model = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="no language model with decoder layers"):
+        loading_targets(base)
+
+
+def loading_targets(base: Any) -> str:
+    from fedmllm.models.lora import lora_targets
+
+    return lora_targets(base)
