@@ -19,7 +19,7 @@ from fedmllm.report import figures, load_results, markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-DOCS = ("README.md", "docs/embedded-model.md", "docs/embedded-tasks.md")
+DOCS = ("README.md", "docs/embedded-model.md", "docs/embedded-tasks.md", "docs/memory.md")
 PICTURE = ROOT / "docs" / "img" / "demo.svg"
 NONE = "*Not measured yet.*"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -148,10 +148,28 @@ def pretraining() -> str:
     return "\n".join(lines)
 
 
+def memory() -> str:
+    """Planned and measured peak memory, a line a case."""
+    file = RESULTS / "memory.json"
+    if not file.exists():
+        return NONE
+    facts = json.loads(file.read_text())
+    lines = ["| case | planned MB | measured MB | ratio | ratio without holes in the heap |"]
+    lines.append("|---|---:|---:|---:|---:|")
+    for case in facts["cases"]:
+        planned, measured = case["planned_bytes"] / 1e6, case["measured_bytes"] / 1e6
+        ratios = f"{case['ratio']:.2f} | {case['ratio_live']:.2f}"
+        lines.append(f"| {case['name']} | {planned:,.0f} | {measured:,.0f} | {ratios} |")
+    machine, versions = facts["hardware"], facts["versions"]
+    about = f"{machine['cpu']}, one thread, torch {versions['torch']}, seed {facts['seed']}."
+    return "\n".join([*lines, "", about])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": lambda: runs("demo"),
     "easy-vqa": lambda: levels("easy-vqa") + "\n\n" + level_gaps("easy-vqa"),
     "gate": gate,
+    "memory": memory,
     "levels": lambda: levels(*EMBEDDED),
     "level-gaps": lambda: level_gaps(*EMBEDDED),
     "pretraining": pretraining,

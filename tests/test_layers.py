@@ -31,6 +31,7 @@ LAYERS = [
         "demo",
         "listing",
         "parallel",
+        "plan",
         "predict",
         "progress",
     },

@@ -18,6 +18,7 @@ _WHERE = {
     "load_config": "config",
     "make_config": "config",
     "Config": "config",
+    "make_plan": "plan",
     "load_dataset": "data",
     "Sample": "data.sample",
     "Task": "data.sample",

@@ -1,4 +1,4 @@
-"""The command line: `fedmllm run | ls | predict | report | demo`.
+"""The command line: `fedmllm run | plan | ls | predict | report | demo`.
 
 Heavy modules are imported inside the commands, so that `--help` answers at once. A `UserError`
 is printed without a traceback and exits with code 2.
@@ -71,6 +71,49 @@ def run(
     for problem in problems:
         _console().print(problem, soft_wrap=True)
     _console().print(f"report  {page}\nresult  {folder / 'result.json'}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    experiment: Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. model.path=FOLDER lora.rank=16.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory to fit into, e.g. 24GB. [default: what is free]")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of the longest sample. [default: max_length]")
+    ] = None,
+    slices: Annotated[
+        int | None, typer.Option(min=1, help="Of the largest image. [default: the model's most]")
+    ] = None,
+    four_bit: Annotated[
+        bool, typer.Option("--four-bit", help="Count the language model in 4 bit (NF4).")
+    ] = False,
+    measured: Annotated[
+        Path | None, typer.Option(help="Runs to take the time from. [default: runs]")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say what an experiment will take: parameters, bytes, memory, time. Reads no weights."""
+    import json
+
+    from fedmllm.config import load_config
+    from fedmllm.plan import make_plan, parse_size
+
+    made = make_plan(
+        load_config(experiment, overrides or []),
+        memory=None if memory is None else parse_size(memory),
+        tokens=tokens,
+        slices=slices,
+        four_bit=four_bit,
+        measured=measured,
+    )
+    if json_:
+        print(json.dumps(made.to_json(), indent=1))
+    else:
+        _console().print(made.to_table(), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -1,0 +1,315 @@
+"""From a config to a plan: the parts put together, and what does not fit said in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedmllm.algorithms import make_algorithm
+from fedmllm.config import Config, options_of
+from fedmllm.data import DATASETS, load_dataset
+from fedmllm.data.images import ImageFile
+from fedmllm.data.sample import ImageSource
+from fedmllm.errors import UserError
+from fedmllm.experiment import make_manifest
+from fedmllm.models import model_path
+from fedmllm.plan.capacity import Capacity, find_capacity, resident_now
+from fedmllm.plan.memory import Estimate, Load, default_slices, estimate, shapes_of
+from fedmllm.plan.structure import Skeleton, build_skeleton
+from fedmllm.plan.timing import Duration, estimate_time
+from fedmllm.plan.traffic import Traffic, count_traffic
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SCHEMA = 1
+TOLERANCE = 0.25  # of the estimate: see docs/memory.md for what was compared with what
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_KNOBS = {
+    "training": "lower training.micro_batch or training.max_length, or set "
+    "model.gradient_checkpointing=true",
+    "testing": "lower evaluation.batch_size",
+    "image encoding": "use smaller images or fewer slices",
+}
+
+
+@dataclass(frozen=True)
+class Parties:
+    """What the data say: samples by client, test samples, different images, kind of task."""
+
+    sizes: Mapping[str, int]
+    test: int
+    images: int
+    open: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take. Bytes and parameters are exact, `memory` is an estimate.
+
+    capacity: memory there is, or None if unknown. time: None without a measurement.
+    warnings: what will not work. notes: what was assumed.
+    """
+
+    config: Config
+    skeleton: Skeleton
+    traffic: Traffic
+    load: Load
+    memory: Estimate
+    capacity: Capacity | None
+    time: Duration | None
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the estimate is within the memory there is; None if that is unknown."""
+        return None if self.capacity is None else self.memory.peak <= self.capacity.bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data; `bytes` and `parameters` as a run's result has them."""
+        from fedmllm.plan.table import as_json
+
+        return as_json(self)
+
+    def to_table(self) -> RenderableType:
+        """The plan for a console."""
+        from fedmllm.plan.table import as_table
+
+        return as_table(self)
+
+
+def make_plan(
+    config: Config,
+    *,
+    memory: int | None = None,
+    tokens: int | None = None,
+    slices: int | None = None,
+    four_bit: bool = False,
+    measured: str | Path | None = None,
+) -> Plan:
+    """Plan one experiment. Reads the model's config.json and the data's index, no weights.
+
+    memory: bytes to fit into, by default what this machine has. tokens: of the longest sample,
+    by default `training.max_length`. slices: of the largest image, by default the most that the
+    model cuts. four_bit: the language model's matrices in NF4. measured: results to take the time
+    from, by default those below ``runs``.
+    Raises `UserError` for anything the user can mend.
+    """
+    runtime = resident_now()
+    path = model_path(config.model.name, config.model.path)
+    lora = config.lora
+    skeleton = build_skeleton(
+        path, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, dtype=config.model.dtype
+    )
+    parties, notes = _parties(config)
+    clients = len(parties.sizes) if parties else config.partition.clients
+    algorithm = make_algorithm(
+        config.algorithm["name"], num_clients=clients, **options_of(config.algorithm)
+    )
+    traffic = count_traffic(
+        algorithm,
+        skeleton.adapter,
+        topology=config.topology,
+        clients=clients,
+        cohort=config.training.clients_per_round,
+        rounds=config.training.rounds,
+    )
+    load = _load(config, skeleton, parties, tokens=tokens, slices=slices)
+    slots = len(algorithm.init({}).slots)
+    load = replace(
+        load,
+        four_bit=four_bit,
+        copies=_copies(slots, clients, control=algorithm.local.control),
+    )
+    estimated = estimate(skeleton, load, runtime=runtime)
+    capacity = find_capacity(config.model.device, memory)
+    time = estimate_time(config, parties.sizes, parties.test, measured) if parties else None
+    return Plan(
+        config=config,
+        skeleton=skeleton,
+        traffic=traffic,
+        load=load,
+        memory=estimated,
+        capacity=capacity,
+        time=time,
+        warnings=tuple(_warnings(config, skeleton, load, estimated, capacity)),
+        notes=(
+            *notes,
+            *_unknown_quantisation(skeleton),
+            *_notes(config, load, estimated, capacity, time),
+        ),
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``24GB`` (10^9), ``24GiB`` (2^30), ``512 MB`` or plain ``24000000000``.
+
+    Raises `UserError` for anything else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = found[2].upper() if found else None
+    if unit is not None and unit in ("K", "M", "G", "T"):
+        unit += "B"
+    if found is None or unit not in _UNITS or not float(found[1]):
+        raise UserError(f"memory {text!r} is not a size: write it like 24GB, 24GiB or 800MB")
+    return int(float(found[1]) * _UNITS[unit])
+
+
+# -- the run's load --------------------------------------------------------------------------
+
+
+def _parties(config: Config) -> tuple[Parties | None, list[str]]:
+    """Who holds how much, drawn as a run draws it; None and a note if the data cannot be read."""
+    options = dict(config.data)
+    if "verify" in DATASETS[config.data["name"]].options:
+        options["verify"] = False  # the images stay closed
+    try:
+        dataset = load_dataset(**options)
+        held = make_manifest(config, dataset)
+    except UserError as error:
+        reason = str(error).splitlines()[0]
+        return None, [f"the data cannot be read, so that clients are those of the config: {reason}"]
+    samples = [*dataset.train, *dataset.test, *dataset.flashcards]
+    return (
+        Parties(
+            sizes={client.id: len(client.rows) for client in held.clients},
+            test=len(dataset.test),
+            images=len({_picture(sample.image) for sample in samples if sample.image is not None}),
+            open=dataset.task.kind == "open",
+        ),
+        [],
+    )
+
+
+def _picture(source: ImageSource) -> str:
+    """What tells pictures apart without reading them: a file's key is a digest of its bytes."""
+    return str(source.file) if isinstance(source, ImageFile) else source.key
+
+
+def _load(
+    config: Config,
+    skeleton: Skeleton,
+    parties: Parties | None,
+    *,
+    tokens: int | None,
+    slices: int | None,
+) -> Load:
+    training = config.training
+    text = skeleton.config.get_text_config()
+    longest = min(
+        tokens or training.max_length,
+        getattr(text, "max_position_embeddings", None) or training.max_length,
+    )
+    return Load(
+        tokens=longest,
+        slices=slices or default_slices(skeleton.config),
+        batch=training.micro_batch,
+        test_batch=config.evaluation.batch_size,
+        rank=config.lora.rank,
+        dropout=config.lora.dropout,
+        adam=training.optimizer == "adamw",
+        checkpointing=config.model.gradient_checkpointing,
+        cuda=config.model.device.startswith("cuda"),
+        itemsize=torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size(),
+        images=parties.images if parties else None,
+        generates=parties.open if parties else True,
+    )
+
+
+def _copies(slots: int, clients: int, *, control: bool) -> int:
+    """Float32 copies of the adapter outside the model: theta, the client's theta and update, the
+    sum of updates in float64, the next theta, a checkpoint on its way to disk; each server slot
+    twice; SCAFFOLD's four of a client at work and one kept for each client."""
+    return 7 + 2 * slots + (4 + clients if control else 0)
+
+
+# -- words -----------------------------------------------------------------------------------
+
+
+def _warnings(
+    config: Config,
+    skeleton: Skeleton,
+    load: Load,
+    found: Estimate,
+    capacity: Capacity | None,
+) -> list[str]:
+    lines = []
+    if capacity is not None and found.peak > capacity.bytes:
+        lines.append(
+            f"will not fit: about {size(found.peak)} are needed and {capacity} is there; most goes "
+            f"into {_most(found)}: {_advice(found, load)}"
+        )
+    elif capacity is not None and found.peak * (1 + TOLERANCE) > capacity.bytes:
+        lines.append(
+            f"may not fit: about {size(found.peak)} are needed and {capacity} is there, and the "
+            f"estimate may be {TOLERANCE:.0%} short: {_advice(found, load)}"
+        )
+    pictures = load.slices * shapes_of(skeleton).image_tokens
+    if pictures >= load.tokens:
+        lines.append(
+            f"an image of {load.slices} slices takes {pictures:,} tokens, and a sample may have "
+            f"{load.tokens:,}: raise training.max_length or use smaller images"
+        )
+    if load.cuda and not torch.cuda.is_available():
+        lines.append(f"device {config.model.device} is not on this machine: a run here would stop")
+    return lines
+
+
+def _most(found: Estimate) -> str:
+    weights = found.resident["weights"]
+    return "weights" if weights > found.peak / 2 else f"{found.phase}"
+
+
+def _advice(found: Estimate, load: Load) -> str:
+    if _most(found) != "weights":
+        return _KNOBS[found.phase]
+    return "use a smaller dtype or model" if load.four_bit else "use 4 bit or a smaller dtype"
+
+
+def _notes(
+    config: Config,
+    load: Load,
+    found: Estimate,
+    capacity: Capacity | None,
+    time: Duration | None,
+) -> list[str]:
+    lines = [
+        f"memory is an estimate (docs/memory.md), for samples of {load.tokens:,} tokens and "
+        f"images of {load.slices} slice{'s' * (load.slices > 1)}"
+    ]
+    if load.four_bit:
+        lines.append("4 bit: a checkpoint in 4 bit is needed; a run does not quantise by itself")
+    if found.host is not None:
+        lines.append(f"main memory beside the GPU: about {size(found.host)} while loading")
+    if capacity is None:
+        lines.append(f"memory of {config.model.device} is not known here: give --memory")
+    if time is None:
+        lines.append("time: no measured run of this model and data on this machine was found")
+    return lines
+
+
+def _unknown_quantisation(skeleton: Skeleton) -> list[str]:
+    own = skeleton.quantization
+    if not own or own.get("load_in_4bit"):
+        return []
+    method = own.get("quant_method", "unnamed")
+    return [f"quantisation {method!r} other than 4 bit is not known here: counted without it"]
+
+
+def size(count: float) -> str:
+    """Bytes in words; a MB is 10^6 bytes."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= 0.9995 * scale:
+            return f"{count / scale:,.{0 if count >= 100 * scale else 1}f} {unit}"
+    return f"{count:.0f} bytes"

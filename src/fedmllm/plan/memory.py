@@ -1,0 +1,275 @@
+"""Estimated peak memory of a run: arithmetic, term by term. `docs/memory.md` says it in full.
+
+Legend: B samples of a forward pass, T tokens of a sample, L layers, D width, F inner width of the
+MLP, H heads of width d, K key-value heads, V vocabulary, r LoRA rank, b bytes of the model's
+dtype (4 or 2), S slices of an image, N patches of a slice, E and G width and inner width of the
+tower. All results are bytes.
+
+Exact are the weights, the adapter and its optimiser; `saved_per_token` is what autograd keeps of
+a Llama or Qwen2 layer on a CPU, to the byte (tested against autograd). The rest are bounds or
+rules of thumb, and the sum is an estimate: allocators keep more than they are asked for.
+
+Training keeps no key-value cache. The frozen tower sees an image once, without gradient, and its
+features are kept in main memory: in the training phase it takes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedmllm.errors import UserError
+from fedmllm.models.features import FeatureCache
+from fedmllm.plan.structure import Skeleton, weight_bytes
+
+CUDA_RUNTIME = 800 * 2**20  # context, kernels, cuBLAS workspace: an assumption, not measured here
+HEAP_HOLES = 0.6  # of training: holes that freed tensors leave in glibc's heap, where tensors are
+# below its 32 MB; one allowance for all, chosen on the embedded model (results/memory.json)
+FEATURE_BUDGET = FeatureCache().budget_bytes
+UNKNOWN_PATCHES = 1024  # of a slice, where the config names no image size: 448 x 448 at 14
+ANSWER_TOKENS = 32  # of a sample, where nothing else is said
+NEW_TOKENS = 16  # that are generated for an open question
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of the language model and the tower, from the config; see the module's legend.
+
+    image_tokens: of one slice, in the language model.
+    """
+
+    D: int
+    F: int
+    L: int
+    H: int
+    K: int
+    d: int
+    V: int
+    E: int
+    G: int
+    N: int
+    image_tokens: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a run asks of memory.
+
+    tokens: of the longest sample. slices: of the largest image. batch: `training.micro_batch`.
+    test_batch: `evaluation.batch_size`. images: different images of the data, or None if unknown.
+    generates: whether tests generate answers (open questions). copies: float32 copies of the
+    adapter on the server and between it and a client.
+    """
+
+    tokens: int
+    slices: int
+    batch: int
+    test_batch: int
+    rank: int
+    dropout: float
+    adam: bool = True
+    checkpointing: bool = False
+    four_bit: bool = False
+    cuda: bool = False
+    itemsize: int = 4
+    images: int | None = None
+    generates: bool = True
+    copies: int = 8
+    answer: int = ANSWER_TOKENS
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak = runtime + what stays (`resident`) + the largest of the phases, on the device.
+
+    host: peak of main memory when the device is a GPU; None on a CPU, where all is one.
+    """
+
+    runtime: int
+    resident: dict[str, int]
+    phases: dict[str, dict[str, int]]
+    host: int | None
+
+    @property
+    def phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        most = sum(self.phases[self.phase].values())
+        return self.runtime + sum(self.resident.values()) + most
+
+
+def shapes_of(skeleton: Skeleton) -> Shapes:
+    """Read the sizes. Raises `UserError` if the config lacks one."""
+    config = skeleton.config
+    text = config.get_text_config()
+    sliced = config.model_type == "minicpmv"  # its image_size is that of the position table
+    try:
+        vision = config.vision_config
+        side = _side(getattr(vision, "image_size", None))
+        tower = getattr(vision, "embed_dim", None) or vision.hidden_size
+        inner = getattr(vision, "intermediate_size", None) or getattr(vision, "mlp_dim", None)
+        inner = inner or int(tower * vision.mlp_ratio)
+        known = side and not sliced
+        patches = (side // _side(vision.patch_size)) ** 2 if known else UNKNOWN_PATCHES
+        heads = text.num_attention_heads
+        shapes = Shapes(
+            D=text.hidden_size,
+            F=text.intermediate_size,
+            L=text.num_hidden_layers,
+            H=heads,
+            K=getattr(text, "num_key_value_heads", None) or heads,
+            d=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            V=text.vocab_size,
+            E=tower,
+            G=inner,
+            N=patches,
+            image_tokens=_image_tokens(config, patches),
+        )
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"the config of a {config.model_type!r} lacks a size: {error}") from error
+    odd = {name: value for name, value in asdict(shapes).items() if not isinstance(value, int)}
+    if odd:
+        raise UserError(
+            f"the config of a {config.model_type!r} has sizes that are no numbers: {odd}"
+        )
+    return shapes
+
+
+def _side(size: Any) -> Any:
+    """The longer side of a size that may be a number or a pair."""
+    return max(size) if isinstance(size, list | tuple) else size
+
+
+def _image_tokens(config: Any, patches: int) -> int:
+    """Tokens of a slice: the family's number, or the patches less what the connector merges."""
+    for name in ("query_num", "mm_tokens_per_image", "image_seq_length"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    merge: Any = getattr(config, "scale_factor", None)
+    merge = merge or getattr(config.vision_config, "spatial_merge_size", 1)
+    return max(1, patches // (merge * merge))
+
+
+def default_slices(config: Any) -> int:
+    """The most slices that the config admits: MiniCPM-V's cells and the source view; else 1."""
+    limits = getattr(config, "slice_config", None)
+    return limits["max_slice_nums"] + 1 if isinstance(limits, dict) else 1
+
+
+# -- terms -----------------------------------------------------------------------------------
+
+
+def saved_per_token(shapes: Shapes, load: Load) -> int:
+    """What autograd keeps of one decoder layer with LoRA on q, k, v and o, a token.
+
+        b (4 H d + 3 F + T)         q, k, v repeated to H heads, attention's output; gate, its
+                                    activation, up; the padding mask as one row of the layer's own
+        4 (H + 4 r + 2 D + 2)       attention's normaliser; A x four times; two norms in float32
+        (4 + m) (3 D + H d)         inputs of the four A after dropout in float32, with its mask
+
+    Frozen matrices keep no input. m = 4 bytes a number on a CPU (the mask is a float), 1 on a
+    GPU. Without dropout q, k, v share one input, which in half precision is cast three times.
+    """
+    b, wide = load.itemsize, shapes.H * shapes.d
+    layer = b * (4 * wide + 3 * shapes.F + load.tokens)
+    layer += 4 * (shapes.H + 4 * load.rank + 2 * shapes.D + 2)
+    if load.dropout:
+        return layer + (4 + (1 if load.cuda else 4)) * (3 * shapes.D + wide)
+    return layer + (4 * shapes.D if b == 4 else 4 * (3 * shapes.D + wide))
+
+
+def activations(shapes: Shapes, load: Load) -> dict[str, int]:
+    """Kept for the backward pass of B samples, and what its busiest layer needs beside that.
+
+    Kept: B T L `saved_per_token`; with gradient checkpointing b D a token and layer (its input)
+    and one layer in full. Beside it: gradients in the MLP, b (3 F + 2 D) a token.
+    """
+    tokens, b = load.batch * load.tokens, load.itemsize
+    layer = saved_per_token(shapes, load)
+    kept = (b * shapes.D * shapes.L + layer) if load.checkpointing else shapes.L * layer
+    return {
+        "activations": tokens * kept,
+        "backward": tokens * b * (3 * shapes.F + 2 * shapes.D),
+    }
+
+
+def train_logits(shapes: Shapes, load: Load) -> int:
+    """The head runs over positions that some sample needs: P = min(T, B answer tokens).
+
+    3 b B P V (logits, their gradient, and one sample's on its way into it) and, at the answers,
+    a copy, its float32 and its log-softmax: B answer V (b + 8).
+    """
+    answer = min(load.answer, load.tokens)
+    places = min(load.tokens, load.batch * answer)
+    dense = 3 * load.itemsize * load.batch * places * shapes.V
+    return dense + load.batch * answer * shapes.V * (load.itemsize + 8)
+
+
+def tower(shapes: Shapes, load: Load) -> int:
+    """The tower on one image of S slices, without gradient: the larger of an MLP (input, its
+    norm, inner width twice) and the connector (five matrices of width D), a patch, and the
+    pixels in float32."""
+    patches = load.slices * shapes.N
+    widest = max(2 * shapes.E + 2 * shapes.G, 7 * shapes.E, shapes.E + 5 * shapes.D)
+    return patches * (load.itemsize * widest + 4 * 3 * 14 * 14)
+
+
+def testing(shapes: Shapes, load: Load) -> dict[str, int]:
+    """A test batch, without gradient: one MLP and the mask, b (3 F + 2 D + T) a token; the logits
+    of each sample's last token, b B P V at P = min(T, B) places and b B V picked from them; or,
+    where answers are generated, (b + 4) B V and the key-value cache, 2 b L K d a token.
+    """
+    b, tokens = load.itemsize, load.test_batch * load.tokens
+    terms = {"activations": tokens * b * (3 * shapes.F + 2 * shapes.D + load.tokens)}
+    if load.generates:
+        kept = tokens + NEW_TOKENS * load.test_batch
+        terms["logits"] = load.test_batch * shapes.V * (b + 4)
+        terms["key-value cache"] = 2 * b * shapes.L * shapes.K * shapes.d * kept
+    else:
+        places = min(load.tokens, load.test_batch)
+        terms["logits"] = b * load.test_batch * (places + 1) * shapes.V
+    return terms
+
+
+def feature_cache(shapes: Shapes, load: Load) -> int:
+    """Features of all images in float32, at most the cache's budget."""
+    if load.images is None:
+        return FEATURE_BUDGET
+    one = 4 * load.slices * shapes.image_tokens * shapes.D
+    return min(max(FEATURE_BUDGET, one), load.images * one)
+
+
+def estimate(skeleton: Skeleton, load: Load, *, runtime: int) -> Estimate:
+    """Peak memory of a run. runtime: main memory of the interpreter with its libraries loaded."""
+    shapes = shapes_of(skeleton)
+    weights = weight_bytes(skeleton, four_bit=load.four_bit)
+    trainable = skeleton.trainable
+    resident = {"weights": sum(weights.values()), "adapter": 4 * trainable}
+    main = {
+        "copies of the adapter": 4 * load.copies * trainable,
+        "image features": feature_cache(shapes, load),
+    }
+    training = {
+        **activations(shapes, load),
+        "logits": train_logits(shapes, load),
+        "gradients": 4 * trainable,
+        "optimiser": 8 * trainable if load.adam else 0,
+    }
+    if weights["nf4"]:  # a layer's matrices are unpacked one at a time
+        training["unpacked 4-bit matrix"] = load.itemsize * shapes.D * shapes.F
+    phases = {
+        "image encoding": {"tower": tower(shapes, load)},
+        "training": training,
+        "testing": testing(shapes, load),
+    }
+    if not load.cuda:
+        training["allocator"] = int(HEAP_HOLES * sum(training.values()))
+    if not load.cuda:
+        return Estimate(runtime, {**resident, **main}, phases, host=None)
+    # a base is read into main memory first and moved from there
+    host = runtime + resident["weights"] + sum(main.values())
+    return Estimate(CUDA_RUNTIME, resident, phases, host=host)

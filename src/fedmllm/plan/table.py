@@ -1,0 +1,151 @@
+"""A plan as plain data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+
+from fedmllm.plan.build import SCHEMA, Plan, size
+from fedmllm.plan.structure import weight_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Plain data; the keys of `bytes` and `parameters` mean what they mean in a run's result."""
+    skeleton, traffic, memory = plan.skeleton, plan.traffic, plan.memory
+    model = plan.config.model
+    return {
+        "schema": SCHEMA,
+        "name": plan.config.name,
+        "model": {
+            "name": model.name,
+            "type": skeleton.config.model_type,
+            "dtype": model.dtype,
+            "device": model.device,
+        },
+        "parameters": {
+            "total": skeleton.total + skeleton.trainable,
+            "base": skeleton.total,
+            "trainable": skeleton.trainable,
+            "base_components": skeleton.components,
+            "trainable_components": skeleton.trainable_components,
+            "trainable_modules": skeleton.layer_targets,
+        },
+        "bytes": {
+            "up": traffic.up,
+            "down": traffic.down,
+            "per_round": {"up": traffic.round_up, "down": traffic.round_down},
+            "per_client_round": {
+                "lora": traffic.lora,
+                "up": traffic.client_up,
+                "down": traffic.client_down,
+            },
+            "clients_per_round": traffic.cohort,
+            "rounds": traffic.rounds,
+        },
+        "memory": {
+            "estimate": True,
+            "peak": memory.peak,
+            "peak_phase": memory.phase,
+            "runtime": memory.runtime,
+            "resident": memory.resident,
+            "weights": weight_bytes(skeleton, four_bit=plan.load.four_bit),
+            "phases": memory.phases,
+            "host": memory.host,
+            "available": None if plan.capacity is None else asdict(plan.capacity),
+            "fits": plan.fits,
+            "assumed": asdict(plan.load),
+        },
+        "time": None if plan.time is None else asdict(plan.time),
+        "warnings": list(plan.warnings),
+        "notes": list(plan.notes),
+    }
+
+
+def as_table(plan: Plan) -> RenderableType:
+    """Parameters, bytes, memory and time, then what was assumed and what will not work."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
+    for rows in (_parameters(plan), _bytes(plan), _memory(plan), _time(plan)):
+        for row in rows:
+            table.add_row(*row)
+        table.add_section()
+    notes = [f"[dim]note[/dim]  {_plain(line)}" for line in plan.notes]
+    warnings = [f"[bold red]warning[/bold red]  {_plain(line)}" for line in plan.warnings]
+    return Group(table, *notes, *warnings)
+
+
+Rows = list[tuple[str, str, str]]
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _parameters(plan: Plan) -> Rows:
+    skeleton = plan.skeleton
+    rows = [("parameters", "base, frozen", f"{skeleton.total:,}")]
+    rows += [("", f"  {part}", f"{count:,}") for part, count in skeleton.components.items()]
+    rows += [("trainable", f"LoRA, rank {plan.config.lora.rank}", f"{skeleton.trainable:,}")]
+    rows += [("", f"  {_plain(name)}", f"{n:,}") for name, n in skeleton.layer_targets.items()]
+    return [
+        *rows,
+        *(
+            ("", f"  in all, {part}", f"{count:,}")
+            for part, count in skeleton.trainable_components.items()
+            if count
+        ),
+    ]
+
+
+def _bytes(plan: Plan) -> Rows:
+    traffic = plan.traffic
+    clients = f"a round of {traffic.cohort} client{'s' * (traffic.cohort != 1)}"
+    rounds = f"a run of {traffic.rounds} round{'s' * (traffic.rounds != 1)}"
+    return [
+        ("bytes", "a client and round, up", f"{traffic.client_up:,}"),
+        ("", "a client and round, down", f"{traffic.client_down:,}"),
+        ("", f"{clients}, up", f"{traffic.round_up:,}"),
+        ("", f"{clients}, down", f"{traffic.round_down:,}"),
+        ("", f"{rounds}, up", f"{traffic.up:,}"),
+        ("", f"{rounds}, down", f"{traffic.down:,}"),
+    ]
+
+
+def _memory(plan: Plan) -> Rows:
+    memory, place = plan.memory, "GPU memory" if plan.load.cuda else "main memory"
+    rows = [("memory", f"estimated peak, {place}, when {memory.phase}", size(memory.peak))]
+    rows += [("", "  libraries" if not plan.load.cuda else "  CUDA", size(memory.runtime))]
+    rows += [("", f"  {name}", size(count)) for name, count in memory.resident.items()]
+    for phase, terms in memory.phases.items():
+        total = size(sum(terms.values()))
+        rows.append(("", f"  {phase}" + ("" if phase == memory.phase else " (less)"), total))
+        rows += [("", f"    {name}", size(count)) for name, count in terms.items() if count]
+    return rows
+
+
+def _time(plan: Plan) -> Rows:
+    if plan.time is None:
+        return [("time", "no measurement", "–")]
+    source = _plain(plan.time.measured_in)
+    return [
+        ("time", f"training, by {source}", _clock(plan.time.train_seconds)),
+        ("", "testing", _clock(plan.time.test_seconds)),
+    ]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h {minutes:02}m"
+    return f"{minutes}m {rest:02}s" if minutes else f"{rest} s"

@@ -1,0 +1,663 @@
+"""Plans: counts against hand formulas, bytes against real runs, memory terms against autograd."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from minicpmv_checkpoint import PUBLISHED_SIZES, PUBLISHED_TOWER, QUERIES, tiny_config
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from fedmllm.algorithms import ALGORITHMS
+from fedmllm.cli import main
+from fedmllm.config import make_config
+from fedmllm.data.images import ImageFile
+from fedmllm.errors import UserError
+from fedmllm.experiment import run
+from fedmllm.plan import make_plan, parse_size
+from fedmllm.plan.build import TOLERANCE
+from fedmllm.plan.memory import Load, Shapes, activations, feature_cache, saved_per_token
+from fedmllm.plan.structure import build_skeleton, weight_bytes
+from fedmllm.plan.timing import tested_samples as count_tested
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "name": "small",
+    "data": {"name": "memes", "train": 40, "test": 16},
+    "partition": {"clients": 4},
+    "training": {"rounds": 2, "clients_per_round": 3},
+    "evaluation": {"every": 0, "conditions": ["both"]},
+}
+
+
+# -- real models, counted by hand ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Sizes of a Llama or Qwen2 decoder."""
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    bias: bool = False  # on q, k, v
+    tied: bool = False
+
+    @property
+    def kv_width(self) -> int:
+        return self.width // self.heads * self.kv_heads
+
+    @property
+    def matrices(self) -> list[int]:
+        """Weights of each linear matrix of a layer."""
+        q, k, mlp = self.width**2, self.width * self.kv_width, self.width * self.inner
+        return [q, k, k, q, mlp, mlp, mlp]
+
+    @property
+    def parameters(self) -> int:
+        layer = sum(self.matrices) + 2 * self.width
+        layer += (self.width + 2 * self.kv_width) * self.bias
+        return self.layers * layer + self.width
+
+    def adapter(self, rank: int) -> dict[str, int]:
+        wide, narrow = 2 * self.width, self.width + self.kv_width
+        sizes = {"q_proj": wide, "k_proj": narrow, "v_proj": narrow, "o_proj": wide}
+        return {name: self.layers * rank * size for name, size in sizes.items()}
+
+
+def encoder(width: int, inner: int, layers: int) -> int:
+    """Layers of a SigLIP or CLIP encoder: four projections, an MLP, two norms, all with biases."""
+    attention, mlp = 4 * (width**2 + width), 2 * width * inner + inner + width
+    return layers * (attention + mlp + 4 * width)
+
+
+def minicpm(queries: int, width: int) -> dict[str, int]:
+    tower = 3 * 14 * 14 * 1152 + 1152 + 70 * 70 * 1152 + encoder(1152, 4304, 27) + 2 * 1152
+    attention = 3 * width**2 + 3 * width + width**2 + width
+    return {
+        "vision tower": tower,
+        "connector": queries * width + 1152 * width + attention + 6 * width + width**2,
+    }
+
+
+def qwen2vl_tower() -> int:
+    """Its merger, which is part of the tower's module, included."""
+    layer = 4 * 1280 + (1280 * 3840 + 3840) + (1280**2 + 1280) + 2 * 1280 * 5120 + 5120 + 1280
+    merger = 2 * 1280 + (5120**2 + 5120) + 5120 * 1536 + 1536
+    return 3 * 2 * 14 * 14 * 1280 + 32 * layer + merger
+
+
+@dataclass(frozen=True)
+class Real:
+    """A published model: its config.json, its decoder, its other parts, its published size."""
+
+    config: dict[str, Any]
+    decoder: Decoder
+    parts: dict[str, int]
+    published: int | None = None
+
+
+def published_minicpm(version: str) -> dict[str, Any]:
+    sizes = PUBLISHED_SIZES[version] | {"vision_config": PUBLISHED_TOWER}
+    return tiny_config(version, queries=QUERIES[version]) | sizes
+
+
+REAL = {
+    "MiniCPM-V-2.6": Real(
+        published_minicpm("2.6"),
+        Decoder(3584, 18944, 28, 28, 4, 151666, bias=True),
+        minicpm(64, 3584),
+    ),
+    "MiniCPM-Llama3-V-2.5": Real(
+        published_minicpm("2.5"), Decoder(4096, 14336, 32, 32, 8, 128256), minicpm(96, 4096)
+    ),
+    "SmolVLM-256M": Real(
+        {
+            "model_type": "idefics3",
+            "scale_factor": 4,
+            "tie_word_embeddings": False,
+            "text_config": {
+                "model_type": "llama",
+                "hidden_size": 576,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 30,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+                "vocab_size": 49280,
+                "tie_word_embeddings": False,
+            },
+            "vision_config": {
+                "model_type": "idefics3_vision",
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
+                "image_size": 512,
+                "patch_size": 16,
+            },
+        },
+        Decoder(576, 1536, 30, 9, 3, 49280),
+        {
+            "vision tower": 3 * 256 * 768 + 768 + 32**2 * 768 + encoder(768, 3072, 12) + 2 * 768,
+            "connector": 16 * 768 * 576,
+        },
+        published=256_484_928,
+    ),
+    "Qwen2-VL-2B": Real(
+        {
+            "model_type": "qwen2_vl",
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "vision_config": {
+                "depth": 32,
+                "embed_dim": 1280,
+                "hidden_size": 1536,
+                "mlp_ratio": 4,
+                "num_heads": 16,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+        },
+        Decoder(1536, 8960, 28, 12, 2, 151936, bias=True, tied=True),
+        {"vision tower": qwen2vl_tower(), "connector": 0},
+        published=2_208_985_600,
+    ),
+    "LLaVA-1.5-7B": Real(
+        {
+            "model_type": "llava",
+            "text_config": {"model_type": "llama", "vocab_size": 32064},
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "image_size": 336,
+                "patch_size": 14,
+            },
+        },
+        Decoder(4096, 11008, 32, 32, 32, 32064),
+        {
+            "vision tower": 1024 + 3 * 196 * 1024 + 577 * 1024 + encoder(1024, 4096, 24) + 4096,
+            "connector": 1024 * 4096 + 4096 + 4096**2 + 4096,
+        },
+        published=7_063_427_072,
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Makes a folder that holds nothing but a config.json."""
+
+    def make(config: dict[str, Any]):
+        made = tmp_path / "model"
+        made.mkdir(exist_ok=True)
+        (made / "config.json").write_text(json.dumps(config))
+        return made
+
+    return make
+
+
+def planned(folder, *overrides: str, **options: Any):
+    raw = {**SMALL, "model": {"name": "real", "path": str(folder)}}
+    return make_plan(make_config(raw, overrides), **options)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_are_counted_to_the_parameter(name, folder) -> None:
+    real = REAL[name]
+    decoder = real.decoder
+    found = planned(folder(real.config), "training.rounds=25", "training.clients_per_round=2")
+    words = decoder.vocab * decoder.width
+    expected = {
+        **real.parts,
+        "embeddings": words,
+        "language model": decoder.parameters,
+        "output head": 0 if decoder.tied else words,
+    }
+    facts = found.to_json()
+    assert facts["parameters"]["base_components"] == expected
+    assert facts["parameters"]["base"] == sum(expected.values())
+    assert real.published in (None, sum(expected.values()))
+    adapter = decoder.adapter(8)
+    modules = facts["parameters"]["trainable_modules"]
+    assert {module.rsplit(".", 1)[1]: count for module, count in modules.items()} == adapter
+    total = sum(adapter.values())
+    assert facts["parameters"]["trainable"] == total
+    assert facts["parameters"]["trainable_components"]["language model"] == total
+    assert facts["bytes"] == {
+        "up": 200 * total,
+        "down": 200 * total,
+        "per_round": {"up": 8 * total, "down": 8 * total},
+        "per_client_round": {"lora": 4 * total, "up": 4 * total, "down": 4 * total},
+        "clients_per_round": 2,
+        "rounds": 25,
+    }
+
+
+def test_the_papers_setting(folder) -> None:
+    """28 layers x 4 projections x rank 8: 20 MB a client each way; 32 layers: 27 MB."""
+    for name, millions in (("MiniCPM-V-2.6", 5.046272), ("MiniCPM-Llama3-V-2.5", 6.815744)):
+        found = planned(folder(REAL[name].config), "lora.rank=8")
+        assert found.skeleton.trainable == round(millions * 1e6)
+        assert len(found.skeleton.adapter) == REAL[name].decoder.layers * 4 * 2
+        assert found.load.slices == 10  # nine cells and the source view
+
+
+# -- bytes are those of a run ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+def test_bytes_and_parameters_are_those_of_a_run(algorithm, tmp_path, mllm) -> None:
+    config = make_config({**SMALL, "algorithm": algorithm})
+    facts = make_plan(config).to_json()
+    result = run(config, out=tmp_path / "run", mllm=mllm)
+    assert {way: facts["bytes"][way] for way in ("up", "down")} == {
+        way: result["bytes"][way] for way in ("up", "down")
+    }
+    assert result["bytes"]["per_client_round"]["lora"] == facts["bytes"]["per_client_round"]["lora"]
+    assert facts["bytes"]["per_round"]["up"] == result["history"][0]["bytes_up"]
+    assert facts["parameters"]["total"] == result["parameters"]["total"]
+    assert facts["parameters"]["trainable"] == result["parameters"]["trainable"]
+    assert result["bytes"]["up"] == (2 if algorithm == "scaffold" else 1) * 2 * 3 * 196_608
+
+
+def test_names_and_shapes_are_those_of_the_loaded_adapter(mllm) -> None:
+    found = make_plan(make_config(SMALL)).skeleton.adapter
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in mllm.get_adapter().items()
+    }
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_only_scaffold_sends_more_than_the_adapter(algorithm) -> None:
+    each = make_plan(make_config({**SMALL, "algorithm": algorithm})).traffic
+    twice = 2 if algorithm == "scaffold" else 1
+    assert (each.client_up, each.client_down) == (twice * each.lora, twice * each.lora)
+
+
+@pytest.mark.parametrize("topology", ["local", "centralised", "zero-shot"])
+def test_nothing_crosses_where_nothing_federates(topology) -> None:
+    facts = make_plan(make_config({**SMALL, "topology": topology})).to_json()["bytes"]
+    assert (facts["up"], facts["down"], facts["per_round"]) == (0, 0, {"up": 0, "down": 0})
+    assert facts["rounds"] == (0 if topology == "zero-shot" else 2)
+
+
+def test_ready_parties_are_counted_from_their_files(tmp_path, monkeypatch) -> None:
+    (tmp_path / "parties").mkdir()
+    turns = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]
+    for name in ("a", "b"):
+        item = {"conversations": turns, "image": "never-read.png"}
+        (tmp_path / "parties" / f"{name}.json").write_text(json.dumps([item]))
+    (tmp_path / "never-read.png").write_text("no picture, and large")
+    (tmp_path / "test.json").write_text(json.dumps([{"conversations": turns}]))
+    data = {"name": "conversations", "root": str(tmp_path)}
+    raw = {**SMALL, "data": data, "training": {"rounds": 1, "clients_per_round": 7}}
+    monkeypatch.setattr(ImageFile, "key", property(lambda self: pytest.fail("an image was read")))
+    found = make_plan(make_config(raw))
+    assert found.traffic.cohort == 2
+    assert found.load.generates
+    assert found.load.images == 1
+    (tmp_path / "test.json").unlink()
+    found = make_plan(make_config(raw))
+    assert found.traffic.cohort == 4  # of the config's partition
+    assert any("the data cannot be read" in note for note in found.notes)
+
+
+# -- memory ----------------------------------------------------------------------------------
+
+
+def skeleton_of(folder, dtype: str = "bfloat16"):
+    return build_skeleton(folder, rank=8, alpha=8, dropout=0.05, dtype=dtype)
+
+
+def nf4(matrices: list[int], *, nested: bool) -> tuple[int, int]:
+    blocks = [-(-n // 64) for n in matrices]
+    scales = sum(b + 4 * -(-b // 256) if nested else 4 * b for b in blocks)
+    return sum(-(-n // 2) for n in matrices), scales
+
+
+def test_four_bit_weights(folder) -> None:
+    real = REAL["MiniCPM-V-2.6"]
+    skeleton = skeleton_of(folder(real.config))
+    matrices = real.decoder.matrices * real.decoder.layers
+    half, scales = nf4(matrices, nested=True)
+    found = weight_bytes(skeleton, four_bit=True)
+    buffers = sum(b.nbytes for b in skeleton.base.buffers())
+    plain = 2 * (skeleton.total - sum(matrices)) + buffers
+    assert found == {"plain": plain, "nf4": half, "scales": scales}
+    assert buffers < 10_000
+    assert weight_bytes(skeleton) == {
+        "plain": 2 * skeleton.total + buffers,
+        "nf4": 0,
+        "scales": 0,
+    }
+
+
+def test_a_checkpoint_in_four_bit_says_so_itself(folder) -> None:
+    real = REAL["SmolVLM-256M"]
+    own = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "llm_int8_skip_modules": ["lm_head", "model.vision_model", "model.connector"],
+    }
+    skeleton = skeleton_of(folder(real.config | {"quantization_config": own}))
+    half, scales = nf4(real.decoder.matrices * real.decoder.layers, nested=False)
+    found = weight_bytes(skeleton)
+    assert (found["nf4"], found["scales"]) == (half, scales)
+    other = {"quant_method": "gptq", "bits": 4}
+    found = planned(folder(real.config | {"quantization_config": other}))
+    assert any("'gptq'" in note for note in found.notes)
+    own["llm_int8_skip_modules"] = None  # all but the head
+    own["bnb_4bit_use_double_quant"] = True
+    tower = [768 * 768] * 4 + [768 * 3072] * 2
+    every = real.decoder.matrices * real.decoder.layers + tower * 12 + [16 * 768 * 576]
+    found = weight_bytes(skeleton_of(folder(real.config | {"quantization_config": own})))
+    assert (found["nf4"], found["scales"]) == nf4(every, nested=True)
+
+
+SHAPES = Shapes(D=96, F=320, L=3, H=6, K=2, d=16, V=500, E=8, G=16, N=4, image_tokens=4)
+
+
+def saved_bytes(kind: str, layers: int, load: Load) -> int:
+    """Bytes that autograd keeps in a forward pass of a real model, weights left out."""
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[kind]
+    base = model_class(
+        config_class(
+            hidden_size=96,
+            intermediate_size=320,
+            num_hidden_layers=layers,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            vocab_size=500,
+        )
+    ).to(torch.float32 if load.itemsize == 4 else torch.bfloat16)
+    base.requires_grad_(False)
+    targets = r".*self_attn\.(q|k|v|o)_proj"
+    config = LoraConfig(r=load.rank, lora_dropout=load.dropout, target_modules=targets)
+    model = get_peft_model(base, config)
+    if load.checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = tensor
+        return tensor
+
+    ids = torch.zeros(load.batch, load.tokens, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[0, -5:] = 0
+    embeddings = base.get_input_embeddings()(ids).requires_grad_()  # as behind a trained layer
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, logits_to_keep=1)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("itemsize", [4, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_a_layer_keeps_what_the_formula_says(kind, itemsize, dropout) -> None:
+    load = Load(
+        tokens=40, slices=1, batch=3, test_batch=1, rank=8, dropout=dropout, itemsize=itemsize
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        difference = saved_bytes(kind, 3, load) - saved_bytes(kind, 2, load)
+        frugal = replace(load, checkpointing=True)
+        inputs = saved_bytes(kind, 3, frugal) - saved_bytes(kind, 2, frugal)
+    assert difference == 3 * 40 * saved_per_token(SHAPES, load)
+    assert inputs == 3 * 40 * itemsize * 96
+    whole = activations(SHAPES, load)["activations"]
+    assert whole == 3 * difference
+    assert activations(SHAPES, frugal)["activations"] == 3 * inputs + difference
+
+
+def test_memory_grows_with_what_it_depends_on() -> None:
+    config = make_config(SMALL)
+    base = make_plan(config, tokens=100)
+    more = make_plan(config, tokens=200)
+    assert more.memory.phases["training"]["activations"] > 2 * (
+        base.memory.phases["training"]["activations"] - 1
+    )
+    one = make_plan(make_config(SMALL, ["training.micro_batch=1"]), tokens=100)
+    kept = [p.memory.phases["training"]["activations"] for p in (base, one)]
+    assert kept[0] == 8 * kept[1]
+    frugal = make_plan(make_config(SMALL, ["model.gradient_checkpointing=true"]), tokens=100)
+    assert frugal.memory.peak < base.memory.peak
+    pictures = 28  # each of the memes' stands with two texts
+    assert base.memory.resident["image features"] == pictures * 16 * 128 * 4
+    sgd = make_plan(make_config(SMALL, ["training.optimizer=sgd"]), tokens=100)
+    assert sgd.memory.phases["training"]["optimiser"] == 0
+    assert base.memory.phases["training"]["optimiser"] == 8 * 49_152
+    assert base.load.tokens == 100
+    assert make_plan(config).load.tokens == 1024  # the positions that the model has
+
+
+def test_features_stay_within_the_caches_budget() -> None:
+    load = Load(tokens=1, slices=1, batch=1, test_batch=1, rank=1, dropout=0.0)
+    assert feature_cache(SHAPES, load) == 512 * 2**20
+    assert feature_cache(SHAPES, replace(load, images=10**9)) == 512 * 2**20
+    assert feature_cache(SHAPES, replace(load, images=3, slices=2)) == 3 * 2 * 4 * 96 * 4
+
+
+def test_the_committed_measurements_are_within_the_tolerance() -> None:
+    """Peaks within 25 % of the measured ones; the arithmetic alone, too, where lengths are known
+    and a case takes more than 100 MB beside the libraries."""
+    facts = json.loads((ROOT / "results" / "memory.json").read_text())
+    assert {case["model"] for case in facts["cases"]} == {"embedded", "tiny", "100M"}
+    assert len(facts["cases"]) >= 12
+    for case in facts["cases"]:
+        ratio = case["planned_bytes"] / case["measured_bytes"]
+        assert abs(ratio - 1) < TOLERANCE, case["name"]
+        beside = case["measured_live_bytes"] - case["planned"]["runtime"]
+        if case["phase"] != "run" and beside > 100e6:
+            assert abs(case["ratio_live"] - 1) < 0.25, case["name"]
+
+
+def test_on_a_gpu_main_memory_holds_the_rest(folder) -> None:
+    real = folder(REAL["MiniCPM-V-2.6"].config)
+    options = ("model.device=cuda", "model.dtype=bfloat16", "training.micro_batch=1")
+    found = planned(real, *options, memory=parse_size("24GB"), four_bit=True)
+    assert set(found.memory.resident) == {"weights", "adapter"}
+    assert found.memory.host is not None
+    assert found.memory.host > found.memory.resident["weights"]
+    assert found.memory.resident["weights"] < 7e9
+    full = planned(real, *options, memory=parse_size("16GB"))
+    assert full.fits is False
+    assert "will not fit" in full.warnings[0]
+    assert "4 bit" in full.warnings[0]
+
+
+def test_what_does_not_fit_is_said_with_what_to_change() -> None:
+    config = make_config(SMALL)
+    peak = make_plan(config).memory.peak
+    roomy = make_plan(config, memory=100 * peak)
+    assert roomy.fits
+    assert not roomy.warnings
+    tight = make_plan(config, memory=peak * 11 // 10)
+    assert tight.fits
+    assert "may not fit" in tight.warnings[0]
+    small = make_plan(config, memory=peak * 9 // 10)
+    assert small.fits is False
+    assert "will not fit" in small.warnings[0]
+    assert "training.micro_batch" in small.warnings[0]
+    tested = make_config(SMALL, ["evaluation.batch_size=600"])
+    assert "evaluation.batch_size" in make_plan(tested, memory=peak).warnings[0]
+    long = make_plan(config, tokens=40, slices=3, memory=100 * peak)
+    assert "48 tokens" in long.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("24GB", 24 * 10**9),
+        ("24GiB", 24 * 2**30),
+        ("512 MiB", 2**29),
+        ("1.5 mb", 1_500_000),
+        ("80g", 80 * 10**9),
+        ("12345", 12345),
+    ],
+)
+def test_sizes_are_read(text, count) -> None:
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "24XB", "-1GB", "0GB", "1e9", "24GB extra"])
+def test_other_words_are_no_sizes(text) -> None:
+    with pytest.raises(UserError, match="write it like 24GB"):
+        parse_size(text)
+
+
+# -- time ------------------------------------------------------------------------------------
+
+
+def test_time_comes_from_a_measured_run_or_not_at_all(tmp_path, mllm, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_config(SMALL)
+    assert make_plan(config).time is None
+    result = run(config, out=tmp_path / "runs" / "small", mllm=mllm)
+    found = make_plan(config).time
+    assert found is not None
+    assert found.train_seconds == pytest.approx(result["time"]["train_seconds"])
+    assert found.test_seconds == pytest.approx(result["time"]["evaluate_seconds"])
+    held = {client["id"]: client["samples"] for client in result["manifest"]["clients"]}
+    trained = sum(held[name] for line in result["history"] for name in line["clients"])
+    rate = result["time"]["train_seconds"] / trained
+    assert found.seconds_per_trained_sample == pytest.approx(rate)
+    longer = make_plan(make_config(SMALL, ["topology=centralised", "training.local_epochs=3"])).time
+    assert longer is not None
+    assert longer.train_seconds == pytest.approx(rate * 40 * 2 * 3)
+    for other in ("lora.rank=4", "threads=2", "data.name=crisis", "model.dtype=bfloat16"):
+        assert make_plan(make_config(SMALL, [other])).time is None, other
+    with pytest.raises(UserError, match=r"no readable result\.json"):
+        make_plan(config, measured=tmp_path / "nowhere")
+
+
+def test_tested_samples() -> None:
+    raw = {**SMALL, "training": {"rounds": 6}}
+    raw["evaluation"] = {"every": 2, "limit": 10, "conditions": ["both", "neither"]}
+    assert count_tested(make_config(raw), 16, clients=4) == 2 * 10 + 2 * 16  # after 2 and 4
+    assert count_tested(make_config(raw, ["topology=local"]), 16, clients=4) == 4 * 2 * 16
+    assert count_tested(make_config(raw, ["topology=zero-shot"]), 16, clients=4) == 2 * 16
+
+
+# -- the command -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """`fedmllm plan FILE words…` in this process: (exit code, stdout, stderr)."""
+    file = tmp_path / "small.yaml"
+    file.write_text(json.dumps(SMALL))
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedmllm", "plan", str(file), *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "100")
+        code = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def test_the_command_prints_a_table_or_json(cli) -> None:
+    code, text, error = cli("--memory", "64GB")
+    assert (code, error) == (0, "")
+    for word in ("2,279,168", "49,152", "196,608", "1,179,648", "estimate", "q_proj"):
+        assert word in text, word
+    code, text, _ = cli("--json", "--memory", "64GB", "algorithm=scaffold")
+    assert code == 0
+    facts = json.loads(text)
+    assert facts["bytes"]["up"] == 2 * 1_179_648
+    assert facts["memory"]["available"] == {"bytes": 64 * 10**9, "kind": "given"}
+    assert facts["memory"]["fits"] is True
+    code, text, _ = cli("--memory", "100MB")
+    assert code == 0
+    assert "will not fit" in text
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 2}
+SMOL = REAL["SmolVLM-256M"].config
+BAD = {
+    "no JSON": ("{", "config.json"),
+    "a list": ("[1]", "config.json"),
+    "no model type": ("{}", "config.json"),
+    "an unknown type": ('{"model_type": "nothing-such"}', "nothing-such"),
+    "a model without images": (json.dumps(LLAMA), "config.json"),
+    "a size that is a word": (
+        json.dumps(SMOL | {"text_config": {"model_type": "llama", "hidden_size": "wide"}}),
+        "config.json",
+    ),
+    "no heads": (
+        json.dumps(SMOL | {"text_config": {"model_type": "llama", "num_attention_heads": 0}}),
+        "config.json",
+    ),
+    "a tower of negative width": (
+        json.dumps(
+            SMOL | {"vision_config": {"model_type": "idefics3_vision", "hidden_size": -768}}
+        ),
+        "config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_model_files_end_with_code_two(case, cli, folder) -> None:
+    text, expected = BAD[case]
+    made = folder({})
+    (made / "config.json").write_text(text)
+    code, out, error = cli("model.name=mine", f"model.path={made}")
+    assert (code, out) == (2, "")
+    assert error.startswith("error: ")
+    assert expected in error
+    assert "Traceback" not in error
+
+
+def test_other_mistakes(cli, tmp_path) -> None:
+    code, _, error = cli("model.name=hub", "model.path=openbmb/MiniCPM-V-2_6")
+    assert code == 2
+    assert "put the model's config.json" in error
+    (tmp_path / "empty").mkdir()
+    code, _, error = cli("model.name=mine", f"model.path={tmp_path / 'empty'}")
+    assert code == 2
+    assert "has no config.json" in error
+    code, _, error = cli("--memory", "plenty")
+    assert code == 2
+    assert "24GB" in error
+    code, _, error = cli("model.device=abacus")
+    assert code == 2
+    assert "abacus" in error
+    code, _, error = cli("--measured", tmp_path / "empty")
+    assert code == 2
+    assert "result.json" in error
+    assert cli("--tokens", "0")[0] == 2
+    assert cli("training.rounds=-1")[0] == 2
