@@ -482,7 +482,7 @@ def test_the_committed_measurements_are_within_the_tolerance() -> None:
 def test_on_a_gpu_main_memory_holds_the_rest(folder) -> None:
     real = folder(REAL["MiniCPM-V-2.6"].config)
     options = ("model.device=cuda", "model.dtype=bfloat16", "training.micro_batch=1")
-    found = planned(real, *options, memory=parse_size("24GB"), four_bit=True)
+    found = planned(real, *options, "model.quantization=nf4", memory=parse_size("24GB"))
     assert set(found.memory.resident) == {"weights", "adapter"}
     assert found.memory.host is not None
     assert found.memory.host > found.memory.resident["weights"]

@@ -21,6 +21,7 @@ from fedmllm.models import model_path
 from fedmllm.models.lora import decoder_of
 from fedmllm.models.mllm import Mllm
 from fedmllm.models.quantize import kept_modules
+from fedmllm.plan.structure import build_skeleton, weight_bytes
 from fedmllm.prompts import render
 
 PICTURE = MemoryImage("p", lambda: Image.radial_gradient("L").resize((48, 32)).convert("RGB"))
@@ -105,6 +106,19 @@ def test_a_checkpoint_quantised_already_is_read_as_it_is(tmp_path):
         loss.backward()
     assert float(loss) == pytest.approx(float(whole.loss_sum(items)), rel=0.25)
     assert all(value.grad is not None for value in mllm.trainable.values())
+
+
+def test_a_plan_counts_the_bytes_of_packed_weights():
+    path = model_path("embedded")
+    base = Mllm.load("embedded", path, quantization="nf4").base
+    skeleton = build_skeleton(path, rank=8, alpha=8, dropout=0.05, dtype="float32")
+    planned = weight_bytes(skeleton, four_bit=True)
+    adapter = [p for name, p in base.named_parameters() if ".lora_" in name]
+    held = sum(t.nbytes for t in (*base.parameters(), *base.buffers()))
+    assert held - sum(t.nbytes for t in adapter) == planned["plain"] + planned["nf4"]
+    states = [m.weight.quant_state for m in base.modules() if isinstance(m, Linear4bit)]
+    scales = sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states)
+    assert scales == planned["scales"]
 
 
 def test_what_is_kept_is_named_by_its_largest_modules():

@@ -88,9 +88,6 @@ def plan(
     slices: Annotated[
         int | None, typer.Option(min=1, help="Of the largest image. [default: the model's most]")
     ] = None,
-    four_bit: Annotated[
-        bool, typer.Option("--four-bit", help="Count the language model in 4 bit (NF4).")
-    ] = False,
     measured: Annotated[
         Path | None, typer.Option(help="Runs to take the time from. [default: runs]")
     ] = None,
@@ -107,7 +104,6 @@ def plan(
         memory=None if memory is None else parse_size(memory),
         tokens=tokens,
         slices=slices,
-        four_bit=four_bit,
         measured=measured,
     )
     if json_:

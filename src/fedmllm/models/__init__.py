@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedmllm.errors import UserError, unknown
+
+# PEFT imports it where it is installed, and it then tells of kernels that it can do without
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

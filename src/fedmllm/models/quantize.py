@@ -9,7 +9,6 @@ Dettmers et al., "QLoRA", NeurIPS 2023: normal float 4, double quantisation.
 from __future__ import annotations
 
 import importlib.util
-import logging
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ def nf4(config: Any, *, dtype: torch.dtype, trust: bool = False) -> BitsAndBytes
         raise UserError(
             "model.quantization nf4 needs the package bitsandbytes: pip install 'fedmllm[4bit]'"
         )
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels it can do without
     with torch.device("meta"):
         skeleton = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust)
     return BitsAndBytesConfig(

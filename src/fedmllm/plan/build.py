@@ -95,15 +95,13 @@ def make_plan(
     memory: int | None = None,
     tokens: int | None = None,
     slices: int | None = None,
-    four_bit: bool = False,
     measured: str | Path | None = None,
 ) -> Plan:
     """Plan one experiment. Reads the model's config.json and the data's index, no weights.
 
     memory: bytes to fit into, by default what this machine has. tokens: of the longest sample,
     by default `training.max_length`. slices: of the largest image, by default the most that the
-    model cuts. four_bit: the language model's matrices in NF4. measured: results to take the time
-    from, by default those below ``runs``.
+    model cuts. measured: results to take the time from, by default those below ``runs``.
     Raises `UserError` for anything the user can mend.
     """
     runtime = resident_now()
@@ -129,7 +127,7 @@ def make_plan(
     slots = len(algorithm.init({}).slots)
     load = replace(
         load,
-        four_bit=four_bit,
+        four_bit=config.model.quantization == "nf4",
         copies=_copies(slots, clients, control=algorithm.local.control),
     )
     estimated = estimate(skeleton, load, runtime=runtime)
@@ -274,7 +272,11 @@ def _most(found: Estimate) -> str:
 def _advice(found: Estimate, load: Load) -> str:
     if _most(found) != "weights":
         return _KNOBS[found.phase]
-    return "use a smaller dtype or model" if load.four_bit else "use 4 bit or a smaller dtype"
+    return (
+        "use a smaller dtype or model"
+        if load.four_bit
+        else "use 4 bit (model.quantization=nf4) or a smaller dtype"
+    )
 
 
 def _notes(
@@ -288,8 +290,6 @@ def _notes(
         f"memory is an estimate (docs/memory.md), for samples of {load.tokens:,} tokens and "
         f"images of {load.slices} slice{'s' * (load.slices > 1)}"
     ]
-    if load.four_bit:
-        lines.append("4 bit: a checkpoint in 4 bit is needed; a run does not quantise by itself")
     if found.host is not None:
         lines.append(f"main memory beside the GPU: about {size(found.host)} while loading")
     if capacity is None:
