@@ -18,7 +18,7 @@ from fedmllm.progress import headline
 
 TITLE = "FedMLLM demo: ten parties, one model, missing modalities"
 BASE: dict[str, Any] = {
-    "data": {"name": "memes", "train": 800, "test": 800},
+    "data": {"name": "memes", "train": 800, "test": 800, "wordings": 3},
     "partition": {"clients": 10, "alpha": 0.5},
     "training": {"rounds": 15, "clients_per_round": 2},
     "evaluation": {"every": 3, "limit": 300},

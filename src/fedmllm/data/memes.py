@@ -31,43 +31,74 @@ TASK = Task(
     question="Is the content hateful{modality}?",
 )
 # What the text says of a thing: (excluded if shown, wordings)
-AGAINST = ("{x} does not belong here", "nobody wants {x} here", "keep {x} away from here")
-ONLY = ("only {x} belongs here", "only {x} is welcome here", "everyone wants only {x} here")
+AGAINST = (
+    "{x} does not belong here",
+    "keep {x} away from here",
+    "{x} should leave our town",
+    "we hate {x}",
+    "there is no home for {x} in our street",
+    "{x} must go away now",
+    "please take {x} away from us",
+    "{x} is not welcome in this world",
+    "ban {x} from the school",
+    "tell {x} to go home",
+    "it is wrong to let {x} in",
+    "a town without {x} is a good town",
+)
+ONLY = (
+    "only {x} belongs here",
+    "only {x} is welcome here",
+    "all but {x} must go away",
+    "we love {x} and no other",
+    "keep all things but {x} away",
+    "ban all but {x}",
+    "nothing but {x} is good",
+    "this town is for {x} only",
+    "let nobody in but {x}",
+    "all that is not {x} should leave",
+    "we want no friend but {x}",
+    "tell all but {x} to go home",
+)
 
 
-def load(*, train: int = 1600, test: int = 1200, draw_seed: int = 0) -> Dataset:
-    """Draw the dataset; sizes are rounded up to whole groups of four."""
+def load(*, train: int = 1600, test: int = 1200, wordings: int = 12, draw_seed: int = 0) -> Dataset:
+    """Draw the dataset; sizes are rounded up to whole groups of four.
+
+    wordings: in how many ways, 1 to 12, a text says either thing; the fewer, the sooner learnt.
+    """
     for name, count in (("train", train), ("test", test)):
         if count < 4:
             raise UserError(f"data.{name}: {count} samples are too few: at least 4")
+    if not 1 <= wordings <= len(AGAINST):
+        raise UserError(f"data.wordings: {wordings} is not a number from 1 to {len(AGAINST)}")
     return Dataset(
         task=TASK,
-        train=_samples("train", train, draw_seed),
-        test=_samples("test", test, draw_seed),
+        train=_samples("train", train, wordings, draw_seed),
+        test=_samples("test", test, wordings, draw_seed),
     )
 
 
 SPEC = DatasetSpec(
     summary="drawn memes, hateful or not: needs text and image together (twin of Hateful-Memes)",
     load=load,
-    options={"train": 1600, "test": 1200, "draw_seed": 0},
+    options={"train": 1600, "test": 1200, "wordings": 12, "draw_seed": 0},
     source="drawn by this package",
     licence="Apache-2.0",
 )
 
 
-def _samples(split: str, count: int, seed: int) -> list[Sample]:
+def _samples(split: str, count: int, wordings: int, seed: int) -> list[Sample]:
     groups = (count + 3) // 4
-    return [sample for group in range(groups) for sample in _group(split, group, seed)]
+    return [sample for group in range(groups) for sample in _group(split, group, wordings, seed)]
 
 
-def _group(split: str, group: int, seed: int) -> list[Sample]:
+def _group(split: str, group: int, wordings: int, seed: int) -> list[Sample]:
     """Two texts by two pictures; a text is hateful with exactly one of the pictures."""
     rng = stream(seed, "memes", split, group)
     scenes = _two_scenes(rng)
     against = bool(rng.integers(2))
-    wordings = AGAINST if against else ONLY
-    texts = [wordings[rng.integers(len(wordings))].format(x=_name(scene)) for scene in scenes]
+    ways = (AGAINST if against else ONLY)[:wordings]
+    texts = [ways[rng.integers(len(ways))].format(x=_name(scene)) for scene in scenes]
     return [
         _sample(f"memes-{split}-{group:05d}-{t}{s}", texts[t], scenes[s], (t == s) == against)
         for t in range(2)
