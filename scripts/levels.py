@@ -24,7 +24,7 @@ from fedmllm.parallel import run_many
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "levels"
 TASKS: dict[str, dict[str, Any]] = {  # rounds of a federated or local run, of a centralised one
-    "memes": {"rounds": 25, "central": 8, "data": {"train": 1000, "test": 1200}},
+    "memes": {"rounds": 25, "central": 8, "data": {"train": 1000, "test": 1600}},
     "crisis": {"rounds": 20, "central": 8, "alpha": 5.0, "data": {"train": 1000, "test": 1200}},
     "medical": {
         "rounds": 20,

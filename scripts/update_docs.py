@@ -63,7 +63,8 @@ def level_results() -> dict[tuple[str, str], dict[int, dict]]:
     found: dict[tuple[str, str], dict[int, dict]] = {}
     for file in sorted((RESULTS / "levels").glob("*/result.json")):
         result = json.loads(file.read_text())
-        task, arm = result["task"]["name"], result["name"].split("-", 1)[1].rsplit("-s", 1)[0]
+        task, arm = result["task"]["name"], result["name"].rsplit("-s", 1)[0]
+        arm = arm.removeprefix(f"{task}-")
         found.setdefault((task, arm), {})[result["seed"]] = result
     return found
 
@@ -85,7 +86,8 @@ def levels(*tasks: str) -> str:
         mean, half = mean_and_ci([headline(r) for r in by_seed.values()])
         errors = [headline(r, "_se") for r in by_seed.values()]
         error = "–" if any(map(math.isnan, errors)) else f"{max(errors):.4f}"
-        lines.append(f"| {task} | {arm} | {len(by_seed)} | {mean:.3f} | ± {half:.3f} | {error} |")
+        spread = "–" if math.isnan(half) else f"± {half:.3f}"
+        lines.append(f"| {task} | {arm} | {len(by_seed)} | {mean:.3f} | {spread} | {error} |")
     return "\n".join(lines)
 
 
@@ -120,9 +122,9 @@ def level_gaps(*tasks: str) -> str:
             if gaps:
                 mean, half = mean_and_ci(gaps)
                 each = ", ".join(f"{gap:+.3f}" for gap in gaps)
+                spread = "–" if math.isnan(half) else f"± {half:.3f}"
                 lines.append(
-                    f"| {task} | {more} − {less} | {len(gaps)} | {mean:+.3f} | ± {half:.3f} "
-                    f"| {each} |"
+                    f"| {task} | {more} − {less} | {len(gaps)} | {mean:+.3f} | {spread} | {each} |"
                 )
     return "\n".join(lines) if len(lines) > 2 else NONE
 
