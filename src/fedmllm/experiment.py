@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
@@ -32,6 +32,7 @@ from fedmllm.errors import UserError
 from fedmllm.evaluation import TestSet, mean_over
 from fedmllm.federation import InProcessRunner, RoundRecord, cohort_of, payload, run_round
 from fedmllm.models import model_path, weights_digest
+from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.prompts import render
 
@@ -74,6 +75,7 @@ class Session:
     listener: Listener
     started: float
     resumed: bool = False
+    shortened: set[str] = field(default_factory=set)
 
 
 def run(
@@ -120,16 +122,29 @@ def run(
         dataset.test,
         style=config.prompt,
         max_length=config.training.max_length,
+        long_text=config.training.long_text,
     )
     counts, modules = mllm.parameter_counts(), mllm.lora_modules()
-    _tell(session, "start", parameters=counts, lora_modules=modules)
+    _tell(
+        session,
+        "start",
+        parameters=counts,
+        lora_modules=modules,
+        copied_modules=mllm.copied_modules(),
+    )
     outcomes = [
         run_federation(session, federation) for federation in federations(config, dataset, held)
     ]
     _save_adapter(session, outcomes)
     result = _result(session, held, outcomes, time.perf_counter() - began)
     results.write_json(folder / "result.json", result)
-    _tell(session, "done", metrics=result["metrics"], result=str(folder / "result.json"))
+    _tell(
+        session,
+        "done",
+        metrics=result["metrics"],
+        result=str(folder / "result.json"),
+        shortened=result.get("shortened"),
+    )
     return result
 
 
@@ -207,6 +222,7 @@ def load_model(config: Config) -> Mllm:
         quantization=config.model.quantization,
         gradient_checkpointing=config.model.gradient_checkpointing,
         remote_code=config.model.remote_code,
+        policy=make_policy(config.trained["name"], **options_of(config.trained)),
     )
 
 
@@ -295,10 +311,13 @@ def _runner(session: Session, federation: Federation) -> InProcessRunner:
         if client not in encoded:
             encoded[client] = [
                 session.mllm.encode(
-                    render(sample, session.task, config.prompt), max_length=training.max_length
+                    render(sample, session.task, config.prompt),
+                    max_length=training.max_length,
+                    long_text=training.long_text,
                 )
                 for sample in federation.samples[client]
             ]
+            session.shortened.update(item.id for item in encoded[client] if item.shortened)
         return encoded[client]
 
     plan = LocalPlan(
@@ -378,6 +397,7 @@ def _save_adapter(session: Session, outcomes: list[Outcome]) -> None:
         facts = {
             "model": session.config.model.model_dump(mode="json"),
             "lora": session.config.lora.model_dump(mode="json"),
+            "trained": session.config.trained,
             "prompt": session.config.prompt,
             "task": asdict(session.task),
         }
@@ -404,7 +424,7 @@ def _result(
         "bytes": {
             "up": sum(line["bytes_up"] for line in lines),
             "down": sum(line["bytes_down"] for line in lines),
-            "per_client_round": {"lora": payload(outcomes[0].params)},
+            "per_client_round": _by_component(session.mllm, outcomes[0].params),
         },
         "parameters": session.mllm.parameter_counts(),
         "time": {
@@ -420,6 +440,8 @@ def _result(
         "started": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds"),
         "manifest": results.holdings(held),
     }
+    if cut := session.shortened | session.test.shortened():
+        result["shortened"] = {"samples": len(cut), "first": sorted(cut)[:5]}
     if config.topology == "local":
         result["per_client"] = {outcome.name: outcome.metrics for outcome in outcomes}
         result["spread"] = {
@@ -427,6 +449,16 @@ def _result(
             for condition in config.evaluation.conditions
         }
     return result
+
+
+def _by_component(mllm: Mllm, params: Params) -> dict[str, int]:
+    """Bytes of an adapter by what is trained, zeros included."""
+    return {
+        component: payload(
+            {name: params[name] for name in params if mllm.component_of[name] == component}
+        )
+        for component in COMPONENTS
+    }
 
 
 def _tell(session: Session, kind: str, **facts: Any) -> None:

@@ -101,7 +101,7 @@ def _end_with_parent() -> None:
 def _run_one(config: Config, folder: Path) -> dict[str, Any]:
     from fedmllm.experiment import load_model, run
 
-    key = repr((config.model, config.lora))
+    key = repr((config.model, config.lora, config.trained))
     if key not in _MODELS:
         _MODELS[key] = load_model(config)
     return run(config, out=folder, overwrite=True, listener=_tell, mllm=_MODELS[key])
