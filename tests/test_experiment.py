@@ -291,3 +291,16 @@ def test_public_names() -> None:
         assert getattr(fedmllm, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         fedmllm.nothing  # noqa: B018
+
+
+def test_a_run_says_what_it_shortened(tmp_path, mllm: Mllm) -> None:
+    """The embedded memes of this seed have 83 to 89 tokens."""
+    config = small(training={**SMALL["training"], "max_length": 87})
+    with pytest.raises(UserError, match=r"is .* tokens long"):
+        run(config, out=tmp_path / "refused", mllm=mllm)
+    config = small(training={**SMALL["training"], "max_length": 87, "long_text": "shorten"})
+    events = []
+    result = run(config, out=tmp_path / "cut", mllm=mllm, listener=events.append)
+    assert result["shortened"]["samples"] >= len(result["shortened"]["first"]) > 0
+    assert events[-1]["shortened"] == result["shortened"]
+    assert "shortened" not in run(small(), out=tmp_path / "plain", mllm=mllm)

@@ -100,7 +100,6 @@ def render(sample: Sample, task: Task, style: str = "plain") -> Prompted:
     return Prompted(sample, turns, text_at=_text_at(sample, turns[0][0]))
 
 
-
 def _text_at(sample: Sample, question: str, mark: str = "") -> tuple[int, int] | None:
     """Where the sample's text stands in its first user turn, after the mark or the image."""
     if sample.text is None:

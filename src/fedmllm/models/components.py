@@ -116,9 +116,7 @@ def connector_modules(base: Any, entry: Family) -> list[str]:
     """
     name, tower = tower_of(base) or ("", nn.Module())
     if entry.connector:
-        return [
-            f"{name}.{child}" for each in entry.connector for child in _modules_at(tower, each)
-        ]
+        return [f"{name}.{child}" for each in entry.connector for child in _modules_at(tower, each)]
     others = {id(m) for part in _others(base, tower) for m in part.modules()}
     found: list[str] = []
 

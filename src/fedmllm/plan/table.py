@@ -95,7 +95,9 @@ def _parameters(plan: Plan) -> Rows:
     skeleton = plan.skeleton
     rows = [("parameters", "base, frozen", f"{skeleton.total:,}")]
     rows += [("", f"  {part}", f"{count:,}") for part, count in skeleton.components.items()]
-    rows += [("trainable", f"in all, LoRA of rank {plan.config.lora.rank}", f"{skeleton.trainable:,}")]
+    rows += [
+        ("trainable", f"in all, LoRA of rank {plan.config.lora.rank}", f"{skeleton.trainable:,}")
+    ]
     rows += [("", f"  {_plain(name)}", f"{n:,}") for name, n in skeleton.layer_targets.items()]
     return [
         *rows,
