@@ -75,12 +75,14 @@ def split(
     if verify is not None:
         _verify(verify, name, root, [*options, *(f"{k}={v}" for k, v in given.items())])
         return
-    picture = picture or out.with_suffix(".svg")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: give --out a file")
     from fedmllm import manifest as manifests
     from fedmllm.export import check_folder
     from fedmllm.export import export as write_export
-    from fedmllm.report.split import save_picture
+    from fedmllm.report.split import check_picture, save_picture
 
+    picture = check_picture(picture or out.with_suffix(".svg"))
     if export is not None:
         check_folder(export, overwrite=overwrite)
     held, dataset = _split(name, root, [*options, *_overrides(given)])
@@ -127,8 +129,6 @@ def _raw(name: str, root: str | None) -> dict[str, Any]:
 def _check_out(out: Path, held: Manifest, *, overwrite: bool) -> None:
     from fedmllm import manifest as manifests
 
-    if out.is_dir():
-        raise UserError(f"{out} is a folder: give --out a file")
     if overwrite or not out.exists() or manifests.load(out).sha256 == held.sha256:
         return
     raise UserError(

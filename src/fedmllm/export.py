@@ -144,6 +144,8 @@ def _item(sample: Sample, whole: Sample, party: str, draft: Path) -> dict[str, A
     if sample.kind:
         item["kind"] = sample.kind
     lost = [m for m in ("image", "text") if getattr(whole, m) and not getattr(sample, m)]
+    if not lost and sample.image is None and not contents[0].strip():
+        lost = ["image", "text"]  # an export of an export: the first one's scenario
     return item | ({"withheld": lost} if lost else {})
 
 

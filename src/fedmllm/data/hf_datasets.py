@@ -29,7 +29,7 @@ from PIL import Image
 
 from fedmllm.data import images
 from fedmllm.data.dataset import Dataset, DatasetSpec
-from fedmllm.data.own import QUESTION, ItemError, folder_of, kind_words, task_of
+from fedmllm.data.own import QUESTION, ItemError, folder_of, kind_words, task_of, unicode_text
 from fedmllm.data.rows import (
     COLUMN_OPTIONS,
     DEVELOPMENT,
@@ -118,7 +118,7 @@ def _image(folder: Path, verify: bool, given: Any, row: Row) -> ImageSource:
         return given
     if not isinstance(given, str):
         raise ItemError(f"image must be an image or a path, not {kind_words(given)}")
-    problem = images.image_problem(given, folder, verify=verify)
+    problem = images.image_problem(unicode_text(given, "image"), folder, verify=verify)
     if problem:
         raise ItemError(problem)
     return images.ImageFile(given, folder)
@@ -194,7 +194,6 @@ class _Split:
     def _images(self, name: str) -> Iterator[Any]:
         """An `EncodedImage` where there are bytes, else the path or None; reads no bytes."""
         import pyarrow as pa
-        import pyarrow.compute as pc
 
         column = self.arrow.column(name)
         kind = column.type
@@ -205,11 +204,12 @@ class _Split:
             else:
                 yield from column.to_pylist()
             return
-        data = pc.struct_field(column, "bytes")
+        fields = column.flatten()  # no copy
+        data = fields[kind.get_field_index("bytes")]
         there = data.is_valid().to_pylist()
         paths = [None] * len(there)
         if kind.get_field_index("path") >= 0:
-            paths = pc.struct_field(column, "path").to_pylist()
+            paths = fields[kind.get_field_index("path")].to_pylist()
         for i, (held, path) in enumerate(zip(there, paths, strict=True)):
             yield self._image(data, i) if held else path
 

@@ -135,11 +135,12 @@ def _columns(table: Table, reader: Reader, ways: str, problems: list[str]) -> di
 
 def _header_problems(table: Table, reader: Reader, found: Mapping[str, str]) -> list[str]:
     wrong = []
+    unneeded = ("id", "party", "split") if table.test else ()
     for role, name in reader.columns.items():
         near = [h for h in table.header if name and h.strip().casefold() == name.casefold()]
         if role not in found and near:
             wrong.append(f"column {near[0]!r}: rename it {name!r} or set data.{role}_column")
-        elif role not in found and name and name != role:
+        elif role not in found and name not in ("", role) and role not in unneeded:
             wrong.append(f"no column {name!r} (data.{role}_column): it has {_listed(table)}")
     choice = reader.task.kind == "choice"
     needed = ["answer"] if choice else ["answer", "question"]

@@ -32,9 +32,9 @@ from fedmllm.data.own import (
     ItemError,
     decode,
     folder_of,
-    is_unicode,
     kind_words,
     task_of,
+    unicode_text,
 )
 from fedmllm.data.rows import (
     COLUMN_OPTIONS,
@@ -84,7 +84,7 @@ def load(
     def image(given: Any, row: Row) -> ImageSource:
         if not isinstance(given, str):
             raise ItemError(f"image must be a path, not {kind_words(given)}")
-        problem = image_problem(given, folder, verify=verify) if is_unicode(given) else "image"
+        problem = image_problem(unicode_text(given, "image"), folder, verify=verify)
         if problem:
             raise ItemError(problem)
         return ImageFile(given, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedmllm.errors import UserError
 from fedmllm.manifest import COMBINATIONS, ClientSummary
@@ -23,6 +23,7 @@ _STYLES = dict(zip(COMBINATIONS, figures.HOLDING_STYLES.values(), strict=True))
 _WIDE = 2.2  # of the column of all classes, in columns of a class
 _Column = tuple[str, list[dict[str, int]]]
 """(name, for each party the number of samples by combination)"""
+_Box = list[tuple[float, float]]
 
 
 def split_figure(summaries: Sequence[ClientSummary]) -> Figure:
@@ -42,12 +43,17 @@ def split_figure(summaries: Sequence[ClientSummary]) -> Figure:
 
 def save_picture(summaries: Sequence[ClientSummary], path: str | Path) -> Path:
     """Write `split_figure` as SVG or PNG, as the ending says. Raises `UserError` for others."""
-    file = Path(path)
-    if file.suffix.lower() not in PICTURES:
-        raise UserError(f"picture {file} must end in {' or '.join(PICTURES)}")
+    file = check_picture(Path(path))
     if file.suffix.lower() == ".png":
         return figures.save_png(split_figure(summaries), file)
     file.write_text(figures.svg(split_figure(summaries)), encoding="utf-8")
+    return file
+
+
+def check_picture(file: Path) -> Path:
+    """The file, if its ending says SVG or PNG and it is no folder; raises `UserError`."""
+    if file.suffix.lower() not in PICTURES or file.is_dir():
+        raise UserError(f"picture {file} must be a file that ends in {' or '.join(PICTURES)}")
     return file
 
 
@@ -131,10 +137,13 @@ def _draw(ax: Axes, summaries: Sequence[ClientSummary], columns: Sequence[_Colum
     starts = [0.0, *(_WIDE + i for i in range(len(columns) - 1))]
     most = [max(sum(by.values()) for by in cells) for _, cells in columns]
     scales = [most[0], *([max(most[1:])] * (len(columns) - 1) if columns[1:] else [])]
-    named: set[str] = set()
+    bars: dict[str, list[_Box]] = {combination: [] for combination in COMBINATIONS}
     for i, (_, cells) in enumerate(columns):
         reach = (0.8 * _WIDE if i == 0 else 0.68) / max(scales[i], 1)
-        _draw_column(ax, cells, starts[i], reach, named)
+        for row, by in enumerate(cells):
+            end = _add_bars(bars, by, row, starts[i], reach)
+            if len(cells) <= MOST_ROWS:
+                _write_count(ax, sum(by.values()), end, row)
         ax.axvline(starts[i], color=figures.LINE, linewidth=0.8, zorder=0)
     figures._name_rows(ax, [summary.id for summary in summaries])
     figures._thin_names(ax, len(summaries))
@@ -148,25 +157,35 @@ def _draw(ax: Axes, summaries: Sequence[ClientSummary], columns: Sequence[_Colum
             label.set(rotation=24, rotation_mode="anchor")
     for spine in ax.spines.values():
         spine.set_visible(False)
-    figures._legend_above(ax)
+    figures._legend_above(ax, _draw_bars(ax, bars))
 
 
-def _draw_column(
-    ax: Axes, cells: Sequence[dict[str, int]], start: float, reach: float, named: set[str]
-) -> None:
-    """Stacked bars from `start`, `reach` wide per sample; the row's number stands behind."""
-    left = [start] * len(cells)
+def _add_bars(
+    bars: dict[str, list[_Box]], by: dict[str, int], row: int, start: float, reach: float
+) -> float:
+    """Boxes side by side from `start`, `reach` wide per sample; returns where they end."""
+    for combination in COMBINATIONS:
+        end = start + by[combination] * reach
+        if by[combination]:
+            low, high = row - 0.37, row + 0.37
+            bars[combination].append([(start, low), (end, low), (end, high), (start, high)])
+        start = end
+    return start
+
+
+def _draw_bars(ax: Axes, bars: dict[str, list[_Box]]) -> list[Any]:
+    """One artist a combination, however many parties there are; returns the legend's handles."""
+    from matplotlib.collections import PolyCollection
+    from matplotlib.patches import Patch
+
+    handles = []
     for combination, (name, colour) in _STYLES.items():
-        counts = [by[combination] for by in cells]
-        if any(counts):
-            widths = [count * reach for count in counts]
-            label = name if name not in named else "_"
-            named.add(name)
-            ax.barh(range(len(cells)), widths, left=left, height=0.74, color=colour, label=label)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-    if len(cells) <= 40:
-        for row, (by, end) in enumerate(zip(cells, left, strict=True)):
-            count = sum(by.values())
-            ink = figures.MUTED if count else figures.LINE
-            place = (end + 0.04, row)
-            ax.text(*place, str(count), va="center_baseline", fontsize=7, color=ink)
+        if bars[combination]:
+            ax.add_collection(PolyCollection(bars[combination], facecolors=colour, linewidths=0))
+            handles.append(Patch(color=colour, label=name))
+    return handles
+
+
+def _write_count(ax: Axes, count: int, end: float, row: int) -> None:
+    ink = figures.MUTED if count else figures.LINE
+    ax.text(end + 0.04, row, str(count), va="center_baseline", fontsize=7, color=ink)
