@@ -375,6 +375,42 @@ def test_training_and_test_rows_are_needed(folder):
     )
 
 
+WHOLE = {
+    "data.csv": HEAD + '1,images/a.png,"a, text","q\n?",yes,north,train\n2,,,r?,no,south,train\n',
+    "data.tsv": "question\tanswer\toptions\nq?\ta\ta|b\n",
+    "data.jsonl": '{"id": 1, "question": "q?", "answer": 3}\n'
+    '{"id": "2", "question": "é", "answer": "a"}',
+}
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.sampled_from(sorted(WHOLE)), st.integers(0, 2**32))
+def test_a_mutated_file_loads_or_is_named(tmp_path_factory, name, seed):
+    """Bytes cut out, doubled, changed: a dataset, or a `UserError` with file and line."""
+    folder = tmp_path_factory.getbasetemp() / "mutated"
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (2, 2), "red").save(folder / "images" / "a.png")
+    write(folder, "test.csv", "question,answer\nq?,a\n")
+    rng, data = random.Random(seed), bytearray(WHOLE[name].encode())
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(data))
+        new = rng.choice(
+            [b"", bytes([rng.randrange(256)]), b'"', b"\n", b",", data[at : at + 9] * 2]
+        )
+        data[at : at + rng.randint(0, 3)] = new
+    for other in WHOLE:
+        (folder / other).unlink(missing_ok=True)
+    write(folder, name, bytes(data))
+    try:
+        message = ""
+        split(load(folder), clients=1)
+    except UserError as error:
+        message = str(error)
+    assert not message or str(folder / name) in message
+    for line in message.splitlines()[1:]:
+        assert ", line " in line or ": column" in line or "no column" in line
+
+
 # --- saved Hugging Face datasets --------------------------------------------------------------
 # tests/data/hf-saved was written by datasets 5.2.0: a DatasetDict of train (4 rows in 2 files),
 # validation and test, with Image, ClassLabel (cat, dog) and strings.

@@ -33,8 +33,8 @@ def split_figure(summaries: Sequence[ClientSummary]) -> Figure:
     """
     columns = _columns(summaries)
     longest = max(len(name) for name, _ in columns)
-    rows = len(summaries)
-    height = 1.1 + rows * (0.27 if rows <= 24 else max(0.06, 6.5 / rows)) + 0.045 * longest
+    # with very many parties the bars grow thin, not the picture long
+    height = 1.1 + min(0.27 * len(summaries), 13.5) + 0.045 * longest
     width = 1.6 + 0.95 * (_WIDE + len(columns) - 1)
     return figures.draw_panels(
         [(_draw, (summaries, columns))], size=(max(figures.HALF[0], width), height)
