@@ -516,6 +516,22 @@ def test_a_damaged_folder_is_named(saved, name, content, message):
     assert str(saved) in str(caught.value) or "split 'dev'" in message
 
 
+def test_a_mutated_arrow_file_loads_or_is_named(saved):
+    """Offsets that point beyond the file must not end the process either."""
+    file = saved / "train" / "data-00000-of-00002.arrow"
+    whole = file.read_bytes()
+    refused = 0
+    for at in range(0, len(whole), 8):
+        file.write_bytes(whole[:at] + b"\xff\xff\xff\x7f" + whole[at + 4 :])
+        try:
+            hf(saved, verify=False)
+        except UserError as error:
+            refused += 1
+            named = str(error)
+            assert str(saved) in named
+    assert refused > 20
+
+
 def test_broken_bytes_are_named_by_row(tmp_path):
     rows = [
         {"image": {"bytes": b"nonsense", "path": None}, "question": "q", "answer": "a", "split": s}

@@ -241,8 +241,10 @@ def _arrow(folder: Path) -> Any:
     for name in names:
         try:
             with pa.memory_map(str(folder / str(name))) as mapped:
-                parts.append(pa.ipc.open_stream(mapped).read_all())
-        except (OSError, pa.ArrowException) as error:
+                part = pa.ipc.open_stream(mapped).read_all()
+            part.validate(full=True)  # offsets beyond the file would end the process, not raise
+            parts.append(part)
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(f"{folder / str(name)} cannot be read as Arrow: {error}") from error
     try:
         return pa.concat_tables(parts)
