@@ -178,6 +178,8 @@ def test_a_row_without_id_is_named_by_its_content(folder):
         found = load(folder).train
         ids.append({(s.id, s.question, s.answer) for s in found})
         assert len({s.id for s in found}) == 4
+    write(folder, "data.csv", "answer,question\na,q1?\na,q2?\nb,q1?\na,q1?\n")
+    ids.append({(s.id, s.question, s.answer) for s in load(folder).train})
     assert all(found == ids[0] for found in ids)
 
 
@@ -204,9 +206,12 @@ def test_the_order_of_files_does_not_matter(folder, monkeypatch):
     for name in "cadb":
         write(folder, f"{name}.csv", f"question,answer\nq{name}?,a\n")
     there = split(load(folder)).sha256
+    pool = [s.question for s in load(folder, parties="none").train]
+    assert pool == ["qa?", "qb?", "qc?", "qd?"]
     listed = Path.glob
     monkeypatch.setattr(Path, "glob", lambda self, p: reversed(list(listed(self, p))))
     assert split(load(folder)).sha256 == there
+    assert [s.question for s in load(folder, parties="none").train] == pool
 
 
 def test_ready_tables_need_no_number_of_clients(folder):
