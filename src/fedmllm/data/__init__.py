@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from fedmllm.data import conversations, crisis, easy_vqa, medical, memes
+from fedmllm.data import (
+    conversations,
+    crisis,
+    easy_vqa,
+    hf_datasets,
+    medical,
+    memes,
+    table,
+)
 from fedmllm.data.dataset import Dataset, DatasetSpec
 from fedmllm.errors import UserError, unknown
 
@@ -11,6 +19,8 @@ DATASETS: dict[str, DatasetSpec] = {
     "crisis": crisis.SPEC,
     "medical": medical.SPEC,
     "conversations": conversations.SPEC,
+    "table": table.SPEC,
+    "hf-datasets": hf_datasets.SPEC,
     "easy-vqa": easy_vqa.SPEC,
 }
 

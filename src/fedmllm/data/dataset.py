@@ -34,6 +34,7 @@ class DatasetSpec:
     load: called with keyword options (config keys under ``data`` except ``name``); raises
         `UserError` for bad files.
     options: the option names that `load` takes, with their default values.
+    ready: the parties may come ready made, and their number is known only once they are read.
     """
 
     summary: str
@@ -42,3 +43,4 @@ class DatasetSpec:
     source: str = ""
     licence: str = ""
     citation: str = ""
+    ready: bool = False
