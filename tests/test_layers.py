@@ -28,6 +28,7 @@ LAYERS = [
         "experiment",
         "report",
         "cli",
+        "cli_data",
         "demo",
         "listing",
         "parallel",

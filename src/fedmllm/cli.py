@@ -1,4 +1,4 @@
-"""The command line: `fedmllm run | plan | ls | predict | report | demo`.
+"""The command line: `fedmllm run | plan | ls | data | predict | report | demo`.
 
 Heavy modules are imported inside the commands, so that `--help` answers at once. A `UserError`
 is printed without a traceback and exits with code 2.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedmllm import cli_data
 from fedmllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_data.app, name="data")
 
 
 @app.command()

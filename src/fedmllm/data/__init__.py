@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from fedmllm.data import conversations, crisis, easy_vqa, medical, memes
+from fedmllm.data import (
+    conversations,
+    crisis,
+    crisismmd,
+    easy_vqa,
+    flashcards,
+    hateful_memes,
+    medical,
+    medical_vqa,
+    memes,
+    slake,
+    vqa_rad,
+)
 from fedmllm.data.dataset import Dataset, DatasetSpec
 from fedmllm.errors import UserError, unknown
 
@@ -12,6 +24,12 @@ DATASETS: dict[str, DatasetSpec] = {
     "medical": medical.SPEC,
     "conversations": conversations.SPEC,
     "easy-vqa": easy_vqa.SPEC,
+    "hateful-memes": hateful_memes.SPEC,
+    "crisismmd": crisismmd.SPEC,
+    "medical-vqa": medical_vqa.SPEC,
+    "vqa-rad": vqa_rad.SPEC,
+    "slake": slake.SPEC,
+    "medalpaca-flashcards": flashcards.SPEC,
 }
 
 
