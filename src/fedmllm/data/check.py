@@ -110,18 +110,15 @@ def counts(splits: dict[str, list[Sample]]) -> dict[str, int]:
 
 def check_images(report: Report, progress: Callable[[int, int], None]) -> list[Problem]:
     """Decode every image that the report knows; what is wrong, at the line that names it first."""
+    faults = Report()
     sources = list(report.places)
-    problems = []
-    workers = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        for done, (source, what) in enumerate(
-            zip(sources, pool.map(_broken, sources), strict=True), 1
-        ):
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        outcomes = zip(sources, pool.map(_broken, sources), strict=True)
+        for done, (source, what) in enumerate(outcomes, 1):
             if what:
-                place = report.places[source]
-                problems.append(Problem(what, place.file, place.line, place.item))
+                faults.problem(report.places[source], what)
             progress(done, len(sources))
-    return problems
+    return faults.problems
 
 
 def _broken(source: ImageSource) -> str | None:
@@ -163,21 +160,16 @@ def _twice(splits: dict[str, list[Sample]], report: Report) -> None:
     asked: dict[object, tuple[str, str]] = {}
     for split, samples in splits.items():
         for sample in samples:
+            row = report.samples[sample.id]
             other = seen.setdefault(sample.id, split)
-            if other != split:
-                _shared(sample.id, split, other, report)
+            if other != split:  # development splits may share samples, as the owners' do
+                add = report.problem if "train" in (split, other) else report.note
+                add(row, f"sample {sample.id} of {split} is in {other} too")
+                continue
             content = (sample.image, sample.text, sample.question.lower(), sample.answer.lower())
             first = asked.setdefault(content, (split, sample.id))
             if first[1] != sample.id:
-                report.notes.append(
-                    Problem(f"{split} {sample.id} has the content of {first[0]} {first[1]}")
-                )
-
-
-def _shared(name: str, split: str, other: str, report: Report) -> None:
-    """Development splits may share samples, as the owners' do; none with the training split."""
-    what = f"sample {name} is in {other} and in {split}"
-    (report.problems if "train" in (split, other) else report.notes).append(Problem(what))
+                report.note(row, f"asks what {first[1]} of {first[0]} asks, with its answer")
 
 
 def _against(found: Checked, owner: OwnerFiles, splits: set[str]) -> list[Problem]:

@@ -118,8 +118,9 @@ SPEC = DatasetSpec(
             "test rows": 2094,
             "test/en": 1061,
             "test/zh": 1033,
+            "images": 642,
         },
-        counted_by="the owners publish the sum, 14,028 questions; splits and languages as counted "
-        "in the copy of the owners' files at github.com/xiaoman-zhang/PMC-VQA",
+        counted_by="the owners publish 642 images and the sum, 14,028 questions; splits and "
+        "languages as counted in the copy of their files at github.com/xiaoman-zhang/PMC-VQA",
     ),
 )

@@ -45,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, and where: file, line from 1, place in a JSON list from 1."""
+    """What is wrong, and where: file, line from 1, place in a JSON list from 1, if known."""
 
     what: str
     file: str = ""
@@ -64,13 +64,15 @@ class Report:
 
     notes: what the owners' files are known for (repeated or empty rows), which no one need mend.
     places: where each image was named first, for those who look at images later.
+    samples: where each sample id stood last.
     rows: rows read in all, left-out ones too.
     """
 
     missing_images: str = "error"
     problems: list[Problem] = field(default_factory=list)
     notes: list[Problem] = field(default_factory=list)
-    places: dict[ImageSource, Problem] = field(default_factory=dict)
+    places: dict[ImageSource, Row] = field(default_factory=dict)
+    samples: dict[str, Row] = field(default_factory=dict)
     rows: int = 0
 
     def __post_init__(self) -> None:
@@ -114,12 +116,12 @@ def read_samples(
             if sample is None:
                 continue
             first = found.setdefault(sample.id, sample)
-            where = lines.setdefault(sample.id, row)
             if first is not sample:
-                _repeated(row, where, report, same=first == sample)
-            elif sample.image is not None:
-                place = Problem("", row.file, row.line, row.item)
-                report.places.setdefault(sample.image, place)
+                _repeated(row, lines[sample.id], report, same=first == sample)
+                continue
+            lines[sample.id] = report.samples[sample.id] = row
+            if sample.image is not None:
+                report.places.setdefault(sample.image, row)
     return list(found.values())
 
 
@@ -127,8 +129,9 @@ def check_leak(train: list[Sample], test: list[Sample], report: Report) -> None:
     """No test sample may be a training sample."""
     shared = sorted({sample.id for sample in train} & {sample.id for sample in test})
     if shared:
-        what = f"{len(shared)} samples of the test split are training samples too, e.g. {shared[0]}"
-        report.problems.append(Problem(what))
+        more = f"; so are {len(shared) - 1} more" if len(shared) > 1 else ""
+        row = report.samples[shared[0]]
+        report.problem(row, f"test sample {shared[0]} is a training sample too{more}")
 
 
 # -- fields of a row ---------------------------------------------------------------------------
