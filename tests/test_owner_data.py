@@ -244,9 +244,7 @@ def test_the_medical_domain_at_three_places(tmp_path):
 
 
 def fingerprint(folder: Path) -> dict[str, tuple[int, int]]:
-    return {
-        str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")
-    }
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
 def contents(data) -> list:

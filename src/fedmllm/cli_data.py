@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from fedmllm.data.check import Checked
     from fedmllm.data.dataset import DatasetSpec
 
-app = typer.Typer(help="Get, check and split datasets.", no_args_is_help=True)
+app = typer.Typer(
+    help="Where to get a dataset, and whether its files are whole.", no_args_is_help=True
+)
 
 
 @app.command()
@@ -100,5 +102,6 @@ def _counts(found: Checked) -> Table:
     for name in list(dict.fromkeys([*sorted(found.counts), *found.published])):
         published = found.published.get(name)
         told = "" if published is None else f"{published:,}"
-        table.add_row(escape(name), f"{found.counts.get(name, 0):,}", told)
+        count = found.counts.get(name)
+        table.add_row(escape(name), "not there" if count is None else f"{count:,}", told)
     return table
