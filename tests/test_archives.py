@@ -187,6 +187,23 @@ def test_a_zip_bomb_is_refused_before_it_is_read(tmp_path, monkeypatch):
         image.open()
 
 
+def test_odd_names_in_a_zip_are_passed_over(tmp_path):
+    names = ("/train.jsonl", "../train.jsonl", "a//train.jsonl", "a/../../train.jsonl")
+    make_zip(tmp_path / "a.zip", {**dict.fromkeys(names, b"no"), "b/train.jsonl": b"yes"})
+    found = open_files(tmp_path / "a.zip", "hateful-memes").table("train.jsonl")
+    assert found.tree.read(found.path) == b"yes"
+
+
+def test_a_tar_that_ends_with_a_zip_is_a_tar(tmp_path):
+    make_zip(tmp_path / "a.zip", {"x": b"1"})
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        archive.add(tmp_path / "a.zip", "a.zip")
+    assert zipfile.is_zipfile(tmp_path / "b.tar")  # so zipfile says
+    assert archives.kind_of(tmp_path / "b.tar") == "tar"
+    assert archives.kind_of(tmp_path / "a.zip") == "zip"
+    assert archives.kind_of(tmp_path / "gone") is None
+
+
 def test_links_in_a_zip_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         member = zipfile.ZipInfo("x.png")
@@ -272,6 +289,23 @@ def test_a_tar_is_unpacked_once_and_anew_when_it_changed(tmp_path, cache):
     assert second != first
     assert (second / "x" / "y.txt").read_bytes() == b"other"
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_change_in_the_middle_is_seen(tmp_path):
+    """Of the same size, with the same first and last bytes, but of another time."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        member = regular("x")
+        member.size = 400_000
+        archive.addfile(member, io.BytesIO(bytes(400_000)))
+    first = archives.unpacked(path)
+    content = bytearray(path.read_bytes())
+    content[200_000] = 7
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    second = archives.unpacked(path)
+    assert sum((first / "x").read_bytes()) == 0
+    assert sum((second / "x").read_bytes()) == 7
 
 
 def test_two_who_unpack_at_once_do_not_disturb_each_other(tmp_path, cache, monkeypatch):

@@ -179,6 +179,40 @@ def test_broken_images_are_named_with_file_and_line(cli, small, tmp_path):
     assert cli("data", "check", "hateful-memes", root, "--no-images")[0] == 0
 
 
+def test_files_inside_a_zip_are_checked_in_place(cli, small, tmp_path):
+    root = owners.write("hateful-memes", tmp_path / "data")
+    archive = owners.zipped(root, tmp_path / "hm.zip")
+    assert cli("data", "check", "hateful-memes", archive)[0] == 0
+    (root / "img" / "00007.png").write_bytes(b"no picture")
+    owners.zipped(root, archive)
+    code, text, _ = cli("data", "check", "hateful-memes", archive, "--json")
+    assert code == 1
+    (problem,) = json.loads(text)["problems"]
+    assert problem["line"] == 8
+    assert problem["file"] == str(archive / "hateful_memes" / "train.jsonl")
+    assert str(archive / "hateful_memes" / "img" / "00007.png") in problem["what"]
+
+
+def test_a_plan_counts_pictures_in_a_zip_without_reading_them(cli, tmp_path, monkeypatch):
+    root = owners.write("vqa-rad", tmp_path / "data")
+    archive = owners.zipped(root, tmp_path / "rad.zip")
+    monkeypatch.setattr("fedmllm.data.images.member_bytes", lambda *member: 1 / 0)
+    config = ROOT / "experiments" / "vqa-rad.yaml"
+    code, text, error = cli("plan", config, f"data.root={archive}", "--json")
+    assert (code, error) == (0, "")
+    assert "the data cannot be read" not in text
+
+
+def test_a_broken_image_of_many_questions_is_named_once_at_the_first(cli, small, tmp_path):
+    root = owners.write("slake", tmp_path)
+    (root / "imgs" / "xmlab1" / "source.jpg").write_bytes(b"")
+    code, text, _ = cli("data", "check", "slake", root, "--json")
+    assert code == 1
+    (problem,) = json.loads(text)["problems"]
+    assert Path(problem["file"]).name == "train.json"
+    assert (problem["line"], problem["item"]) == (1, 2)
+
+
 def test_all_problems_are_shown_to_machines_and_twenty_to_people(cli, small, tmp_path):
     root = owners.write("slake", tmp_path)
     rows = json.loads((root / "train.json").read_text("utf-8"))

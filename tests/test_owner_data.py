@@ -125,7 +125,21 @@ def test_a_tweet_that_is_not_utf8_and_windows_line_ends(tree):
     assert train[0].text == "café “open”"
     assert train[1].text == "不要 help"
     assert len(train) == 69
-    assert train[3].label == 3  # the last column has no carriage return
+    assert train[3].label == 3
+
+
+def test_columns_in_another_order_and_a_mark_before_the_first(tree):
+    """The byte order mark is no part of the first name, the carriage return none of the last."""
+    root = tree("crisismmd")
+    table = owners.table(root, "train")
+    rows = [line.split("\t") for line in table.read_text("utf-8").split("\n")[:-1]]
+    order = (2, 0, 1, 3, 4, 5, 6, 8, 7)
+    lines = ["\t".join(row[i] for i in order) for row in rows]
+    assert lines[0].startswith("image_id")
+    assert lines[0].endswith("label_image")
+    expected = contents(load_dataset("crisismmd", root=root))
+    table.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert contents(load_dataset("crisismmd", root=root)) == expected
 
 
 def test_vqa_rad(tree):
@@ -290,7 +304,7 @@ def test_crisismmd_as_its_owners_pack_it(tmp_path, cache):
 
 
 def test_images_zipped_beside_the_tables(tmp_path):
-    """SLAKE's mirror (imgs.zip, validation.json); OSF's zip of VQA-RAD's pictures without folder."""
+    """SLAKE's mirror (imgs.zip, validation.json); OSF's flat zip of VQA-RAD's pictures."""
     root = owners.slake(tmp_path)
     expected = contents(load_dataset("slake", root=root))
     owners.zipped(root / "imgs", root / "imgs.zip")
@@ -335,6 +349,14 @@ def test_two_copies_are_told_apart_by_the_user(tmp_path):
     shutil.copytree(root, tmp_path / "copy")
     assert "holds train.jsonl twice" in refusal("hateful-memes", tmp_path)
     assert len(load_dataset("hateful-memes", root=root).train) == 40
+
+
+def test_what_a_mac_leaves_behind_is_not_taken_for_data(tmp_path):
+    root = owners.hateful_memes(tmp_path / "data")
+    (root / "img").rename(root / "__MACOSX")
+    owners.picture(root / "__MACOSX" / "img" / "._00000.png")
+    (root / "._train.jsonl").write_bytes(b"\0\5\x16\7")
+    assert "no folder img in" in refusal("hateful-memes", root)
 
 
 def test_the_order_of_a_folder_does_not_matter(tree, monkeypatch):

@@ -42,8 +42,12 @@ _BROKEN: tuple[type[Exception], ...] = (
 def kind_of(path: Path) -> str | None:
     """``zip``, ``tar`` (compressed or not) or None, told by the content, not by the name."""
     try:
-        if zipfile.is_zipfile(path):
-            return "zip"
+        with open(path, "rb") as file:
+            starts_as_zip = (
+                file.read(2) == b"PK"
+            )  # a tar may end with a zip, which is_zipfile takes
+        if starts_as_zip:
+            return "zip" if zipfile.is_zipfile(path) else None
         return "tar" if tarfile.is_tarfile(path) else None
     except _BROKEN:  # e.g. a damaged gzip header
         return None

@@ -232,6 +232,8 @@ def _zip_listing(archive: Path) -> Callable[[str], Listing]:
     folders: dict[str, set[str]] = {"": set()}
     for path in archives.zip_names(archive):
         parts = path.split("/")
+        if "" in parts or ".." in parts:  # no folder could hold it under this name
+            continue
         for depth in range(len(parts) - 1):
             parent = "/".join(parts[:depth])
             folders.setdefault(parent, set()).add(parts[depth])
