@@ -569,7 +569,7 @@ def test_bad_json_lists(tree, text):
     root = tree("vqa-rad")
     (root / owners.RAD_TABLE).write_text(text)
     message = refusal("vqa-rad", root)
-    assert f"{owners.RAD_TABLE}, {BAD_LISTS[text]}" in message
+    assert message.count(f"{owners.RAD_TABLE}, {BAD_LISTS[text]}") == 1  # both splits read it
 
 
 def test_a_json_list_that_is_not_utf8(tree):
