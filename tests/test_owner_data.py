@@ -351,6 +351,21 @@ def test_two_copies_are_told_apart_by_the_user(tmp_path):
     assert len(load_dataset("hateful-memes", root=root).train) == 40
 
 
+def test_a_root_given_by_mistake_is_not_searched_forever(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedmllm.data.files.WIDTH", 5)
+    for i in range(6):
+        (tmp_path / f"project-{i}" / "data").mkdir(parents=True)
+    owners.hateful_memes(tmp_path / "project-0")
+    looked = []
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(path) or real(path))
+    assert "no train.jsonl in" in refusal("hateful-memes", tmp_path)
+    assert len(looked) == 1  # the root alone
+    owners.hateful_memes(tmp_path)
+    monkeypatch.setattr("fedmllm.data.files.WIDTH", 7)
+    assert len(load_dataset("hateful-memes", root=tmp_path).train) == 40
+
+
 def test_what_a_mac_leaves_behind_is_not_taken_for_data(tmp_path):
     root = owners.hateful_memes(tmp_path / "data")
     (root / "img").rename(root / "__MACOSX")

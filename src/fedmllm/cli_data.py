@@ -57,13 +57,15 @@ def check(
 
     spec = _spec(name)
     with Progress(console=Console(stderr=True), disable=json_, transient=True) as bars:
-        task = bars.add_task("images", total=None)
+        task = bars.add_task("reading", total=None)  # unpacks a tar archive the first time
         found = check_files(
             name,
             spec,
             root,
             images=images,
-            progress=lambda done, total: bars.update(task, completed=done, total=total),
+            progress=lambda done, total: bars.update(
+                task, description="images", completed=done, total=total
+            ),
         )
     if json_:
         print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))

@@ -22,6 +22,8 @@ from fedmllm.errors import UserError
 
 DEPTH = 3
 """Levels of folders below the top that are searched."""
+WIDTH = 10_000
+"""Folders of one level; a wider one (somebody's home, given by mistake) is not searched."""
 
 
 class AbsentError(UserError):
@@ -182,6 +184,8 @@ def _levels(tree: Tree) -> Iterator[list[str]]:
     """The folders of a tree, level by level."""
     level = [""]
     for _ in range(DEPTH + 1):
+        if len(level) > WIDTH:
+            return
         yield level
         level = [_join(folder, name) for folder in level for name in tree.listing(folder).folders]
 
