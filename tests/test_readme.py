@@ -48,7 +48,7 @@ def test_commands_parse_and_their_configs_are_good() -> None:
     for line in lines:
         words = shlex.split(line)
         if words[0] not in ("run", "plan"):
-            assert words[0] in ("ls", "predict", "report", "data")
+            assert words[0] in ("ls", "data", "predict", "report")
             continue
         overrides = [w for w in words[2:] if "=" in w]
         assert load_config(ROOT / words[1], overrides)

@@ -5,11 +5,17 @@ from __future__ import annotations
 from fedmllm.data import (
     conversations,
     crisis,
+    crisismmd,
     easy_vqa,
+    flashcards,
+    hateful_memes,
     hf_datasets,
     medical,
+    medical_vqa,
     memes,
+    slake,
     table,
+    vqa_rad,
 )
 from fedmllm.data.dataset import Dataset, DatasetSpec
 from fedmllm.errors import UserError, unknown
@@ -22,6 +28,12 @@ DATASETS: dict[str, DatasetSpec] = {
     "table": table.SPEC,
     "hf-datasets": hf_datasets.SPEC,
     "easy-vqa": easy_vqa.SPEC,
+    "hateful-memes": hateful_memes.SPEC,
+    "crisismmd": crisismmd.SPEC,
+    "medical-vqa": medical_vqa.SPEC,
+    "vqa-rad": vqa_rad.SPEC,
+    "slake": slake.SPEC,
+    "medalpaca-flashcards": flashcards.SPEC,
 }
 
 

@@ -48,9 +48,8 @@ from fedmllm.data.own import (
     task_of,
     unicode_text,
 )
-from fedmllm.data.problems import report
 from fedmllm.data.sample import Sample, Task
-from fedmllm.errors import UserError, unknown
+from fedmllm.errors import UserError, problem_list, unknown
 
 MARKER = "<image>"  # prompts.IMAGE; not imported, since prompts imports this package
 
@@ -92,7 +91,7 @@ def load(
     train = {file.stem: _read(file, file.stem, reader, problems) for file in files}
     tested = _read(reader.root / test, "test", reader, problems)
     if problems:
-        raise UserError(report(problems))
+        raise UserError(problem_list(problems))
     samples = [sample for name in sorted(train) for sample in train[name]]
     return Dataset(task=reader.task, train=samples, test=tested, parties=train)
 

@@ -1,12 +1,14 @@
 """Images that are read when needed, always as RGB.
 
-`ImageFile` is a file, `MemoryImage` a drawing. Both are `ImageSource`s. Whatever is wrong with a
-file becomes a `UserError` that names it, so that one broken picture among thousands is found.
+`ImageFile` is a file, `ArchiveImage` a member of a zip archive, `MemoryImage` a drawing. All are
+`ImageSource`s. Whatever is wrong with a file becomes a `UserError` that names it, so that one
+broken picture among thousands is found.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import struct
 import warnings
 import zlib
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fedmllm.data.archives import member_bytes
 from fedmllm.errors import UserError
 
 MAX_PIXELS = 50_000_000
@@ -57,12 +60,29 @@ class ImageFile:
         Raises `UserError` naming the file if it is missing, not an image of `FORMATS`,
         truncated, or above `MAX_PIXELS`.
         """
-        try:
-            with _header(self.file) as image:
-                image.load()
-                return to_rgb(_upright(image))
-        except _BROKEN as error:
-            raise UserError(_message(self.file, error)) from error
+        return _decoded(self.file, self.file)
+
+
+@dataclass(frozen=True)
+class ArchiveImage:
+    """An image inside a zip archive, read in place. member: its path inside the archive."""
+
+    member: str
+    archive: Path
+
+    @property
+    def file(self) -> Path:
+        """Its place for a person: the archive and the path inside it."""
+        return self.archive / self.member
+
+    @cached_property
+    def key(self) -> str:
+        """``sha256:`` and the digest of the member's bytes, read once."""
+        return f"sha256:{hashlib.sha256(member_bytes(self.archive, self.member)).hexdigest()}"
+
+    def open(self) -> Image.Image:
+        """As `ImageFile.open`."""
+        return _decoded(io.BytesIO(member_bytes(self.archive, self.member)), self.file)
 
 
 @dataclass(frozen=True)
@@ -113,7 +133,16 @@ def image_problem(path: str, root: Path, *, verify: bool = True) -> str | None:
     return None
 
 
-def _header(file: Path) -> Image.Image:
+def _decoded(source: Path | io.BytesIO, name: Path) -> Image.Image:
+    try:
+        with _header(source) as image:
+            image.load()
+            return to_rgb(_upright(image))
+    except _BROKEN as error:
+        raise UserError(_message(name, error)) from error
+
+
+def _header(file: Path | io.BytesIO) -> Image.Image:
     """Open without decoding; refuse what is too large to decode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower

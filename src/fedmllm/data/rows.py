@@ -29,9 +29,8 @@ from typing import Any
 
 from fedmllm.data.dataset import Dataset
 from fedmllm.data.own import ItemError, kind_words, party_problem, unicode_text
-from fedmllm.data.problems import report
 from fedmllm.data.sample import ImageSource, Sample, Task
-from fedmllm.errors import UserError, unknown
+from fedmllm.errors import UserError, problem_list, unknown
 
 ROLES = ("id", "image", "text", "question", "answer", "options", "party", "split")
 COLUMN_OPTIONS: dict[str, object] = {f"{role}_column": role for role in ROLES}
@@ -105,7 +104,7 @@ def dataset_of(tables: Sequence[Table], reader: Reader, problems: Sequence[str] 
                 _add(row, table, found, ways, reader, pools)
     _check_whole(pools, ways)
     if pools.problems:
-        raise UserError(report(pools.problems))
+        raise UserError(problem_list(pools.problems))
     parties = {name: pools.train[name] for name in sorted(pools.train)} if ways != "none" else {}
     train = [sample for name in sorted(pools.train) for sample in pools.train[name]]
     return Dataset(task=reader.task, train=train, test=pools.test, parties=parties)
