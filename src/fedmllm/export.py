@@ -28,9 +28,8 @@ from fedmllm.data.conversations import MARKER
 from fedmllm.data.dataset import Dataset
 from fedmllm.data.images import ImageFile
 from fedmllm.data.own import party_problem
-from fedmllm.data.problems import report
 from fedmllm.data.sample import ImageSource, Sample, Task
-from fedmllm.errors import UserError
+from fedmllm.errors import UserError, problem_list
 from fedmllm.manifest import Manifest
 
 MANIFEST, EXPERIMENT, TEST = "manifest.json", "experiment.yaml", "test.json"
@@ -91,7 +90,7 @@ def _check(held: dict[str, list[Sample]], dataset: Dataset) -> None:
     if not dataset.test:
         problems.append("the dataset has no test samples")
     if problems:
-        raise UserError(report(problems))
+        raise UserError(problem_list(problems))
 
 
 def _misfits(sample: Sample, dataset: Dataset) -> Iterable[str]:
