@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 from fedmllm.config import load_config, make_config
 from fedmllm.data import load_dataset
 from fedmllm.data.dataset import Dataset
-from fedmllm.data.images import ImageFile, MemoryImage
+from fedmllm.data.images import ArchiveImage, ImageFile, MemoryImage
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.experiment import run
@@ -196,9 +197,21 @@ def test_a_failed_export_leaves_nothing(tmp_path):
     dataset = open_dataset(tmp_path)
     held = split(dataset, "aligned-a0.5", clients=1)
     (tmp_path / "Ä 1.PNG").unlink()
-    with pytest.raises(UserError, match=r"image .*Ä 1\.PNG cannot be read"):
+    with pytest.raises(UserError, match=r"image .*Ä 1\.PNG does not exist"):
         export(held, dataset, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_in_an_archive_is_copied_byte_for_byte(tmp_path):
+    Image.new("RGB", (9, 7), (1, 200, 3)).save(tmp_path / "a.jpg")
+    raw = (tmp_path / "a.jpg").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("img/a.jpg", raw)
+    picture = ArchiveImage("img/a.jpg", tmp_path / "a.zip")
+    dataset = Dataset(OPEN, [Sample("a", "x", "q?", image=picture)], [])
+    export(split(dataset, "aligned-a0.5", clients=1), dataset, tmp_path / "out")
+    (copy,) = (tmp_path / "out" / "images" / "client-00").iterdir()
+    assert (copy.suffix, copy.read_bytes()) == (".jpg", raw)
 
 
 def test_what_the_format_cannot_hold_is_listed(tmp_path):

@@ -26,7 +26,7 @@ from typing import Any
 from fedmllm import manifest as manifests
 from fedmllm.data.conversations import MARKER
 from fedmllm.data.dataset import Dataset
-from fedmllm.data.images import ImageFile
+from fedmllm.data.images import ArchiveImage, ImageFile
 from fedmllm.data.own import party_problem
 from fedmllm.data.sample import ImageSource, Sample, Task
 from fedmllm.errors import UserError, problem_list
@@ -151,14 +151,11 @@ def _item(sample: Sample, whole: Sample, party: str, draft: Path) -> dict[str, A
 def _write_image(image: ImageSource, draft: Path, party: str) -> str:
     """Write it once into the party's folder; its path within the export.
 
-    A file's bytes are copied as they are; anything else is written as PNG, pixel for pixel.
+    A file's bytes are copied as they are, also out of an archive; anything else is written as PNG,
+    pixel for pixel.
     """
-    if isinstance(image, ImageFile):
-        try:
-            data = image.file.read_bytes()
-        except OSError as error:
-            raise UserError(f"image {image.file} cannot be read: {error}") from error
-        ending = image.file.suffix.lower()
+    if isinstance(image, ImageFile | ArchiveImage):
+        data, ending = image.encoded(), image.file.suffix.lower()
     else:
         out = io.BytesIO()
         image.open().save(out, "PNG")

@@ -16,16 +16,11 @@ called ``test`` is the test. Without a column `id` a row's id is its number from
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
-
-from PIL import Image
+from typing import Any
 
 from fedmllm.data import images
 from fedmllm.data.dataset import Dataset, DatasetSpec
@@ -43,38 +38,6 @@ from fedmllm.data.sample import ImageSource
 from fedmllm.errors import UserError, unknown
 
 _SAVED = "save it by dataset.save_to_disk(FOLDER)"
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image file's bytes, read when needed. name: what errors call it."""
-
-    name: str
-    read: Callable[[], bytes]
-
-    @cached_property
-    def key(self) -> str:
-        """``sha256:`` and the digest of the bytes, as of the same image in a file."""
-        return f"sha256:{hashlib.sha256(self.read()).hexdigest()}"
-
-    def header(self) -> None:
-        """Raise `UserError` unless it begins as an image of a size that is read."""
-        try:
-            self._begin().close()
-        except images._BROKEN as error:
-            raise UserError(images._message(Path(self.name), error)) from error
-
-    def open(self) -> Image.Image:
-        """The image in mode RGB, upright, as `ImageFile.open`; raises `UserError`."""
-        try:
-            with self._begin() as image:
-                image.load()
-                return images.to_rgb(images._upright(image))
-        except images._BROKEN as error:
-            raise UserError(images._message(Path(self.name), error)) from error
-
-    def _begin(self) -> Image.Image:
-        return images._header(cast(Path, io.BytesIO(self.read())))
 
 
 def load(
@@ -109,12 +72,9 @@ def load(
 
 
 def _image(folder: Path, verify: bool, given: Any, row: Row) -> ImageSource:
-    if isinstance(given, EncodedImage):
-        try:
-            if verify:
-                given.header()
-        except UserError as error:
-            raise ItemError(str(error)) from None
+    if isinstance(given, images.EncodedImage):
+        if verify and (problem := given.problem()):
+            raise ItemError(problem)
         return given
     if not isinstance(given, str):
         raise ItemError(f"image must be an image or a path, not {kind_words(given)}")
@@ -213,8 +173,8 @@ class _Split:
         for i, (held, path) in enumerate(zip(there, paths, strict=True)):
             yield self._image(data, i) if held else path
 
-    def _image(self, column: Any, i: int) -> EncodedImage:
-        return EncodedImage(f"{self.folder}, row {i}", lambda: column[i].as_py())
+    def _image(self, column: Any, i: int) -> images.EncodedImage:
+        return images.EncodedImage(Path(f"{self.folder}, row {i}"), lambda: column[i].as_py())
 
 
 def _is_binary(kind: Any) -> bool:

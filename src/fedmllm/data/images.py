@@ -1,8 +1,8 @@
 """Images that are read when needed, always as RGB.
 
-`ImageFile` is a file, `ArchiveImage` a member of a zip archive, `MemoryImage` a drawing. All are
-`ImageSource`s. Whatever is wrong with a file becomes a `UserError` that names it, so that one
-broken picture among thousands is found.
+`ImageFile` is a file, `ArchiveImage` a member of a zip archive, `EncodedImage` a file's bytes from
+elsewhere, `MemoryImage` a drawing. All are `ImageSource`s. Whatever is wrong with a file becomes a
+`UserError` that names it, so that one broken picture among thousands is found.
 """
 
 from __future__ import annotations
@@ -49,8 +49,12 @@ class ImageFile:
     @cached_property
     def key(self) -> str:
         """``sha256:`` and the digest of the file's bytes, read once."""
+        return _digest(self.encoded())
+
+    def encoded(self) -> bytes:
+        """The file's bytes as they are."""
         try:
-            return f"sha256:{hashlib.sha256(self.file.read_bytes()).hexdigest()}"
+            return self.file.read_bytes()
         except OSError as error:
             raise UserError(_message(self.file, error)) from error
 
@@ -78,11 +82,40 @@ class ArchiveImage:
     @cached_property
     def key(self) -> str:
         """``sha256:`` and the digest of the member's bytes, read once."""
-        return f"sha256:{hashlib.sha256(member_bytes(self.archive, self.member)).hexdigest()}"
+        return _digest(self.encoded())
+
+    def encoded(self) -> bytes:
+        """The member's bytes as they are."""
+        return member_bytes(self.archive, self.member)
 
     def open(self) -> Image.Image:
         """As `ImageFile.open`."""
-        return _decoded(io.BytesIO(member_bytes(self.archive, self.member)), self.file)
+        return _decoded(io.BytesIO(self.encoded()), self.file)
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image file's bytes from anywhere, read when needed. file: its place for a person."""
+
+    file: Path
+    encoded: Callable[[], bytes]
+
+    @cached_property
+    def key(self) -> str:
+        """``sha256:`` and the digest of the bytes, as of the same image in a file."""
+        return _digest(self.encoded())
+
+    def problem(self) -> str | None:
+        """Why it is refused by its header, or None."""
+        try:
+            _header(io.BytesIO(self.encoded())).close()
+        except _BROKEN as error:
+            return _message(self.file, error)
+        return None
+
+    def open(self) -> Image.Image:
+        """As `ImageFile.open`."""
+        return _decoded(io.BytesIO(self.encoded()), self.file)
 
 
 @dataclass(frozen=True)
@@ -131,6 +164,10 @@ def image_problem(path: str, root: Path, *, verify: bool = True) -> str | None:
     except _BROKEN as error:
         return _message(Path(path), error)
     return None
+
+
+def _digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def _decoded(source: Path | io.BytesIO, name: Path) -> Image.Image:
