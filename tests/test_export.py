@@ -208,7 +208,7 @@ def test_an_image_in_an_archive_is_copied_byte_for_byte(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("img/a.jpg", raw)
     picture = ArchiveImage("img/a.jpg", tmp_path / "a.zip")
-    dataset = Dataset(OPEN, [Sample("a", "x", "q?", image=picture)], [])
+    dataset = Dataset(OPEN, [Sample("a", "x", "q?", image=picture)], [Sample("b", "x", "q?")])
     export(split(dataset, "aligned-a0.5", clients=1), dataset, tmp_path / "out")
     (copy,) = (tmp_path / "out" / "images" / "client-00").iterdir()
     assert (copy.suffix, copy.read_bytes()) == (".jpg", raw)
