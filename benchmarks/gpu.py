@@ -8,8 +8,8 @@ Each case is a process of its own. It writes two parties' conversation files wit
 realistic sizes, builds the model from its published configuration (random weights, in 4 bit where
 the case says so; a byte tokenizer in place of the published one), and runs one round through
 `fedmllm.experiment.run`. Measured: peak memory of the device above its context, beside the plan's;
-samples a second in training and testing. The case `bf16` compares logits in bfloat16 with those in float32 on the test
-vectors of MiniCPM-V. Nothing here says anything about quality. Written to results/gpu.json.
+samples a second in training and testing. The case `bf16` compares logits in bfloat16 with those in
+float32 on the test vectors of MiniCPM-V. Nothing here says anything about quality. Written to results/gpu.json.
 """
 
 from __future__ import annotations
