@@ -24,6 +24,7 @@ LAYERS = [
     {"algorithms", "client", "evaluation"},
     {"federation", "checkpoint", "results"},
     {
+        "bench",
         "config",
         "experiment",
         "report",
@@ -34,6 +35,7 @@ LAYERS = [
         "plan",
         "predict",
         "progress",
+        "revisions",
     },
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

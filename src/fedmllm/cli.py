@@ -1,4 +1,4 @@
-"""The command line: `fedmllm run | plan | ls | predict | report | demo`.
+"""The command line: `fedmllm run | plan | bench | ls | predict | report | compare | rerun | demo`.
 
 Heavy modules are imported inside the commands, so that `--help` answers at once. A `UserError`
 is printed without a traceback and exits with code 2.
@@ -110,6 +110,51 @@ def plan(
         print(json.dumps(made.to_json(), indent=1))
     else:
         _console().print(made.to_table(), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def bench(
+    grid: Annotated[Path, typer.Argument(help="A grid file, e.g. experiments/grids/mini.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value for every cell, e.g. model.device=cuda.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the runs go. [default: runs/NAME]")
+    ] = None,
+    plan_: Annotated[bool, typer.Option("--plan", help="Only say what would be run.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
+    devices: Annotated[
+        str | None, typer.Option(help="GPUs, one a process in turn: 0,1.", show_default=False)
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A part of an axis: seed=0 or dataset=memes,crisis.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A variable of the grid: name=value.")
+    ] = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="Results to judge times from. [default: results]")
+    ] = None,
+) -> None:
+    """Run a grid of experiments: what is missing or stale, on several processes.
+
+    Exit code 1 if a cell failed; the others have run.
+    """
+    from fedmllm.bench import load_grid, run_grid
+    from fedmllm.bench.table import ended_lines, plan_lines
+
+    found = load_grid(grid, overrides or [], only=only or [], variables=set_ or [])
+    sources = measured or [Path("results")]
+    if plan_:
+        for line in plan_lines(found, out=out, measured=sources, processes=processes):
+            print(line)
+        return
+    names = [name for name in (devices or "").split(",") if name]
+    ended = run_grid(found, out=out, processes=processes, devices=names, measured=sources)
+    for line in ended_lines(ended, out or found.out):
+        print(line)
+    if ended.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
