@@ -6,6 +6,7 @@ import pytest
 
 from fedmllm.config import config_hash, load_config, make_config
 from fedmllm.errors import UserError
+from fedmllm.report.loading import config_digest
 from fedmllm.scenarios import SETTINGS
 
 
@@ -127,6 +128,16 @@ def test_hash_is_of_what_decides_the_numbers() -> None:
     assert config_hash(base) == config_hash(make_config({"name": "y", "title": "t"}))
     assert config_hash(base) != config_hash(make_config({"name": "x", "seed": 1}))
     assert config_hash(base) != config_hash(make_config({"name": "x", "scenario": "cross"}))
+
+
+def test_a_key_that_came_later_leaves_old_hashes_and_only_that() -> None:
+    facts = make_config({"name": "x"}).model_dump(mode="json")
+    old = {**facts, "model": {k: facts["model"][k] for k in ("name", "path", "dtype", "device")}}
+    assert config_digest(old) == config_digest(facts)
+    pathless = {**old, "model": {k: v for k, v in old["model"].items() if k != "path"}}
+    assert config_digest(pathless) != config_digest(facts)
+    quantised = {**facts, "model": {**facts["model"], "quantization": "nf4"}}
+    assert config_digest(quantised) != config_digest(facts)
 
 
 def test_bad_files(tmp_path) -> None:

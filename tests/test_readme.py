@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from fedmllm.config import load_config
+from fedmllm.report import load_results
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -95,3 +96,8 @@ def test_numbers_are_generated_from_the_committed_results() -> None:
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://arxiv.org/") or (ROOT / target).exists(), target
+
+
+def test_every_committed_result_is_as_it_was_written() -> None:
+    _, problems = load_results([ROOT / "results"])
+    assert problems == []

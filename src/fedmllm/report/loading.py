@@ -137,7 +137,7 @@ def config_digest(config: Mapping[str, Any]) -> str:
         facts["model"] = {
             k: v
             for k, v in model.items()
-            if k not in NO_NUMBERS_OF_MODEL and LATER_OF_MODEL.get(k) != v
+            if k not in NO_NUMBERS_OF_MODEL and (k, v) not in LATER_OF_MODEL.items()
         }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
