@@ -35,6 +35,7 @@ LAYERS = [
         "plan",
         "predict",
         "progress",
+        "rerun",
         "revisions",
     },
 ]

@@ -40,6 +40,11 @@ def topology(result: Result) -> str:
     return str(result["config"].get("topology", "federated"))
 
 
+def topology_rank(result: Result) -> int:
+    """Its place in a reader's order."""
+    return TOPOLOGIES.index(topology(result))
+
+
 def metric_key(result: Result) -> str:
     """The key of the headline metric, e.g. ``auc``."""
     return str(result["task"]["metric"])

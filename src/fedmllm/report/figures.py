@@ -227,7 +227,7 @@ class Style:
     dash: str
 
 
-_DASHES = ("-", "--", "-.", ":")
+DASHES = ("-", "--", "-.", ":")
 
 
 def run_styles(results: Sequence[Result]) -> list[Style]:
@@ -237,29 +237,29 @@ def run_styles(results: Sequence[Result]) -> list[Style]:
     for result in results:
         kind = facts.topology(result)
         i = counts[kind] = counts.get(kind, -1) + 1
-        styles.append(_run_style(kind, i))
+        styles.append(run_style(kind, i))
     return styles
 
 
-def _run_style(kind: str, i: int) -> Style:
+def run_style(kind: str, i: int) -> Style:
     marker = RUN_MARKERS[i % len(RUN_MARKERS)]
     if kind == "zero-shot":
         return Style(MUTED, "", (":", "-.", "--", "-")[i % 4])
     if kind == "local":
-        return Style(MUTED, RUN_MARKERS[(i + 4) % len(RUN_MARKERS)], _DASHES[i % 4])
+        return Style(MUTED, RUN_MARKERS[(i + 4) % len(RUN_MARKERS)], DASHES[i % 4])
     if kind == "centralised":
         return Style(INK, RUN_MARKERS[(i + 3) % len(RUN_MARKERS)], "--")
-    dash = _DASHES[i // len(RUN_COLOURS) % 4]
+    dash = DASHES[i // len(RUN_COLOURS) % 4]
     return Style(RUN_COLOURS[i % len(RUN_COLOURS)], marker, dash)
 
 
 def _handle(style: Style) -> Any:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], **_line(style))
+    return Line2D([], [], **line_of(style))
 
 
-def _line(style: Style) -> dict[str, Any]:
+def line_of(style: Style) -> dict[str, Any]:
     return {
         "color": style.colour,
         "linestyle": style.dash,
@@ -303,9 +303,9 @@ def draw_metric(ax: Axes, results: Sequence[Result], condition: str) -> None:
         points = facts.curve(result, condition)
         final = facts.score(result, condition)
         if points:
-            ax.plot(*zip(*points, strict=True), **_line(style))
+            ax.plot(*zip(*points, strict=True), **line_of(style))
         elif final is not None and facts.history(result):
-            ax.plot([facts.rounds(result) or 0], [final], **_line(style))
+            ax.plot([facts.rounds(result) or 0], [final], **line_of(style))
         elif final is not None:
             ax.axhline(final, color=style.colour, linestyle=style.dash, linewidth=1.6)
     metric = facts.metric_name(results[0])
@@ -318,7 +318,7 @@ def draw_loss(ax: Axes, results: Sequence[Result]) -> None:
     for result, style in zip(results, run_styles(results), strict=True):
         points = facts.losses(result)
         if points:
-            ax.plot(*zip(*points, strict=True), **_line(style) | {"markersize": 3.6})
+            ax.plot(*zip(*points, strict=True), **line_of(style) | {"markersize": 3.6})
     _finish(ax, "Training loss", "round")
     _whole_numbers(ax)
 
