@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -156,10 +156,13 @@ def draw_panels(
 
 def _name_runs(figure: Figure, results: Sequence[Result]) -> None:
     """The legend of a figure that stands alone."""
-    handles = [_handle(style) for style in run_styles(results)]
-    names = [
-        f" {name}" for name in facts.labels(results)
-    ]  # matplotlib drops one that begins with _
+    name_lines(figure, dict(zip(facts.labels(results), run_styles(results), strict=True)))
+
+
+def name_lines(figure: Figure, styles: Mapping[str, Style]) -> None:
+    """A legend below a figure: each name with its style."""
+    handles = [_handle(style) for style in styles.values()]
+    names = [f" {name}" for name in styles]  # matplotlib drops one that begins with _
     columns = _columns(names, 100)
     figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
 
@@ -310,7 +313,7 @@ def draw_metric(ax: Axes, results: Sequence[Result], condition: str) -> None:
             ax.axhline(final, color=style.colour, linestyle=style.dash, linewidth=1.6)
     metric = facts.metric_name(results[0])
     _finish(ax, f"Test {metric}, {facts.condition_name(condition)}", "round")
-    _whole_numbers(ax)
+    whole_numbers(ax)
 
 
 def draw_loss(ax: Axes, results: Sequence[Result]) -> None:
@@ -320,7 +323,7 @@ def draw_loss(ax: Axes, results: Sequence[Result]) -> None:
         if points:
             ax.plot(*zip(*points, strict=True), **line_of(style) | {"markersize": 3.6})
     _finish(ax, "Training loss", "round")
-    _whole_numbers(ax)
+    whole_numbers(ax)
 
 
 def _finish(ax: Axes, title: str, xlabel: str, *, grid: str = "y") -> None:
@@ -331,7 +334,7 @@ def _finish(ax: Axes, title: str, xlabel: str, *, grid: str = "y") -> None:
     ax.spines["left" if grid == "y" else "bottom"].set_visible(False)
 
 
-def _whole_numbers(ax: Axes) -> None:
+def whole_numbers(ax: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.set_xlim(left=0)
@@ -503,7 +506,7 @@ def _bars(
     _name_rows(ax, [client["id"] for client in clients])
     _thin_names(ax, len(clients))
     ax.set_xlim(0, 1.05 * widest)
-    _whole_numbers(ax)
+    whole_numbers(ax)
     _finish(ax, "", "samples", grid="x")
     _legend_above(ax)
 

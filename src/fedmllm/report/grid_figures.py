@@ -26,6 +26,7 @@ from fedmllm.report.figures import (
     Style,
     line_of,
     run_style,
+    whole_numbers,
 )
 from fedmllm.report.statistics import mean_and_half
 
@@ -88,7 +89,7 @@ def draw_radar(ax: Axes, board: Board, condition: str, chosen: str) -> None:
         xs = [r * math.cos(a) for r, a in zip(radius, angles, strict=True)]
         ys = [r * math.sin(a) for r, a in zip(radius, angles, strict=True)]
         ax.plot([*xs, xs[0]], [*ys, ys[0]], **line_of(styles[label]) | {"markersize": 3.6})
-    name = f" + {chosen}" if chosen else ""
+    name = f", {chosen} strategy" if chosen else ""
     ax.set_title(f"{board.metric} by setting, {facts.condition_name(condition)}{name}")
 
 
@@ -143,6 +144,17 @@ def draw_bands(ax: Axes, board: Board, setting: str, condition: str, chosen: str
         points = _mean_curve([facts.curve(run, condition) for run in runs])
         _line_or_level(ax, points, arm.scores(setting, condition), styles[arm.label])
     _finish(ax, setting, "round", "")
+    ax.set_ylim(*_limits(board, condition))
+    whole_numbers(ax)
+
+
+def _limits(board: Board, condition: str) -> tuple[float, float]:
+    """One scale for the curves of all settings."""
+    found = [value for run in board.results for _, value in facts.curve(run, condition)]
+    found += [v for run in board.results if (v := facts.score(run, condition)) is not None]
+    low, high = min(found, default=0.0), max(found, default=1.0)
+    margin = 0.06 * (high - low or 1.0)
+    return low - margin, high + margin
 
 
 def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> Points:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmllm.errors import UserError
 from fedmllm.report import facts, figures, grid_figures
-from fedmllm.report.arms import Arm, Board, boards, method_of, setting_of, strategy_of
+from fedmllm.report.arms import Arm, Board, boards, setting_of
 from fedmllm.report.grid_tables import GridTable, grid_tables, note
 from fedmllm.report.loading import Result
 from fedmllm.report.page import METRIC_HELP, PAPER, link, provenance, template, write_page
@@ -60,7 +60,10 @@ def write_figures(results: Sequence[Result], folder: Path, *, png: bool = False)
     written = []
     folder.mkdir(parents=True, exist_ok=True)
     for board in boards(results)[0]:
+        styles = grid_figures.arm_styles(board)
         for name, figure, _ in board_figures(board):
+            if name != "drop":  # which has a legend of its own
+                _add_legend(figure, styles)
             stem = "".join(c if c.isalnum() or c in "-." else "-" for c in f"{board.label}-{name}")
             path = folder / f"{stem}.{'png' if png else 'svg'}"
             if png:
@@ -69,6 +72,16 @@ def write_figures(results: Sequence[Result], folder: Path, *, png: bool = False)
                 path.write_text(figures.svg(figure), encoding="utf-8")
             written.append(path)
     return written
+
+
+def _add_legend(figure: Figure, styles: Mapping[str, figures.Style]) -> None:
+    """Name the lines of a figure that stands alone, in room made for it."""
+    import matplotlib
+
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.25 + 0.2 * (-(-len(styles) // 3)))
+    with matplotlib.rc_context(figures.RC):
+        figures.name_lines(figure, styles)
 
 
 def board_figures(board: Board) -> Iterator[tuple[str, Figure, str]]:
@@ -191,10 +204,11 @@ def _rows(board: Board, folder: Path) -> Iterator[dict[str, Any]]:
         for runs in arm.runs.values()
         for run in runs.values()
     }
-    for run in board.results:
-        if id(run) not in arms:
-            continue  # a repeated run
-        name = method_of(run) + (f" + {strategy_of(run)}" if strategy_of(run) else "")
+    order = {arm.label: i for i, arm in enumerate(board.arms)}
+    runs = [run for run in board.results if id(run) in arms]  # the others are repeated
+    settings = {setting: i for i, setting in enumerate(board.settings)}
+    runs.sort(key=lambda r: (settings.get(setting_of(r), -1), order[arms[id(r)]], r.get("seed")))
+    for run in runs:
         everywhere = facts.topology(run) == "zero-shot"
         amount = facts.lookup(run, "bytes") or {}
         both = (amount.get("up") or 0) + (amount.get("down") or 0)
@@ -202,7 +216,7 @@ def _rows(board: Board, folder: Path) -> Iterator[dict[str, Any]]:
             "name": run["name"],
             "task": board.label,
             "setting": "every setting" if everywhere else setting_of(run),
-            "arm": arms.get(id(run), name),
+            "arm": arms[id(run)],
             "seed": str(run.get("seed")),
             "scores": {c: facts.score(run, c) for c in facts.conditions(board.results)},
             "worst": facts.spread(run, facts.headline(board.results)).get("min"),
