@@ -20,7 +20,7 @@ from synthetic_grid import METHODS, auc, grid, result, write
 from fedmllm.errors import UserError
 from fedmllm.report import is_grid, load_results, write_figures, write_grid_report, write_tables
 from fedmllm.report.arms import boards, setting_of, stands_for
-from fedmllm.report.grid_figures import _rings, drops
+from fedmllm.report.grid_figures import _mean_by_round, _over_bytes, _rings, drops
 from fedmllm.report.grid_tables import csv_grid, grid_tables, latex_grid, markdown_grid, note, tex
 from fedmllm.report.statistics import holm, mean_and_half, paired_p
 from fedmllm.scenarios import SETTINGS
@@ -118,6 +118,13 @@ def test_a_centralised_run_is_never_the_best_federated() -> None:
     found = table([*seeds("centralised", [0.99] * 5), *seeds("fedavg", [0.7] * 5)])
     assert not found.cells["Centralised"]["aligned-a0.5"].best
     assert found.cells["FedAvg"]["aligned-a0.5"].best
+
+
+def test_shown_nothing_no_arm_leads_and_none_is_called_untested() -> None:
+    results = [*seeds("fedavg", [0.7] * 5), *seeds("fedyogi", [0.8, 0.81, 0.8, 0.82, 0.8])]
+    (found,), _ = grid_tables(results, ["neither"])
+    assert not any(cell.best for row in found.cells.values() for cell in row.values())
+    assert note(found).endswith("Shown nothing, no arm can lead.")
 
 
 def test_equal_in_print_is_equally_best() -> None:
@@ -228,6 +235,20 @@ def test_the_drop_is_paired_by_seed() -> None:
     mean, half = drops(board, "both")["FedAvg"]["missing"]
     assert mean == pytest.approx((-0.15 - 0.10) / 2)
     assert half == pytest.approx(mean_and_half([-0.15, -0.10])[1])
+
+
+def test_the_cost_curve_is_bytes_so_far_by_round() -> None:
+    run = result("fedavg", "aligned-a0.5", 0, value=0.9)
+    found = _over_bytes(run, "both")  # 0.4 MB up and down a round, measured every second one
+    assert {number: x for number, (x, _) in found.items()} == pytest.approx(
+        {2: 1.6, 4: 3.2, 6: 4.8}
+    )
+    assert found[6][1] == pytest.approx(0.9)
+    other = {2: (2.6, 0.5), 6: (5.8, 0.7)}
+    assert _mean_by_round([found, other]) == [
+        (pytest.approx(2.1), pytest.approx((found[2][1] + 0.5) / 2), 0.0),
+        (pytest.approx(5.3), pytest.approx(0.8), 0.0),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ def name_lines(figure: Figure, styles: Mapping[str, Style]) -> None:
     """A legend below a figure: each name with its style."""
     handles = [_handle(style) for style in styles.values()]
     names = [f" {name}" for name in styles]  # matplotlib drops one that begins with _
-    columns = _columns(names, 100)
+    columns = _columns(names, int(10.4 * figure.get_size_inches()[0]))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
 
 

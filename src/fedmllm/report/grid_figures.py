@@ -62,7 +62,8 @@ def arm_styles(board: Board) -> dict[str, Style]:
         if method(arm) not in known:
             known.append(method(arm))
         style = run_style(arm.topology, known.index(method(arm)))
-        dash = DASHES[strategies.index(strategy(arm)) % len(DASHES)]
+        dashes = (":", "-.") if arm.topology == "zero-shot" else DASHES  # it has no marker
+        dash = dashes[strategies.index(strategy(arm)) % len(dashes)]
         styles[arm.label] = Style(style.colour, style.marker, dash)
     return styles
 
@@ -255,7 +256,7 @@ def draw_cost(ax: Axes, board: Board, condition: str) -> None:
         runs = [run for found in arm.runs.values() for run in found.values()]
         if not runs:
             continue
-        points = _mean_curve([_over_bytes(run, condition) for run in runs])
+        points = _mean_by_round([_over_bytes(run, condition) for run in runs])
         scores = [facts.score(run, condition) for run in runs]
         final = {i: score for i, score in enumerate(scores) if score is not None}
         sent = arm.topology == "federated"
@@ -263,13 +264,25 @@ def draw_cost(ax: Axes, board: Board, condition: str) -> None:
     _finish(ax, f"{board.metric} against communication", "MB up and down, all parties", "")
 
 
-def _over_bytes(run: Mapping[str, Any], condition: str) -> list[tuple[float, float]]:
-    """(megabytes so far, metric) wherever it was measured."""
+def _mean_by_round(found: Sequence[Mapping[int, tuple[float, float]]]) -> Points:
+    """Mean bytes and mean metric at each round that all runs were measured at. No interval: its
+    spread would be that of settings and seeds mixed."""
+    common = set.intersection(*(set(run) for run in found)) if found else set()
+    points = []
+    for number in sorted(common):
+        pairs = [run[number] for run in found]
+        x, y = (mean_and_half([pair[i] for pair in pairs])[0] for i in (0, 1))
+        points.append((x, y, 0.0))
+    return points
+
+
+def _over_bytes(run: Mapping[str, Any], condition: str) -> dict[int, tuple[float, float]]:
+    """Round -> (megabytes so far, metric) wherever it was measured."""
     total, at = 0.0, {}
     for line in facts.history(dict(run)):
         total += (line.get("bytes_up") or 0) + (line.get("bytes_down") or 0)
         at[line["round"]] = total / 1e6
-    return [(at[number], value) for number, value in facts.curve(dict(run), condition)]
+    return {number: (at[number], value) for number, value in facts.curve(dict(run), condition)}
 
 
 def _finish(ax: Axes, title: str, xlabel: str, ylabel: str, *, grid: str = "y") -> None:

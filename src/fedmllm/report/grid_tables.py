@@ -134,6 +134,8 @@ def note(table: GridTable) -> str:
     words = f"Test {table.metric}, {facts.condition_name(table.condition)}: mean over {seeds}"
     words += " ± half of the 95 % interval" if high > 1 else ""
     words += " (what trains nothing has no seed)." if table.seedless and high > 1 else "."
+    if table.condition == "neither":
+        return f"{words} Shown nothing, no arm can lead."
     words += " Bold: best federated."
     if not table.comparisons:
         return f"{words} Fewer than {ENOUGH} seeds: no difference is called significant."
