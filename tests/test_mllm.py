@@ -12,7 +12,10 @@ from fedmllm.data.images import MemoryImage
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.models import model_path
-from fedmllm.models.mllm import FeatureCache, ImageFeatures, Mllm, load_base, lora_targets
+from fedmllm.models.features import FeatureCache, ImageFeatures
+from fedmllm.models.loading import load_base
+from fedmllm.models.lora import lora_targets
+from fedmllm.models.mllm import Mllm
 from fedmllm.prompts import render
 
 CONDITIONS = [(True, True), (False, True), (True, False), (False, False)]

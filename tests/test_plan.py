@@ -27,6 +27,7 @@ from fedmllm.plan.structure import build_skeleton, weight_bytes
 from fedmllm.plan.timing import tested_samples as count_tested
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTHING = dict.fromkeys(("lora", "connector", "embeddings", "vision_lora"), 0)
 SMALL = {
     "name": "small",
     "data": {"name": "memes", "train": 40, "test": 16},
@@ -89,11 +90,12 @@ def minicpm(queries: int, width: int) -> dict[str, int]:
     }
 
 
+QWEN2VL_MERGER = 2 * 1280 + (5120**2 + 5120) + 5120 * 1536 + 1536  # inside the tower's module
+
+
 def qwen2vl_tower() -> int:
-    """Its merger, which is part of the tower's module, included."""
     layer = 4 * 1280 + (1280 * 3840 + 3840) + (1280**2 + 1280) + 2 * 1280 * 5120 + 5120 + 1280
-    merger = 2 * 1280 + (5120**2 + 5120) + 5120 * 1536 + 1536
-    return 3 * 2 * 14 * 14 * 1280 + 32 * layer + merger
+    return 3 * 2 * 14 * 14 * 1280 + 32 * layer
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ REAL = {
             },
         },
         Decoder(1536, 8960, 28, 12, 2, 151936, bias=True, tied=True),
-        {"vision tower": qwen2vl_tower(), "connector": 0},
+        {"vision tower": qwen2vl_tower(), "connector": QWEN2VL_MERGER},
         published=2_208_985_600,
     ),
     "LLaVA-1.5-7B": Real(
@@ -241,12 +243,12 @@ def test_real_models_are_counted_to_the_parameter(name, folder) -> None:
     assert {module.rsplit(".", 1)[1]: count for module, count in modules.items()} == adapter
     total = sum(adapter.values())
     assert facts["parameters"]["trainable"] == total
-    assert facts["parameters"]["trainable_components"]["language model"] == total
+    assert facts["parameters"]["trainable_components"] == {**NOTHING, "lora": total}
     assert facts["bytes"] == {
         "up": 200 * total,
         "down": 200 * total,
         "per_round": {"up": 8 * total, "down": 8 * total},
-        "per_client_round": {"lora": 4 * total, "up": 4 * total, "down": 4 * total},
+        "per_client_round": {**NOTHING, "lora": 4 * total, "up": 4 * total, "down": 4 * total},
         "clients_per_round": 2,
         "rounds": 25,
     }
@@ -272,7 +274,9 @@ def test_bytes_and_parameters_are_those_of_a_run(algorithm, tmp_path, mllm) -> N
     assert {way: facts["bytes"][way] for way in ("up", "down")} == {
         way: result["bytes"][way] for way in ("up", "down")
     }
-    assert result["bytes"]["per_client_round"]["lora"] == facts["bytes"]["per_client_round"]["lora"]
+    assert {**facts["bytes"]["per_client_round"], **result["bytes"]["per_client_round"]} == (
+        facts["bytes"]["per_client_round"]
+    )
     assert facts["bytes"]["per_round"]["up"] == result["history"][0]["bytes_up"]
     assert facts["parameters"]["total"] == result["parameters"]["total"]
     assert facts["parameters"]["trainable"] == result["parameters"]["trainable"]
@@ -290,7 +294,8 @@ def test_names_and_shapes_are_those_of_the_loaded_adapter(mllm) -> None:
 def test_only_scaffold_sends_more_than_the_adapter(algorithm) -> None:
     each = make_plan(make_config({**SMALL, "algorithm": algorithm})).traffic
     twice = 2 if algorithm == "scaffold" else 1
-    assert (each.client_up, each.client_down) == (twice * each.lora, twice * each.lora)
+    lora = each.components["lora"]
+    assert (each.client_up, each.client_down) == (twice * lora, twice * lora)
 
 
 @pytest.mark.parametrize("topology", ["local", "centralised", "zero-shot"])
@@ -374,7 +379,7 @@ def test_a_checkpoint_in_four_bit_says_so_itself(folder) -> None:
     assert (found["nf4"], found["scales"]) == nf4(every, nested=True)
 
 
-SHAPES = Shapes(D=96, F=320, L=3, H=6, K=2, d=16, V=500, E=8, G=16, N=4, image_tokens=4)
+SHAPES = Shapes(D=96, F=320, L=3, H=6, K=2, d=16, V=500, E=8, G=16, N=4, M=2, image_tokens=4)
 
 
 def saved_bytes(kind: str, layers: int, load: Load) -> int:

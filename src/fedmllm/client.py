@@ -106,14 +106,17 @@ def add_proximal_gradient(mllm: Mllm, params: Params, objective: LocalObjective)
     """Add the gradient of mu/2 * w * ||theta - theta_global||^2: mu * w * (theta - theta_global).
 
     Over the adapters of decoder layers s <= l <= L-1-s with s = `edge_layers`; s = 0 and w = 1
-    is FedProx (Li et al., MLSys 2020). With mu = 0 nothing is touched.
+    is FedProx (Li et al., MLSys 2020), which holds what is trained outside the decoder as well.
+    With mu = 0 nothing is touched.
     """
     strength = objective.mu * objective.weight
     if not strength:
         return
     first, last = objective.edge_layers, mllm.num_layers - 1 - objective.edge_layers
     for name, value in mllm.trainable.items():
-        if value.grad is not None and first <= mllm.layer_of[name] <= last:
+        layer = mllm.layer_of.get(name)
+        held = first <= layer <= last if layer is not None else objective.edge_layers == 0
+        if value.grad is not None and held:
             anchor = params[name].to(value.device, value.dtype)
             value.grad.add_(value.detach() - anchor, alpha=strength)
 
@@ -144,7 +147,8 @@ class _ControlVariates:
 
     def correct(self, mllm: Mllm) -> None:
         for name, value in mllm.trainable.items():
-            assert value.grad is not None
+            if value.grad is None:  # a connector, in a batch without images
+                value.grad = torch.zeros_like(value)
             self.total[name].add_(value.grad.detach().to("cpu", torch.float32))
             shift = self.server[name] - self.own[name]
             value.grad.add_(shift.to(value.device, value.dtype))

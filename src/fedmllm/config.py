@@ -20,6 +20,7 @@ from fedmllm.algorithms import ALGORITHMS, make_algorithm
 from fedmllm.data import DATASETS
 from fedmllm.errors import UserError, unknown
 from fedmllm.models import MODELS
+from fedmllm.models.components import POLICIES, make_policy
 from fedmllm.report.loading import config_digest
 from fedmllm.scenarios import SCENARIOS, SETTINGS, assign, check_options
 
@@ -28,9 +29,10 @@ NAMED: tuple[tuple[str, Mapping[str, Any], str, str], ...] = (
     ("data", DATASETS, "dataset", "memes"),
     ("scenario", SCENARIOS, "scenario", "aligned"),
     ("algorithm", ALGORITHMS, "algorithm", "fedavg"),
+    ("trained", POLICIES, "policy of what is trained", "paper"),
 )
 # `scenario: missing` is short for `scenario: {name: missing}`
-SHORTHAND = ("model", "partition", "data", "scenario", "algorithm")
+SHORTHAND = ("model", "partition", "data", "scenario", "algorithm", "trained")
 HASH_KEY = "config_sha256"
 CONDITION_NAMES: Any = ("both", "image_withheld", "text_withheld", "neither")
 
@@ -90,7 +92,10 @@ class PartitionSection(_Section):
 
 
 class TrainingSection(_Section):
-    """Rounds and local training; the defaults are the paper's except where the model is tiny."""
+    """Rounds and local training; the defaults are the paper's except where the model is tiny.
+
+    long_text: whether a sample of more than max_length tokens is refused or its text shortened.
+    """
 
     rounds: int = Field(25, ge=0)
     clients_per_round: int = Field(2, ge=1)
@@ -105,6 +110,7 @@ class TrainingSection(_Section):
     warmup: float = Field(0.01, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, ge=0)
     max_length: int = Field(1200, ge=8)
+    long_text: Literal["refuse", "shorten"] = "refuse"
 
 
 class EvaluationSection(_Section):
@@ -123,7 +129,7 @@ class EvaluationSection(_Section):
 
 
 class Config(_Section):
-    """One experiment. `data`, `scenario` and `algorithm` carry their own options."""
+    """One experiment. `data`, `scenario`, `algorithm` and `trained` carry their own options."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str = ""
@@ -133,6 +139,7 @@ class Config(_Section):
     threads: int = Field(1, ge=1)
     model: ModelSection = ModelSection()
     lora: LoraSection = LoraSection()
+    trained: dict[str, Any] = Field(default_factory=dict)
     data: dict[str, Any] = Field(default_factory=dict)
     partition: PartitionSection = PartitionSection()
     scenario: dict[str, Any] = Field(default_factory=dict)
@@ -393,6 +400,10 @@ def _combinations(config: Config) -> list[str]:
         )
     except UserError as error:
         problems += [] if ready else [f"scenario: {error}"]
+    try:
+        make_policy(config.trained["name"], **options_of(config.trained))
+    except UserError as error:
+        problems.append(f"trained: {error}")
     try:
         make_algorithm(
             config.algorithm["name"], num_clients=clients, **options_of(config.algorithm)

@@ -30,10 +30,17 @@ class TestSet:
     __test__ = False  # not a pytest class
 
     def __init__(
-        self, mllm: Mllm, task: Task, samples: Sequence[Sample], *, style: str, max_length: int
+        self,
+        mllm: Mllm,
+        task: Task,
+        samples: Sequence[Sample],
+        *,
+        style: str,
+        max_length: int,
+        long_text: str = "refuse",
     ) -> None:
         self.mllm, self.task, self.samples = mllm, task, samples
-        self.style, self.max_length = style, max_length
+        self.style, self.max_length, self.long_text = style, max_length, long_text
         self._encoded: dict[tuple[str, int], list[Encoded]] = {}
 
     def encoded(self, condition: str, limit: int) -> list[Encoded]:
@@ -43,10 +50,15 @@ class TestSet:
                 self.mllm.encode(
                     render(s.masked(keep_image=image, keep_text=text), self.task, self.style),
                     max_length=self.max_length,
+                    long_text=self.long_text,
                 )
                 for s in self.samples[:limit]
             ]
         return self._encoded[condition, limit]
+
+    def shortened(self) -> set[str]:
+        """Ids of the samples whose text was shortened."""
+        return {item.id for items in self._encoded.values() for item in items if item.shortened}
 
     def evaluate(
         self, condition: str = "both", *, limit: int | None = None, batch_size: int = 64

@@ -35,6 +35,7 @@ from fedmllm.errors import UserError
 from fedmllm.evaluation import TestSet, mean_over
 from fedmllm.federation import InProcessRunner, RoundRecord, cohort_of, payload, run_round
 from fedmllm.models import model_path, weights_digest
+from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.prompts import render
 from fedmllm.report.loading import result_digest
@@ -95,22 +96,27 @@ class Shared:
     def test_set(self, config: Config) -> TestSet:
         """The config's test samples, encoded as they are first asked for."""
         length = config.training.max_length
-        key = f"{config.prompt} {length} {self.data_key(config)}"
+        key = f"{config.prompt} {length} {config.training.long_text} {self.data_key(config)}"
         if key not in self.tests:
             data = self.dataset(config)
             self.tests[key] = TestSet(
-                self.mllm, data.task, data.test, style=config.prompt, max_length=length
+                self.mllm,
+                data.task,
+                data.test,
+                style=config.prompt,
+                max_length=length,
+                long_text=config.training.long_text,
             )
         return self.tests[key]
 
     def encode(self, config: Config, task: Task, sample: Sample) -> Encoded:
         """A training sample as its party sees it."""
-        length = config.training.max_length
+        length, long_text = config.training.max_length, config.training.long_text
         held = (sample.id, sample.image is None, sample.text is None)
-        key = (*held, config.prompt, length, self.data_key(config))
+        key = (*held, config.prompt, length, long_text, self.data_key(config))
         if key not in self.encoded:
             self.encoded[key] = self.mllm.encode(
-                render(sample, task, config.prompt), max_length=length
+                render(sample, task, config.prompt), max_length=length, long_text=long_text
             )
         return self.encoded[key]
 
@@ -127,6 +133,7 @@ class Session:
     listener: Listener
     started: float
     resumed: bool = False
+    shortened: set[str] = field(default_factory=set)
 
     @property
     def mllm(self) -> Mllm:
@@ -175,17 +182,29 @@ def run(
         started=began,
         resumed=resume,
     )
-    counts, modules = shared.mllm.parameter_counts(), shared.mllm.lora_modules()
+    model = shared.mllm
     found = federations(config, dataset, held)
-    steps = sum(federation.rounds for federation in found)
-    _tell(session, "start", parameters=counts, lora_modules=modules, steps=steps)
+    _tell(
+        session,
+        "start",
+        parameters=model.parameter_counts(),
+        lora_modules=model.lora_modules(),
+        copied_modules=model.copied_modules(),
+        steps=sum(federation.rounds for federation in found),
+    )
     outcomes = [run_federation(session, federation) for federation in found]
     _save_adapter(session, outcomes)
     result = _result(session, held, outcomes, time.perf_counter() - began)
     result["data_sha256"] = data_digest(dataset)
     result["result_sha256"] = result_digest(result)
     results.write_json(folder / "result.json", result)
-    _tell(session, "done", metrics=result["metrics"], result=str(folder / "result.json"))
+    _tell(
+        session,
+        "done",
+        metrics=result["metrics"],
+        result=str(folder / "result.json"),
+        shortened=result.get("shortened"),
+    )
     return result
 
 
@@ -263,6 +282,7 @@ def load_model(config: Config) -> Mllm:
         quantization=config.model.quantization,
         gradient_checkpointing=config.model.gradient_checkpointing,
         remote_code=config.model.remote_code,
+        policy=make_policy(config.trained["name"], **options_of(config.trained)),
     )
 
 
@@ -378,6 +398,7 @@ def _runner(session: Session, federation: Federation) -> InProcessRunner:
                 session.shared.encode(config, session.task, sample)
                 for sample in federation.samples[client]
             ]
+            session.shortened.update(item.id for item in encoded[client] if item.shortened)
         return encoded[client]
 
     plan = LocalPlan(
@@ -457,6 +478,7 @@ def _save_adapter(session: Session, outcomes: list[Outcome]) -> None:
         facts = {
             "model": session.config.model.model_dump(mode="json"),
             "lora": session.config.lora.model_dump(mode="json"),
+            "trained": session.config.trained,
             "prompt": session.config.prompt,
             "task": asdict(session.task),
         }
@@ -483,7 +505,7 @@ def _result(
         "bytes": {
             "up": sum(line["bytes_up"] for line in lines),
             "down": sum(line["bytes_down"] for line in lines),
-            "per_client_round": {"lora": payload(outcomes[0].params)},
+            "per_client_round": _by_component(session.mllm, outcomes[0].params),
         },
         "parameters": session.mllm.parameter_counts(),
         "time": {
@@ -501,6 +523,8 @@ def _result(
         "started": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds"),
         "manifest": results.holdings(held),
     }
+    if cut := session.shortened | session.test.shortened():
+        result["shortened"] = {"samples": len(cut), "first": sorted(cut)[:5]}
     if config.topology == "local":
         result["per_client"] = {outcome.name: outcome.metrics for outcome in outcomes}
         result["spread"] = {
@@ -530,6 +554,16 @@ def _samples(
         "tested": tested,
         "trained_per_second": trained / train_seconds if train_seconds else None,
         "tested_per_second": tested / test_seconds if test_seconds else None,
+    }
+
+
+def _by_component(mllm: Mllm, params: Params) -> dict[str, int]:
+    """Bytes of an adapter by what is trained, zeros included."""
+    return {
+        component: payload(
+            {name: params[name] for name in params if mllm.component_of[name] == component}
+        )
+        for component in COMPONENTS
     }
 
 

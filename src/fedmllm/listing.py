@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedmllm.algorithms import ALGORITHMS
 from fedmllm.data import DATASETS
 from fedmllm.models import MODELS
+from fedmllm.models.components import POLICIES
 from fedmllm.scenarios import SCENARIOS, SETTINGS
 
 TOPOLOGIES = {
@@ -28,6 +29,7 @@ def sections() -> list[tuple[str, list[tuple[str, str]]]]:
         ("scenarios  scenario.name", [(n, s.summary) for n, s in SCENARIOS.items()]),
         ("settings  setting", [("the paper's twelve", settings)]),
         ("algorithms  algorithm.name", [(n, s.summary) for n, s in ALGORITHMS.items()]),
+        ("trained  trained.name", [(n, s.summary) for n, s in POLICIES.items()]),
         ("topologies  topology", list(TOPOLOGIES.items())),
         ("strategies  prompt", list(PROMPTS.items())),
     ]

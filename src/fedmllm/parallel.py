@@ -38,7 +38,7 @@ class Job:
     @property
     def base(self) -> str:
         """Jobs of one base can share a loaded model."""
-        return repr((self.config.model, self.config.lora))
+        return repr((self.config.model, self.config.lora, self.config.trained))
 
     @property
     def data(self) -> str:

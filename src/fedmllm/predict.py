@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from fedmllm.data.images import ImageFile
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.experiment import ADAPTER_FACTS
 from fedmllm.models import model_path
+from fedmllm.models.components import make_policy
 from fedmllm.models.mllm import Mllm
 from fedmllm.prompts import render
 
@@ -26,8 +26,8 @@ def load_adapter(folder: Path, device: str = "cpu") -> tuple[Mllm, dict[str, Any
     """
     try:
         facts = json.loads((folder / ADAPTER_FACTS).read_text(encoding="utf-8"))
-        weights = load_file(folder / "adapter_model.safetensors")
         model, lora = facts["model"], facts["lora"]
+        policy = make_policy(**facts.get("trained", {}))
         dtype = getattr(torch, model["dtype"])
     except FileNotFoundError as error:
         inside = sorted(p.parent.name for p in folder.glob(f"*/{ADAPTER_FACTS}"))
@@ -36,7 +36,7 @@ def load_adapter(folder: Path, device: str = "cpu") -> tuple[Mllm, dict[str, Any
             f"{folder} is not the adapter of a run: {Path(error.filename or folder).name} is "
             f"missing; give the folder {hint}"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the adapter in {folder} cannot be read: {error!r}") from error
     mllm = Mllm.load(
         model["name"],
@@ -48,8 +48,12 @@ def load_adapter(folder: Path, device: str = "cpu") -> tuple[Mllm, dict[str, Any
         device=device,
         quantization=model.get("quantization", "none"),
         remote_code=model.get("remote_code"),
+        policy=policy,
     )
-    mllm.set_adapter(weights)
+    try:
+        mllm.read_adapter(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"the adapter in {folder} cannot be read: {error!r}") from error
     return mllm, facts
 
 

@@ -60,8 +60,15 @@ class RunProgress:
             )
             for module, count in event["lora_modules"].items():
                 self.console.print(f"  LoRA on {count} × {module}", soft_wrap=True)
+            for module, count in event["copied_modules"].items():
+                self.console.print(f"  full copy of {module}: {count:,}", soft_wrap=True)
         elif event["event"] == "round":
             self._round(event)
+        elif event["event"] == "done" and event.get("shortened"):
+            cut = event["shortened"]
+            self.console.print(
+                f"{cut['samples']} samples were too long and shortened, e.g. {cut['first'][0]}"
+            )
 
     def _round(self, event: Mapping[str, Any]) -> None:
         name = f"{event['name']} {event['federation']}".strip()

@@ -10,6 +10,7 @@ The image is the first line, `IMAGE`; a model's processor replaces it by its own
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedmllm.data.sample import Sample, Task
@@ -34,11 +35,13 @@ class Prompted:
 
     turns: (user, assistant) pairs, oldest first; the last assistant text is the answer to learn.
     options: candidate answers of a choice task, in order, e.g. ``("(A) no", "(B) yes")``.
+    text_at: where the sample's text begins and ends in the first user turn, if it has one.
     """
 
     sample: Sample
     turns: tuple[tuple[str, str], ...]
     options: tuple[str, ...] = ()
+    text_at: tuple[int, int] | None = None
 
 
 def modality_words(sample: Sample, style: str) -> str:
@@ -86,7 +89,7 @@ def render(sample: Sample, task: Task, style: str = "plain") -> Prompted:
         options = choice_options(task.classes)
         assert sample.label is not None, f"sample {sample.id} of a choice task has no label"
         turn = (choice_question(sample, task, style), options[sample.label])
-        return Prompted(sample=sample, turns=(turn,), options=options)
+        return Prompted(sample, (turn,), options, _text_at(sample, turn[0], "\nText: "))
     if style not in STYLES:
         raise UserError(unknown("prompt style", style, STYLES))
     asked = [*sample.turns, (sample.question, sample.answer)]
@@ -94,4 +97,50 @@ def render(sample: Sample, task: Task, style: str = "plain") -> Prompted:
         (open_question(sample, question, first=i == 0), answer)
         for i, (question, answer) in enumerate(asked)
     )
-    return Prompted(sample=sample, turns=turns)
+    return Prompted(sample, turns, text_at=_text_at(sample, turns[0][0]))
+
+
+def _text_at(sample: Sample, question: str, mark: str = "") -> tuple[int, int] | None:
+    """Where the sample's text stands in its first user turn, after the mark or the image."""
+    if sample.text is None:
+        return None
+    image = len(IMAGE) + 1 if sample.image is not None else 0
+    begin = question.index(mark) + len(mark) if mark else image
+    return begin, begin + len(sample.text)
+
+
+def shortened(prompted: Prompted, fits: Callable[[Prompted], bool]) -> Prompted:
+    """The conversation with less text, so that it fits if it can be made to.
+
+    First the end of the sample's text goes, as little as is needed, at a space where there is one
+    near; then the oldest turns, the image staying. What remains may still not fit. Question,
+    options and image are never cut.
+    """
+    if prompted.text_at is not None:
+        prompted = _with_less_text(prompted, fits)
+    while len(prompted.turns) > 1 and not fits(prompted):
+        (first, _), (user, answer), *rest = prompted.turns
+        image = f"{IMAGE}\n" if first.startswith(IMAGE) else ""
+        prompted = Prompted(prompted.sample, ((image + user, answer), *rest), prompted.options)
+    return prompted
+
+
+def _with_less_text(prompted: Prompted, fits: Callable[[Prompted], bool]) -> Prompted:
+    """The longest beginning of the text that fits, found by halving."""
+    assert prompted.text_at is not None
+    begin, end = prompted.text_at
+    (user, answer), *rest = prompted.turns
+
+    def cut(length: int) -> Prompted:
+        text = user[begin : begin + length].rstrip()
+        turn = (user[:begin] + text + user[end:], answer)
+        return Prompted(
+            prompted.sample, (turn, *rest), prompted.options, (begin, begin + len(text))
+        )
+
+    short, long = 0, end - begin
+    while long - short > 1:
+        middle = (short + long) // 2
+        short, long = (middle, long) if fits(cut(middle)) else (short, middle)
+    space = user.rfind(" ", begin, begin + short + 1) - begin
+    return cut(space if space > 0.8 * short else short)

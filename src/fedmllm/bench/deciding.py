@@ -11,29 +11,28 @@ import json
 from typing import Any
 
 from fedmllm.config import Config
-from fedmllm.report.loading import NO_NUMBERS, NO_NUMBERS_OF_MODEL
+from fedmllm.report.loading import NO_NUMBERS
 
 # per topology, dotted keys that it never reads for a number
 _UNREAD = {
     # An untrained adapter adds nothing, and nobody takes part: who holds what is not asked.
     "zero-shot": (
-        *("seed", "partition", "scenario", "algorithm", "lora"),
+        *("seed", "partition", "scenario", "algorithm", "lora", "trained"),
         *("evaluation.every", "evaluation.limit"),
     ),
     "local": ("training.clients_per_round", "evaluation.every", "evaluation.limit"),
     "centralised": ("training.clients_per_round",),
     "federated": (),
 }
-_READ_OF_TRAINING = {"zero-shot": ("max_length",)}  # of a section that is else unread
+_READ_OF_TRAINING = {"zero-shot": ("max_length", "long_text")}  # of a section that is else unread
 
 
 def deciding(config: Config) -> dict[str, Any]:
     """The keys of a config that can change a number of its result, with their values."""
     facts = config.model_dump(mode="json")
-    for key in (*NO_NUMBERS, *_UNREAD[config.topology]):
+    none = [f"{section}.{key}".lstrip(".") for section, ks in NO_NUMBERS.items() for key in ks]
+    for key in (*none, *_UNREAD[config.topology]):
         _drop(facts, key)
-    for key in NO_NUMBERS_OF_MODEL:
-        _drop(facts, f"model.{key}")
     if config.topology in _READ_OF_TRAINING:
         read = _READ_OF_TRAINING[config.topology]
         facts["training"] = {k: v for k, v in facts["training"].items() if k in read}

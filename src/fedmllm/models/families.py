@@ -11,7 +11,7 @@ To add a family, add one entry to `FAMILIES` and one to `TINY` (`tests/tiny_mode
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class Family:
     token_types: name of the input that tells token positions apart, and how it is filled.
     chat_template: Jinja; used if the checkpoint's processor has none.
     ordinary: special tokens of its vocabulary that are ordinary words, which text may hold.
+    connector: the modules of its vision tower that are the connector, where it lies in there.
     """
 
     read: Reader = by_replacement
@@ -85,6 +86,7 @@ class Family:
     token_types: tuple[str, TokenTypes] | None = None
     chat_template: str | None = None
     ordinary: tuple[str, ...] = ()
+    connector: tuple[str, ...] = ()
 
 
 def _smolvlm(path: str | Path) -> Any:
@@ -121,7 +123,11 @@ _PALIGEMMA_CHAT = (
 )
 
 # positions in two dimensions need the grid of each image and where its tokens stand
-_QWEN = Family(image_inputs=("image_grid_thw",), token_types=("mm_token_type_ids", mark_images))
+_QWEN = Family(
+    image_inputs=("image_grid_thw",),
+    token_types=("mm_token_type_ids", mark_images),
+    connector=("merger",),
+)
 
 FAMILIES: dict[str, Family] = {
     "idefics3": Family(),
@@ -131,7 +137,7 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": Family(),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
-    "qwen3_vl": _QWEN,
+    "qwen3_vl": replace(_QWEN, connector=("merger", "deepstack_merger_list")),
     "qwen3_5": _QWEN,
     "internvl": Family(),
     # tokens of one image see each other in both directions

@@ -1,7 +1,8 @@
 """Vision features: what the frozen tower makes of an image, computed once and kept.
 
 The language model is then given `mm_encoder_outputs` in place of pixels, with the same result to
-the last bit: the features are those after the connector, which is frozen as well.
+the last bit: the features are those after the connector, where that is frozen as well. Where
+tower or connector are trained, the pixels are kept and the features computed anew.
 
 Shapes: N image tokens of one image (any number: an image may be cut into slices), D hidden width.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class ImageFeatures:
     decoder (Qwen3-VL; else none). inputs: further inputs of the model by name, one row an image.
     kind, listed: the class of the tower's output, and whether it lists the images' features one
     by one or holds them in one tensor; the language model wants them back in the same form.
+    pixels: what the tower takes, where features are not final; `features` then has N rows of
+    width 0.
     """
 
     words: str
@@ -38,10 +41,12 @@ class ImageFeatures:
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     kind: type = BaseModelOutputWithPooling
     listed: bool = True
+    pixels: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.features, *self.deepstack))
+        held = (self.features, *self.deepstack, *self.pixels.values())
+        return sum(part.nbytes for part in held if isinstance(part, torch.Tensor))
 
 
 class FeatureCache:
@@ -69,29 +74,46 @@ class FeatureCache:
 
 
 @torch.no_grad()
-def see(base: Any, processor: Any, family: Family, picture: Image.Image) -> ImageFeatures:
-    """Pass one picture through processor, vision tower and connector."""
+def see(
+    base: Any, processor: Any, family: Family, picture: Image.Image, *, trained: bool = False
+) -> ImageFeatures:
+    """Pass one picture through processor, vision tower and connector.
+
+    trained: keep the pixels in place of the features, for `look`.
+    """
     words, inputs = family.read(processor, picture)
     kept = {name: torch.as_tensor(inputs[name]) for name in family.image_inputs}
-    inner = base.base_model  # its signature names what the tower takes; the outer one may not
-    tower = (inner if hasattr(inner, "get_image_features") else base).get_image_features
-    wanted = inspect.signature(tower).parameters
+    wanted = inspect.signature(_tower(base)).parameters
+    pixels = {name: value for name, value in inputs.items() if name in wanted}
+    with _evaluating(base):
+        found = look(base, ImageFeatures(words, torch.empty(0), inputs=kept, pixels=pixels))
+    if trained:
+        return replace(found, features=found.features[:, :0].cpu(), deepstack=(), pixels=pixels)
+    deepstack = tuple(part.cpu() for part in found.deepstack)
+    return replace(found, features=found.features.cpu(), deepstack=deepstack, pixels={})
+
+
+def look(base: Any, image: ImageFeatures) -> ImageFeatures:
+    """The features of an image whose pixels are kept, on the model's device, with gradients."""
     device = next(base.parameters()).device
     pixels = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
-        if name in wanted
+        for name, value in image.pixels.items()
     }
-    with _evaluating(base):
-        output = tower(**pixels)
-    return ImageFeatures(
-        words=words,
+    output = _tower(base)(**pixels)
+    return replace(
+        image,
         features=_rows(output.pooler_output),
         deepstack=tuple(map(_rows, getattr(output, "deepstack_features", None) or ())),
-        inputs=kept,
         kind=type(output),
         listed=isinstance(output.pooler_output, (list, tuple)),
     )
+
+
+def _tower(base: Any) -> Any:
+    """The function from pixels to features; the inner model's names what the tower takes."""
+    inner = base.base_model
+    return (inner if hasattr(inner, "get_image_features") else base).get_image_features
 
 
 def feature_inputs(images: Sequence[ImageFeatures], device: torch.device) -> dict[str, Any]:
@@ -113,17 +135,18 @@ def feature_inputs(images: Sequence[ImageFeatures], device: torch.device) -> dic
 
 
 def _rows(features: Any) -> torch.Tensor:
-    """All rows of one image [N, D] on the CPU, whether listed by slice, by image, or stacked."""
+    """All rows of one image [N, D], whether listed by slice, by image, or stacked."""
     whole = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
-    return whole.reshape(-1, whole.shape[-1]).cpu()
+    return whole.reshape(-1, whole.shape[-1])
 
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     """No dropout in the tower when an image is first seen, or seen again, amid training."""
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training

@@ -19,6 +19,7 @@ from fedmllm.errors import UserError
 # the projections of an attention, by their names in transformers: q, k, v and o; o as "out" in
 # LFM2; in one matrix; and of a linear attention (Qwen3.5), which has the first three in one
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "in_proj_qkv")
+_LAYER_NUMBER = re.compile(r"\b(layers?|blocks)\.\d+\.")
 _LAYER = re.compile(r"layers\.\d+\.(?P<block>.*attn)\.(?P<leaf>\w+)")
 
 
@@ -72,19 +73,31 @@ def adapted_modules(names: Iterable[str]) -> dict[str, int]:
     ...                  "base_model.model.m.layers.1.a.q_proj.lora_A.weight"])
     {'m.layers.*.a.q_proj': 2}
     """
-    modules = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in names}
-    counts = Counter(re.sub(r"\blayers\.\d+\.", "layers.*.", module) for module in modules)
+    adapters = [name for name in names if ".lora_" in name]
+    modules = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in adapters}
+    counts = Counter(_LAYER_NUMBER.sub(r"\1.*.", module) for module in modules)
     return dict(sorted(counts.items()))
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Trainable tensors by PEFT's names in a saved adapter, sorted."""
     found = {
-        name.replace(".default", ""): parameter
+        saved_name(name): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
     return dict(sorted(found.items()))
+
+
+def saved_name(name: str) -> str:
+    """PEFT's name in a saved adapter of a parameter of a model."""
+    return name.replace(".modules_to_save.default", "").replace(".default", "")
+
+
+def shared_names(model: nn.Module) -> set[str]:
+    """Further names, in a saved adapter, of tensors that `adapter_parameters` names once."""
+    every = model.named_parameters(remove_duplicate=False)
+    return {saved_name(n) for n, p in every if p.requires_grad} - set(adapter_parameters(model))
 
 
 def layers_of(base: Any, trainable: Mapping[str, nn.Parameter]) -> tuple[dict[str, int], int]:
@@ -111,5 +124,5 @@ def check_adapter(params: Mapping[str, torch.Tensor], expected: Mapping[str, nn.
     raise UserError(
         "the adapter does not fit the model: "
         + "; ".join(facts)
-        + ". Use the adapter with the model and LoRA rank it was trained with"
+        + ". Use the adapter with the model, LoRA rank and trained components it was made with"
     )

@@ -13,28 +13,36 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 
 from fedmllm.data.sample import ImageSource
 from fedmllm.errors import UserError
-from fedmllm.models.features import FeatureCache, ImageFeatures, feature_inputs, see
+from fedmllm.models.components import (
+    Policy,
+    add_adapter,
+    components_of,
+    copied_modules,
+    originals,
+    train_only_what_is_trained,
+)
+from fedmllm.models.features import FeatureCache, ImageFeatures, feature_inputs, look, see
 from fedmllm.models.loading import family, load_base
 from fedmllm.models.lora import (
     adapted_modules,
     adapter_parameters,
     check_adapter,
     layers_of,
-    lora_targets,
+    shared_names,
 )
-from fedmllm.prompts import IMAGE, Prompted
+from fedmllm.prompts import IMAGE, Prompted, shortened
 from fedmllm.rng import stream_seed
 
 _MARK = "ANSWER"  # stands for an answer while a chat template is read
@@ -43,27 +51,36 @@ _MARK = "ANSWER"  # stands for an answer while a chat template is read
 @dataclass(frozen=True)
 class Encoded:
     """A sample as token ids: `prompt` up to and including the words that open the answer,
-    `answer` with its end-of-turn token; the image by reference."""
+    `answer` with its end-of-turn token; the image by reference. shortened: words were left out."""
 
     id: str
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     image: ImageSource | None
     options: tuple[tuple[int, ...], ...] = ()
+    shortened: bool = False
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
 
+    @property
+    def longest(self) -> int:
+        """Tokens with the answer or the longest option."""
+        return len(self.prompt) + max(map(len, (self.answer, *self.options)))
+
 
 class Mllm:
-    """A frozen base with a trainable LoRA adapter on its language model's attention.
+    """A frozen base with a trainable adapter: LoRA, and what else the policy trains.
 
     Build it with `Mllm.load`. The adapter is exchanged as `Params`: PEFT's own key names, float32
     tensors on the CPU, sorted by name.
     """
 
-    def __init__(self, name: str, model: PeftModel, processor: Any) -> None:
+    def __init__(
+        self, name: str, model: PeftModel, processor: Any, policy: Policy | None = None
+    ) -> None:
         self.name = name
+        self.policy = policy or Policy()
         self.model = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -72,6 +89,7 @@ class Mllm:
         self.device = next(model.parameters()).device
         self.features = FeatureCache()
         self.trainable = adapter_parameters(model)
+        self.component_of = components_of(model, self.trainable)
         self.layer_of, self.num_layers = layers_of(self.base, self.trainable)
         self.specials = sorted(_special_words(processor) - {*self.family.ordinary})
         self._answers: dict[str, tuple[int, ...]] = {}
@@ -94,38 +112,39 @@ class Mllm:
         quantization: str = "none",
         gradient_checkpointing: bool = False,
         remote_code: str | None = None,
+        policy: Policy | None = None,
     ) -> Mllm:
         """Load a base from a folder or hub name and add a fresh adapter (B = 0: the base itself).
 
         gradient_checkpointing: compute a layer's activations again when they are needed, which
         saves memory for time and changes no gradient. quantization, remote_code: see `load_base`.
-        Raises `UserError` if the model or its language model's attention cannot be had.
+        policy: what is trained beside LoRA on the language model's attention; by default nothing.
+        Raises `UserError` if the model or a component to train cannot be had.
         """
         base, processor = load_base(
             path, dtype=dtype, device=device, quantization=quantization, remote_code=remote_code
         )
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            target_modules=lora_targets(base),
-            task_type="CAUSAL_LM",
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers an old name
-            model = get_peft_model(base, config)
+        policy, entry = policy or Policy(), family(base.config)
+        model = add_adapter(base, entry, policy, rank=rank, alpha=alpha, dropout=dropout)
         if gradient_checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
             base.disable_input_require_grads()  # the frozen embeddings need no gradient
         model.peft_config["default"].base_model_name_or_path = name  # not a path of this machine
-        return cls(name, model.eval(), processor)
+        return cls(name, model.eval(), processor, policy)
 
     # -- the adapter -------------------------------------------------------------------------
 
     def init_adapter(self, seed: int) -> dict[str, torch.Tensor]:
-        """A fresh adapter drawn from the seed: A uniform (as PEFT's Kaiming, a = sqrt 5), B = 0."""
+        """A fresh adapter drawn from the seed: A uniform (as PEFT's Kaiming, a = sqrt 5), B = 0.
+
+        Full copies start from the base's own values.
+        """
         params = {}
+        pretrained = originals(self.model)
         for name, value in self.trainable.items():
+            if name in pretrained:
+                params[name] = pretrained[name].detach().to("cpu", torch.float32, copy=True)
+                continue
             params[name] = torch.zeros(value.shape)
             if "lora_A" in name:
                 generator = torch.Generator().manual_seed(stream_seed(seed, "lora", name))
@@ -147,6 +166,16 @@ class Mllm:
         for name, value in self.trainable.items():
             value.copy_(params[name])
 
+    def read_adapter(self, folder: str | Path) -> None:
+        """Load an adapter that `save_adapter` wrote.
+
+        Raises `UserError` if it is not this model's, OSError or SafetensorError if it cannot be
+        read.
+        """
+        params = load_file(Path(folder) / "adapter_model.safetensors")
+        second = shared_names(self.model)  # PEFT writes a shared head under both its names
+        self.set_adapter({n: value for n, value in params.items() if n not in second})
+
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter in PEFT's own format, which plain PEFT loads."""
         # never the embeddings: PEFT would ask the hub whether the vocabulary was modified
@@ -154,40 +183,79 @@ class Mllm:
         (Path(folder) / "README.md").unlink(missing_ok=True)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters in all and trainable; one in 4 bit is one, though two share a byte."""
+        """Parameters in all, with what is added, and trainable; one in 4 bit is one, though two
+        share a byte."""
         trainable, total = self.model.get_nb_trainable_parameters()
-        return {"total": total, "trainable": trainable}
+        once = {id(value): value.numel() for value in originals(self.model).values()}
+        return {"total": total - sum(once.values()), "trainable": trainable}
 
     def lora_modules(self) -> dict[str, int]:
-        """What the adapter adapts: module names, `*` for the layer, and how many of each."""
+        """What LoRA adapts: module names, `*` for the layer, and how many of each."""
         return adapted_modules(self.trainable)
+
+    def copied_modules(self) -> dict[str, int]:
+        """What is trained as a full copy: module names and their parameters."""
+        return copied_modules(self.model)
 
     # -- encoding ----------------------------------------------------------------------------
 
-    def encode(self, prompted: Prompted, *, max_length: int = 1200) -> Encoded:
+    def encode(
+        self, prompted: Prompted, *, max_length: int = 1200, long_text: str = "refuse"
+    ) -> Encoded:
         """Tokenise a conversation; its image is read and passed through the tower once.
 
-        Raises `UserError` naming the sample if it is longer than `max_length` tokens.
+        long_text: what to do with more than `max_length` tokens: ``refuse``, or ``shorten`` the
+        text, then the earlier turns (`prompts.shortened`), then the end of a free answer, which
+        then has no end-of-turn token to learn. An image's tokens are never cut.
+        Raises `UserError` naming the sample if it is too long, or if its image cannot be read.
         """
-        sample = prompted.sample
         self._check_words(prompted)
+        encoded = self._encoded(prompted)
+        if encoded.longest > max_length and long_text == "shorten":
+            shorter = shortened(prompted, lambda cut: self._encoded(cut).longest <= max_length)
+            encoded = replace(self._encoded(shorter), shortened=True)
+            room = max_length - len(encoded.prompt)
+            if room > 0 and not encoded.options:
+                encoded = replace(encoded, answer=encoded.answer[:room])
+        if encoded.longest > max_length:
+            raise UserError(self._too_long(encoded, max_length, long_text))
+        return encoded
+
+    def _encoded(self, prompted: Prompted) -> Encoded:
+        sample = prompted.sample
         text = self._render(_messages(prompted.turns), add_generation_prompt=True)
-        image = None if sample.image is None else self.image_features(sample.image)
-        prompt = self._prompt_ids(text, image)
-        encoded = Encoded(
+        image = None if sample.image is None else self._image_of(sample.id, sample.image)
+        return Encoded(
             id=sample.id,
-            prompt=tuple(prompt),
+            prompt=tuple(self._prompt_ids(text, image)),
             answer=self.answer_ids(prompted.turns[-1][1]),
             image=sample.image,
             options=tuple(self.answer_ids(option) for option in prompted.options),
         )
-        longest = len(prompt) + max(map(len, (encoded.answer, *encoded.options)))
-        if longest > max_length:
+
+    def _image_of(self, sample: str, source: ImageSource) -> ImageFeatures:
+        """An image's features; what its processor refuses (a strip of 1 x 1000) is named."""
+        try:
+            return self.image_features(source)
+        except (ValueError, ZeroDivisionError) as error:
+            first = str(error).strip().splitlines()[0]
             raise UserError(
-                f"sample {sample.id} is {longest} tokens long, more than max_length {max_length}: "
-                "shorten its text or raise training.max_length"
-            )
-        return encoded
+                f"sample {sample}: the image processor of {self.name} cannot take its image "
+                f"({first}): change the image or leave the sample out"
+            ) from error
+
+    def _too_long(self, encoded: Encoded, max_length: int, long_text: str) -> str:
+        pictures = encoded.prompt.count(self._image_id)
+        of_image = f", {pictures} of them its image's" if pictures else ""
+        remedy = (
+            "raise training.max_length or use smaller images"
+            if long_text == "shorten"
+            else "shorten its text, raise training.max_length, or set training.long_text=shorten"
+        )
+        return (
+            f"sample {encoded.id} is {encoded.longest} tokens long{of_image}, more than "
+            f"max_length {max_length}: {remedy}"
+        )
 
     def _check_words(self, prompted: Prompted) -> None:
         """Refuse text that spells a special token: it would end a turn or stand for an image."""
@@ -259,7 +327,8 @@ class Mllm:
         return found
 
     def _see(self, source: ImageSource) -> ImageFeatures:
-        return see(self.base, self.processor, self.family, source.open())
+        trained = self.policy.sees
+        return see(self.base, self.processor, self.family, source.open(), trained=trained)
 
     # -- forward -----------------------------------------------------------------------------
 
@@ -412,6 +481,8 @@ class Mllm:
             inputs[name] = types(ids_BT, answer_BT, self._image_id)
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         seen = [self.image_features(item.image) for item in batch if item.image is not None]
+        if self.policy.sees:
+            seen = [look(self.base, image) for image in seen]
         return inputs | feature_inputs(seen, self.device)
 
     @contextlib.contextmanager
@@ -423,7 +494,7 @@ class Mllm:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            self.model.train()
+            train_only_what_is_trained(self.model)
             try:
                 yield
             finally:

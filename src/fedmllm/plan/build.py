@@ -18,6 +18,7 @@ from fedmllm.data.sample import ImageSource
 from fedmllm.errors import UserError
 from fedmllm.experiment import make_manifest
 from fedmllm.models import model_path
+from fedmllm.models.components import make_policy
 from fedmllm.plan.capacity import Capacity, find_capacity, resident_now
 from fedmllm.plan.memory import Estimate, Load, default_slices, estimate, shapes_of
 from fedmllm.plan.structure import Skeleton, build_skeleton
@@ -108,7 +109,12 @@ def make_plan(
     path = model_path(config.model.name, config.model.path)
     lora = config.lora
     skeleton = build_skeleton(
-        path, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, dtype=config.model.dtype
+        path,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        dtype=config.model.dtype,
+        policy=make_policy(config.trained["name"], **options_of(config.trained)),
     )
     parties, notes = _parties(config)
     clients = len(parties.sizes) if parties else config.partition.clients
@@ -118,6 +124,7 @@ def make_plan(
     traffic = count_traffic(
         algorithm,
         skeleton.adapter,
+        {component: 4 * count for component, count in skeleton.by_component().items()},
         topology=config.topology,
         clients=clients,
         cohort=config.training.clients_per_round,
@@ -222,6 +229,8 @@ def _load(
         itemsize=torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size(),
         images=parties.images if parties else None,
         generates=parties.open if parties else True,
+        connector=config.trained["connector"] == "full",
+        vision=config.trained["vision"] == "lora",
     )
 
 

@@ -2,15 +2,16 @@
 
 Legend: B samples of a forward pass, T tokens of a sample, L layers, D width, F inner width of the
 MLP, H heads of width d, K key-value heads, V vocabulary, r LoRA rank, b bytes of the model's
-dtype (4 or 2), S slices of an image, N patches of a slice, E and G width and inner width of the
-tower. All results are bytes.
+dtype (4 or 2), S slices of an image, N patches of a slice, E, G and M width, inner width and
+layers of the tower. All results are bytes.
 
 Exact are the weights, the adapter and its optimiser; `saved_per_token` is what autograd keeps of
 a Llama or Qwen2 layer on a CPU, to the byte (tested against autograd). The rest are bounds or
 rules of thumb, and the sum is an estimate: allocators keep more than they are asked for.
 
-Training keeps no key-value cache. The frozen tower sees an image once, without gradient, and its
-features are kept in main memory: in the training phase it takes nothing.
+Training keeps no key-value cache. A frozen tower sees an image once, without gradient, and its
+features are kept in main memory: in the training phase it takes nothing. Where tower or connector
+are trained, pixels are kept instead, and the tower runs in every step.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ HEAP_HOLES = 0.6  # of training: holes that freed tensors leave in glibc's heap,
 FEATURE_BUDGET = FeatureCache().budget_bytes
 UNKNOWN_PATCHES = 1024  # of a slice, where the config names no image size: 448 x 448 at 14
 ANSWER_TOKENS = 32  # of a sample, where nothing else is said
+PIXELS = 4 * 3 * 14 * 14  # bytes of a patch in float32
 NEW_TOKENS = 16  # that are generated for an open question
 
 
@@ -48,6 +50,7 @@ class Shapes:
     E: int
     G: int
     N: int
+    M: int
     image_tokens: int
 
 
@@ -58,7 +61,7 @@ class Load:
     tokens: of the longest sample. slices: of the largest image. batch: `training.micro_batch`.
     test_batch: `evaluation.batch_size`. images: different images of the data, or None if unknown.
     generates: whether tests generate answers (open questions). copies: float32 copies of the
-    adapter on the server and between it and a client.
+    adapter on the server and between it and a client. connector, vision: whether they are trained.
     """
 
     tokens: int
@@ -76,6 +79,13 @@ class Load:
     generates: bool = True
     copies: int = 8
     answer: int = ANSWER_TOKENS
+    connector: bool = False
+    vision: bool = False
+
+    @property
+    def sees(self) -> bool:
+        """Whether the tower runs in every step."""
+        return self.connector or self.vision
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,7 @@ def shapes_of(skeleton: Skeleton) -> Shapes:
             E=tower,
             G=inner,
             N=patches,
+            M=getattr(vision, "num_hidden_layers", None) or vision.depth,
             image_tokens=_image_tokens(config, patches),
         )
     except (AttributeError, TypeError, ZeroDivisionError) as error:
@@ -215,7 +226,23 @@ def tower(shapes: Shapes, load: Load) -> int:
     pixels in float32."""
     patches = load.slices * shapes.N
     widest = max(2 * shapes.E + 2 * shapes.G, 7 * shapes.E, shapes.E + 5 * shapes.D)
-    return patches * (load.itemsize * widest + 4 * 3 * 14 * 14)
+    return patches * (load.itemsize * widest + PIXELS)
+
+
+def seen_in_training(shapes: Shapes, load: Load) -> int:
+    """What a step keeps of B images where tower or connector are trained, beside one image's
+    forward pass: of the connector 4 (E + 5 D) a patch; of the tower with LoRA as much as
+    `saved_per_token` says of a decoder layer, with its own widths and an MLP of two matrices, a
+    patch and layer. A rule of thumb: it was compared with no measurement."""
+    patches = load.batch * load.slices * shapes.N
+    kept = 4 * (shapes.E + 5 * shapes.D)
+    if load.vision:
+        mask = 1 if load.cuda else 4
+        layer = load.itemsize * (4 * shapes.E + 2 * shapes.G) + 8 * shapes.E
+        layer += (4 + mask) * 4 * shapes.E if load.dropout else 16 * shapes.E
+        inputs = load.itemsize * shapes.E * shapes.M
+        kept += inputs + layer if load.checkpointing else shapes.M * layer
+    return patches * (kept + PIXELS) + tower(shapes, load)
 
 
 def testing(shapes: Shapes, load: Load) -> dict[str, int]:
@@ -236,10 +263,12 @@ def testing(shapes: Shapes, load: Load) -> dict[str, int]:
 
 
 def feature_cache(shapes: Shapes, load: Load) -> int:
-    """Features of all images in float32, at most the cache's budget."""
+    """Features of all images in float32, or their pixels, at most the cache's budget."""
     if load.images is None:
         return FEATURE_BUDGET
     one = 4 * load.slices * shapes.image_tokens * shapes.D
+    if load.sees:
+        one = load.slices * shapes.N * PIXELS
     return min(max(FEATURE_BUDGET, one), load.images * one)
 
 
@@ -259,6 +288,8 @@ def estimate(skeleton: Skeleton, load: Load, *, runtime: int) -> Estimate:
         "gradients": 4 * trainable,
         "optimiser": 8 * trainable if load.adam else 0,
     }
+    if load.sees:
+        training["tower and connector"] = seen_in_training(shapes, load)
     if weights["nf4"]:  # a layer's matrices are unpacked one at a time
         training["unpacked 4-bit matrix"] = load.itemsize * shapes.D * shapes.F
     phases = {

@@ -1,8 +1,8 @@
 """The model without its weights: built from config.json on the meta device, and counted.
 
-transformers builds the modules, `lora_targets` (the function that training uses) finds where the
-adapter goes and PEFT puts it there; tensors have shapes and no storage. So counts are those of a
-loaded model, for every family that can be trained, and eight billion parameters take a second.
+transformers builds the modules and `add_adapter`, which training uses, puts the adapter there;
+tensors have shapes and no storage. So counts are those of a loaded model, for every family that
+can be trained, and eight billion parameters take a second.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -26,10 +25,18 @@ from transformers.utils import logging
 from fedmllm.algorithms.base import Params
 from fedmllm.errors import UserError
 from fedmllm.models import minicpmv
-from fedmllm.models.lora import decoder_of, lora_targets
+from fedmllm.models.components import (
+    COMPONENTS,
+    Policy,
+    add_adapter,
+    components_of,
+    connector_modules,
+    tower_of,
+)
+from fedmllm.models.families import Family, family_of
+from fedmllm.models.lora import adapter_parameters, decoder_of
 
-COMPONENTS = ("vision tower", "connector", "embeddings", "language model", "output head")
-_LORA = re.compile(r"\.lora_(A|B)\.default")
+PARTS = ("vision tower", "connector", "embeddings", "language model", "output head")
 _BAD_CONFIG = (
     OSError,
     ValueError,
@@ -51,17 +58,17 @@ class Skeleton:
     """A base and its adapter, shapes only.
 
     base: the frozen base with PEFT's layers inside, on the meta device. components: base
-    parameters by part, in the order of `COMPONENTS`. adapter: what clients and server exchange,
-    under PEFT's names, as meta tensors. layer_targets: adapter parameters by adapted module, with
-    ``*`` for the layer. trainable_components: adapter parameters by the part that they sit in.
-    quantization: the checkpoint's own `quantization_config`, if config.json has one.
+    parameters by part, in the order of `PARTS`. adapter: what clients and server exchange,
+    under PEFT's names, as meta tensors. component_of: the trained component of each. layer_targets:
+    adapter parameters by adapted or copied module, with ``*`` for the layer. quantization: the
+    checkpoint's own `quantization_config`, if config.json has one.
     """
 
     config: Any
     base: Any
     components: dict[str, int]
     adapter: Params
-    trainable_components: dict[str, int]
+    component_of: dict[str, str]
     layer_targets: dict[str, int]
     quantization: Mapping[str, Any]
 
@@ -75,9 +82,28 @@ class Skeleton:
         """Parameters of the adapter."""
         return sum(value.numel() for value in self.adapter.values())
 
+    @property
+    def loaded(self) -> int:
+        """Parameters of base and LoRA; a copied module counts once, as in a run's result."""
+        lora = sum(value.numel() for name, value in self.adapter.items() if ".lora_" in name)
+        return self.total + lora
+
+    def by_component(self) -> dict[str, int]:
+        """Parameters of the adapter by trained component, zeros included."""
+        counts = Counter[str]()
+        for name, value in self.adapter.items():
+            counts[self.component_of[name]] += value.numel()
+        return {component: counts[component] for component in COMPONENTS}
+
 
 def build_skeleton(
-    path: str | Path, *, rank: int, alpha: int, dropout: float, dtype: str
+    path: str | Path,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    dtype: str,
+    policy: Policy | None = None,
 ) -> Skeleton:
     """The model of a folder's config.json with a fresh adapter.
 
@@ -91,30 +117,28 @@ def build_skeleton(
             warnings.simplefilter("ignore")
             base: Any = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
             base.requires_grad_(False)
-            owner = _owners(base)
-            lora = LoraConfig(
-                r=rank,
-                lora_alpha=alpha,
-                lora_dropout=dropout,
-                target_modules=lora_targets(base),
-                task_type="CAUSAL_LM",
+            entry = family_of(config.model_type)
+            owner = _owners(base, entry)
+            adapted = add_adapter(
+                base,
+                entry,
+                policy or Policy(),
+                rank=rank,
+                alpha=alpha,
+                dropout=dropout,
             )
-            adapted = get_peft_model(base, lora)
     except _BAD_CONFIG as error:
         raise UserError(
             f"no model can be built from {Path(path) / 'config.json'}: {_line(error)}"
         ) from error
-    trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    adapter = {
-        _LORA.sub(r".lora_\1", name): torch.empty(p.shape, device="meta")
-        for name, p in sorted(trainable.items())
-    }
+    trained = adapter_parameters(adapted)
+    adapter = {name: torch.empty(p.shape, device="meta") for name, p in trained.items()}
     return Skeleton(
         config=config,
         base=base,
         components=_count(owner),
         adapter=adapter,
-        trainable_components=_homes(adapted, trainable, owner),
+        component_of=components_of(adapted, trained),
         layer_targets=_by_target(adapter),
         quantization=quantization,
     )
@@ -157,11 +181,10 @@ def _mapping(value: Any) -> dict[str, Any]:
 # -- counting --------------------------------------------------------------------------------
 
 
-def _owners(base: Any) -> dict[int, tuple[str, nn.Parameter]]:
+def _owners(base: Any, entry: Family) -> dict[int, tuple[str, nn.Parameter]]:
     """Each parameter once, with the part that it belongs to.
 
-    A shared matrix belongs to the embeddings. The vision tower is what has the vision config for
-    its own; what is in no other part is the connector.
+    A shared matrix belongs to the embeddings. What is in no other part belongs to the connector.
     """
     owner: dict[int, tuple[str, nn.Parameter]] = {}
 
@@ -169,8 +192,10 @@ def _owners(base: Any) -> dict[int, tuple[str, nn.Parameter]]:
         for parameter in module.parameters() if module is not None else ():
             owner.setdefault(id(parameter), (part, parameter))
 
-    for module in _vision_modules(base):
-        claim("vision tower", module)
+    for name in connector_modules(base, entry):
+        claim("connector", base.get_submodule(name))
+    _, tower = tower_of(base) or ("", None)
+    claim("vision tower", tower)
     claim("embeddings", base.get_input_embeddings())
     claim("output head", base.get_output_embeddings())
     claim("language model", decoder_of(base))
@@ -178,38 +203,19 @@ def _owners(base: Any) -> dict[int, tuple[str, nn.Parameter]]:
     return owner
 
 
-def _vision_modules(base: Any) -> list[nn.Module]:
-    """The modules that are built from the vision config."""
-    vision = getattr(base.config, "vision_config", None)
-    if vision is None:
-        return []
-    return [m for m in base.modules() if type(getattr(m, "config", None)) is type(vision)]
-
-
 def _count(owner: Mapping[int, tuple[str, nn.Parameter]]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for part, parameter in owner.values():
         counts[part] += parameter.numel()
-    return {part: counts[part] for part in COMPONENTS}
-
-
-def _homes(
-    adapted: nn.Module,
-    trainable: Mapping[str, nn.Parameter],
-    owner: Mapping[int, tuple[str, nn.Parameter]],
-) -> dict[str, int]:
-    """Adapter parameters by the part that the adapted module belongs to."""
-    counts: Counter[str] = Counter()
-    for name, parameter in trainable.items():
-        module: Any = adapted.get_submodule(name.split(".lora_")[0])
-        counts[owner[id(module.base_layer.weight)][0]] += parameter.numel()
-    return {part: counts[part] for part in COMPONENTS}
+    return {part: counts[part] for part in PARTS}
 
 
 def _by_target(adapter: Params) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for name, value in adapter.items():
         module = name.removeprefix("base_model.model.").split(".lora_")[0]
+        if module == name.removeprefix("base_model.model."):  # of a copied module
+            module = module.rpartition(".")[0]
         counts[re.sub(r"\.\d+\.", ".*.", module)] += value.numel()
     return dict(sorted(counts.items()))
 
@@ -249,8 +255,8 @@ def _base_tensors(base: Any) -> Iterable[tuple[str, torch.Tensor]]:
     """Parameters and buffers of the base under their names before PEFT, without the adapter's."""
     for source in (base.named_parameters(), base.named_buffers()):
         for name, tensor in source:
-            if ".lora_" not in name:
-                yield name.replace(".base_layer.", "."), tensor
+            if ".lora_" not in name and ".modules_to_save." not in name:
+                yield name.replace(".base_layer.", ".").replace(".original_module.", "."), tensor
 
 
 def _quantised(skeleton: Skeleton, four_bit: bool) -> Iterable[str]:

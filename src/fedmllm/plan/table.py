@@ -29,11 +29,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "device": model.device,
         },
         "parameters": {
-            "total": skeleton.total + skeleton.trainable,
+            "total": skeleton.loaded,
             "base": skeleton.total,
             "trainable": skeleton.trainable,
             "base_components": skeleton.components,
-            "trainable_components": skeleton.trainable_components,
+            "trainable_components": skeleton.by_component(),
             "trainable_modules": skeleton.layer_targets,
         },
         "bytes": {
@@ -41,7 +41,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "down": traffic.down,
             "per_round": {"up": traffic.round_up, "down": traffic.round_down},
             "per_client_round": {
-                "lora": traffic.lora,
+                **traffic.components,
                 "up": traffic.client_up,
                 "down": traffic.client_down,
             },
@@ -95,13 +95,15 @@ def _parameters(plan: Plan) -> Rows:
     skeleton = plan.skeleton
     rows = [("parameters", "base, frozen", f"{skeleton.total:,}")]
     rows += [("", f"  {part}", f"{count:,}") for part, count in skeleton.components.items()]
-    rows += [("trainable", f"LoRA, rank {plan.config.lora.rank}", f"{skeleton.trainable:,}")]
+    rows += [
+        ("trainable", f"in all, LoRA of rank {plan.config.lora.rank}", f"{skeleton.trainable:,}")
+    ]
     rows += [("", f"  {_plain(name)}", f"{n:,}") for name, n in skeleton.layer_targets.items()]
     return [
         *rows,
         *(
-            ("", f"  in all, {part}", f"{count:,}")
-            for part, count in skeleton.trainable_components.items()
+            ("", f"  in all, {component}", f"{count:,}")
+            for component, count in skeleton.by_component().items()
             if count
         ),
     ]
@@ -111,7 +113,9 @@ def _bytes(plan: Plan) -> Rows:
     traffic = plan.traffic
     clients = f"a round of {traffic.cohort} client{'s' * (traffic.cohort != 1)}"
     rounds = f"a run of {traffic.rounds} round{'s' * (traffic.rounds != 1)}"
+    parts = {name: count for name, count in traffic.components.items() if count}
     return [
+        *(("", f"  {name}, once", f"{count:,}") for name, count in parts.items() if len(parts) > 1),
         ("bytes", "a client and round, up", f"{traffic.client_up:,}"),
         ("", "a client and round, down", f"{traffic.client_down:,}"),
         ("", f"{clients}, up", f"{traffic.round_up:,}"),

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmllm.report import facts
-from fedmllm.report.loading import NO_NUMBERS, Result
+from fedmllm.report.loading import LATER, NO_NUMBERS, Result
 from fedmllm.scenarios import SETTINGS
 
 METHODS = {"zero-shot": "Zero-shot", "local": "Local", "centralised": "Centralised"}
 STRATEGIES = {"plain": "", "agnostic": "prompt"}
 # Keys that say where a run stands and not what was done; evaluation costs, but changes nothing.
-_PLACE = (*NO_NUMBERS, "seed", "scenario", "data", "model", "evaluation")
+_PLACE = (*NO_NUMBERS[""], "seed", "scenario", "data", "model", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,9 @@ def _board_facts(result: Result) -> dict[str, str]:
 def _without_nothing(flat: Mapping[str, str]) -> dict[str, str]:
     """Keys that say something: one that came later and is off reads as one that is absent."""
     nothing = ("null", "none", "false", '""', "")
-    return {key: value for key, value in flat.items() if value not in nothing}
+    sections = {key: value for key, value in LATER.items() if key}
+    later = facts.flatten({**LATER[""], **sections}).items()
+    return {k: v for k, v in flat.items() if v not in nothing and (k, v) not in later}
 
 
 def _board_key(result: Result) -> str:

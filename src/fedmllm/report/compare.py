@@ -105,7 +105,7 @@ def _distance(a: float | None, b: float | None) -> float:
 
 
 def _differences(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    keys = [key for key in dict.fromkeys([*a, *b]) if key not in NO_NUMBERS]
+    keys = [key for key in dict.fromkeys([*a, *b]) if key not in NO_NUMBERS[""]]
     none = facts.DASH
     return {k: (a.get(k, none), b.get(k, none)) for k in keys if a.get(k) != b.get(k)}
 

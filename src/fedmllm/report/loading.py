@@ -25,11 +25,24 @@ SCHEMA = 1
 # The order of a reader's questions: nothing learnt, alone, together, everything in one place.
 TOPOLOGIES = ("zero-shot", "local", "federated", "centralised")
 HOLDINGS = ("image_text", "image", "text", "neither")
-# config keys that cannot change a run's numbers
-NO_NUMBERS = ("name", "title", "threads")
-NO_NUMBERS_OF_MODEL = ("gradient_checkpointing", "remote_code")
+# config keys that cannot change a run's numbers, by section; "" is the top
+NO_NUMBERS: dict[str, tuple[str, ...]] = {
+    "": ("name", "title", "threads"),
+    "model": ("gradient_checkpointing", "remote_code"),
+}
 # keys that came later, with what runs did before them: so a hash means the same before and after
-LATER_OF_MODEL = {"quantization": "none"}
+LATER: dict[str, dict[str, Any]] = {
+    "": {
+        "trained": {
+            "name": "paper",
+            "connector": "frozen",
+            "embeddings": "frozen",
+            "vision": "frozen",
+        }
+    },
+    "model": {"quantization": "none"},
+    "training": {"long_text": "refuse"},
+}
 _BOUNDED = ("auc", "macro_f1", "accuracy")
 _TASK = ("name", "metric")
 _SECTIONS = ("metrics", "spread", "per_client", "bytes", "parameters", "time", "versions")
@@ -127,19 +140,26 @@ def _as_written(value: Any) -> Any:
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of what decides a run's numbers: everything but `NO_NUMBERS`.
+    """SHA-256 of what decides a run's numbers: everything but `NO_NUMBERS`, and `LATER` unless
+    it was changed.
 
     It stands here because config checking knows the algorithms and so needs torch; a report
     must not.
     """
-    facts = {k: v for k, v in config.items() if k not in NO_NUMBERS}
-    if isinstance(model := facts.get("model"), dict):
-        facts["model"] = {
-            k: v
-            for k, v in model.items()
-            if k not in NO_NUMBERS_OF_MODEL and (k, v) not in LATER_OF_MODEL.items()
-        }
+    facts = _deciding("", config)
+    for section, value in facts.items():
+        if isinstance(value, dict):
+            facts[section] = _deciding(section, value)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _deciding(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    later = LATER.get(section, {})
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in NO_NUMBERS.get(section, ()) and not (key in later and later[key] == value)
+    }
 
 
 def _shape_faults(data: Result) -> Iterator[str]:
