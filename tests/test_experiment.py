@@ -23,6 +23,7 @@ from fedmllm.errors import UserError
 from fedmllm.experiment import run
 from fedmllm.models import model_path
 from fedmllm.models.mllm import Mllm
+from fedmllm.report.loading import result_digest
 from fedmllm.scenarios import SETTINGS
 
 SMALL = {
@@ -72,6 +73,16 @@ def test_the_folder_of_a_run(tmp_path, mllm: Mllm) -> None:
     assert result["base_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     for key in ("versions", "hardware", "seed", "config_sha256", "time", "peak_memory_bytes"):
         assert result[key] is not None
+    assert result["samples"]["trained"] == sum(
+        client["samples"]
+        for line in result["history"]
+        for client in result["manifest"]["clients"]
+        if client["id"] in line["clients"]
+    )
+    assert result["samples"]["tested"] == 24 + 2 * 24  # after round 1, and both conditions
+    assert result["samples"]["trained_per_second"] > 0
+    assert result["data_sha256"] != result["base_sha256"]
+    assert result["result_sha256"] == result_digest(result)
     kinds = [event["event"] for event in events]
     assert kinds == ["start", "round", "round", "test", "test", "done"]
 
@@ -291,3 +302,16 @@ def test_public_names() -> None:
         assert getattr(fedmllm, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         fedmllm.nothing  # noqa: B018
+
+
+def test_the_peak_is_that_of_the_run(tmp_path) -> None:
+    """A process that has held 300 MB and let them go begins its next run without them."""
+    import numpy as np
+
+    from fedmllm import results
+
+    held = np.ones(300 * 2**20, dtype=np.uint8)
+    high = results.peak_memory_bytes()
+    del held
+    results.reset_peak_memory()
+    assert results.peak_memory_bytes() < high - 200 * 2**20
