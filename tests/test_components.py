@@ -174,6 +174,14 @@ def test_half_precision_keeps_full_copies_in_float32(folder) -> None:
     check_gradient_reaches(half, encoded(half)[0])
 
 
+@pytest.mark.parametrize("name", ["idefics3", "qwen2_vl", "minicpmv 2.6"])
+def test_four_bit_leaves_what_is_copied_whole(name, tmp_path) -> None:
+    packed = Mllm.load(name, make_model(name, tmp_path), rank=2, quantization="nf4", policy=ALL)
+    packed.set_adapter(packed.init_adapter(0))
+    assert {p.dtype for p in packed.trainable.values()} == {torch.float32}
+    check_gradient_reaches(packed, encoded(packed)[0])
+
+
 # -- training -------------------------------------------------------------------------------------
 
 

@@ -315,3 +315,16 @@ def test_the_peak_is_that_of_the_run(tmp_path) -> None:
     del held
     results.reset_peak_memory()
     assert results.peak_memory_bytes() < high - 200 * 2**20
+
+
+def test_a_run_says_what_it_shortened(tmp_path, mllm: Mllm) -> None:
+    """The embedded memes of this seed have 83 to 89 tokens."""
+    config = small(training={**SMALL["training"], "max_length": 87})
+    with pytest.raises(UserError, match=r"is .* tokens long"):
+        run(config, out=tmp_path / "refused", mllm=mllm)
+    config = small(training={**SMALL["training"], "max_length": 87, "long_text": "shorten"})
+    events = []
+    result = run(config, out=tmp_path / "cut", mllm=mllm, listener=events.append)
+    assert result["shortened"]["samples"] >= len(result["shortened"]["first"]) > 0
+    assert events[-1]["shortened"] == result["shortened"]
+    assert "shortened" not in run(small(), out=tmp_path / "plain", mllm=mllm)

@@ -6,6 +6,7 @@ Oracles are plain transformers with pixels and plain PEFT; both are given one sa
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -502,8 +503,67 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path) -> None:
     name = "model.language_model.layers.1.self_attn.q_proj.weight"
     del weights[name]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"lacks 1 tensors, e.g. {name}, which would be random"):
+    with pytest.raises(UserError, match=f"do not fit .*: lacks 1 tensors, e.g. {name}"):
         Mllm.load("qwen3_vl", folder)
+
+
+def test_weights_with_more_or_other_shapes_are_refused(folders, tmp_path) -> None:
+    shutil.copytree(folders["llava"], tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.multi_modal_projector.linear_1.bias"
+    for changed, words in (
+        ({**weights, "extra": torch.zeros(2)}, "has 1 unknown tensors, e.g. extra"),
+        ({**weights, name: torch.zeros(5)}, r"linear_1\.bias is \(5,\), the model needs \(32,\)"),
+    ):
+        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=words):
+            Mllm.load("llava", tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folders, tmp_path) -> None:
+    """Qwen2-VL's in a folder of LLaVA: other words, and another id for the image."""
+    shutil.copytree(folders["llava"], tmp_path, dirs_exist_ok=True)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folders["idefics3"] / file, tmp_path / file)
+    with pytest.raises(UserError, match=r"tokenizer in .* does not fit the model: .* image token"):
+        Mllm.load("llava", tmp_path)
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused(folders, monkeypatch) -> None:
+    base = AutoModelForImageTextToText.from_pretrained(folders["llava"])
+    processor = loading.load_base(folders["llava"], dtype=torch.float32, device="cpu")[1]
+    base.resize_token_embeddings(processor.tokenizer.vocab_size - 1)
+    with pytest.raises(UserError, match=r"it has \d+ words, the model \d+"):
+        loading._check_tokenizer("x", base, processor)
+
+
+def test_a_word_beyond_the_models_rows_is_named(load) -> None:
+    """An added token may lie beyond them as long as no text makes it."""
+    mllm = load("idefics3")
+    mllm.tokenizer.add_tokens(["zzyzx"])
+    sample = Sample(id="s", question="is it zzyzx?", answer="x")
+    with pytest.raises(UserError, match=r"makes token \d+ \('zzyzx'\), and the model has"):
+        mllm.encode(render(sample, OPEN))
+
+
+# families whose image processors refuse pictures of 900 x 1 and 1 x 900
+STRIP = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "lfm2_vl"}
+
+
+def test_a_strip_and_a_huge_picture_are_taken_or_named(tiny: Mllm, monkeypatch) -> None:
+    """Larger than the slices allow: made to fit, never an image of half its tokens."""
+    monkeypatch.setattr(tiny, "features", FeatureCache())
+    for name, size in (("flat", (900, 1)), ("high", (1, 900)), ("huge", (1500, 1100))):
+        picture = MemoryImage(name, lambda size=size: Image.new("RGB", size, (9, 90, 200)))
+        sample = Sample(id=name, question="?", answer="x", image=picture)
+        if name != "huge" and tiny.name in STRIP:
+            with pytest.raises(UserError, match=f"sample {name}: the image processor of"):
+                tiny.encode(render(sample, OPEN))
+            continue
+        item = tiny.encode(render(sample, OPEN), max_length=100_000)
+        image = tiny.image_features(picture)
+        assert item.prompt.count(tiny.base.config.image_token_id) == len(image.features) > 0
+        assert torch.isfinite(tiny.loss_sum([item]))
 
 
 def test_a_model_without_chat_template_is_refused(folders, tmp_path) -> None:

@@ -28,13 +28,14 @@ from transformers import (
 from fedmllm.data.images import MemoryImage
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
+from fedmllm.models.loading import load_base
+from fedmllm.models.lora import lora_targets
 from fedmllm.models.minicpmv import (
     MiniCPMVConfig,
     MiniCPMVForConditionalGeneration,
     MiniCPMVProcessor,
-    load_checkpoint,
 )
-from fedmllm.models.mllm import Mllm, load_base, lora_targets
+from fedmllm.models.mllm import Mllm
 from fedmllm.prompts import render
 
 DATA = Path(__file__).parent / "data" / "minicpmv"
@@ -90,7 +91,9 @@ def test_auto_classes_read_the_published_layout(folder, tmp_path) -> None:
 @torch.no_grad()
 def test_loading_leaves_nothing_uninitialised(folder, attention) -> None:
     """`from_pretrained` builds the model without memory; it must end as one built at once."""
-    loaded = load_checkpoint(folder, dtype=torch.float32, attn_implementation=attention).eval()
+    loaded = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    ).eval()
     config = json.loads((folder / "config.json").read_text())
     built = MiniCPMVForConditionalGeneration(
         MiniCPMVConfig(**config, attn_implementation=attention)
@@ -206,7 +209,8 @@ def test_peft_adapts_the_language_models_attention_only(folder, tmp_path) -> Non
     changed = model(**inputs).logits
     assert not torch.allclose(changed, before)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    plain = PeftModel.from_pretrained(load_checkpoint(folder, dtype=torch.float32), tmp_path)
+    base = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(base, tmp_path)
     torch.testing.assert_close(plain.eval()(**inputs).logits, changed)
 
 
@@ -311,5 +315,5 @@ def broken(folder: Path, target: Path, change) -> Path:
 def test_a_checkpoint_that_does_not_fit_is_named(folder, tmp_path, change, message) -> None:
     bad = broken(folder, tmp_path, change)
     with pytest.raises(UserError, match=message):
-        load_checkpoint(bad, dtype=torch.float32)
-    load_checkpoint(folder, dtype=torch.float32)
+        load_base(bad, dtype=torch.float32, device="cpu")
+    load_base(folder, dtype=torch.float32, device="cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -233,3 +235,38 @@ def test_targets_that_match_nothing_are_refused() -> None:
         del layer.self_attn.v_proj, layer.self_attn.o_proj
     with pytest.raises(UserError, match="no LoRA targets"):
         lora_targets(base)
+
+
+LONG = " ".join(f"word{i}" for i in range(400))
+
+
+def test_long_text_is_refused_or_shortened_never_within_the_image(mllm: Mllm, memes) -> None:
+    sample = replace(memes.train[0], text=LONG)
+    prompted = render(sample, memes.task)
+    with pytest.raises(UserError, match=rf"sample {sample.id} is .* of them its image's.*shorten"):
+        mllm.encode(prompted, max_length=200)
+    cut = mllm.encode(prompted, max_length=200, long_text="shorten")
+    assert cut.shortened
+    assert 180 < cut.longest <= 200
+    image = mllm.base.config.image_token_id
+    whole = mllm.encode(prompted, max_length=10_000)
+    assert not whole.shortened
+    assert cut.prompt.count(image) == whole.prompt.count(image) > 0
+    assert cut.prompt[-30:] == whole.prompt[-30:]  # question and options
+    assert cut.options == whole.options
+    with pytest.raises(UserError, match=r"raise training.max_length or use smaller images"):
+        mllm.encode(prompted, max_length=40, long_text="shorten")
+
+
+def test_a_long_free_answer_is_cut_without_learning_to_end_there(mllm: Mllm) -> None:
+    sample = Sample("s", LONG, question="what?")
+    prompted = render(sample, Task("t", "open", "accuracy"))
+    cut = mllm.encode(prompted, max_length=100, long_text="shorten")
+    assert len(cut) == 100
+    assert cut.answer == mllm.answer_ids(LONG)[: len(cut.answer)]
+    assert mllm.answer_ids("")[-1] not in cut.answer
+
+
+def test_what_fits_is_the_same_under_both_policies(mllm: Mllm, memes) -> None:
+    prompted = render(memes.train[0], memes.task)
+    assert mllm.encode(prompted) == mllm.encode(prompted, long_text="shorten")

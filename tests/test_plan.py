@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from minicpmv_checkpoint import PUBLISHED_SIZES, PUBLISHED_TOWER, QUERIES, tiny_config
 from peft import LoraConfig, get_peft_model
+from real_configs import CONFIGS
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fedmllm.algorithms import ALGORITHMS
@@ -108,45 +108,17 @@ class Real:
     published: int | None = None
 
 
-def published_minicpm(version: str) -> dict[str, Any]:
-    sizes = PUBLISHED_SIZES[version] | {"vision_config": PUBLISHED_TOWER}
-    return tiny_config(version, queries=QUERIES[version]) | sizes
-
-
 REAL = {
     "MiniCPM-V-2.6": Real(
-        published_minicpm("2.6"),
+        CONFIGS["MiniCPM-V-2.6"],
         Decoder(3584, 18944, 28, 28, 4, 151666, bias=True),
         minicpm(64, 3584),
     ),
     "MiniCPM-Llama3-V-2.5": Real(
-        published_minicpm("2.5"), Decoder(4096, 14336, 32, 32, 8, 128256), minicpm(96, 4096)
+        CONFIGS["MiniCPM-Llama3-V-2.5"], Decoder(4096, 14336, 32, 32, 8, 128256), minicpm(96, 4096)
     ),
     "SmolVLM-256M": Real(
-        {
-            "model_type": "idefics3",
-            "scale_factor": 4,
-            "tie_word_embeddings": False,
-            "text_config": {
-                "model_type": "llama",
-                "hidden_size": 576,
-                "intermediate_size": 1536,
-                "num_hidden_layers": 30,
-                "num_attention_heads": 9,
-                "num_key_value_heads": 3,
-                "vocab_size": 49280,
-                "tie_word_embeddings": False,
-            },
-            "vision_config": {
-                "model_type": "idefics3_vision",
-                "hidden_size": 768,
-                "intermediate_size": 3072,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 12,
-                "image_size": 512,
-                "patch_size": 16,
-            },
-        },
+        CONFIGS["SmolVLM-256M"],
         Decoder(576, 1536, 30, 9, 3, 49280),
         {
             "vision tower": 3 * 256 * 768 + 768 + 32**2 * 768 + encoder(768, 3072, 12) + 2 * 768,
@@ -155,45 +127,13 @@ REAL = {
         published=256_484_928,
     ),
     "Qwen2-VL-2B": Real(
-        {
-            "model_type": "qwen2_vl",
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            "tie_word_embeddings": True,
-            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-            "vision_config": {
-                "depth": 32,
-                "embed_dim": 1280,
-                "hidden_size": 1536,
-                "mlp_ratio": 4,
-                "num_heads": 16,
-                "patch_size": 14,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-            },
-        },
+        CONFIGS["Qwen2-VL-2B"],
         Decoder(1536, 8960, 28, 12, 2, 151936, bias=True, tied=True),
         {"vision tower": qwen2vl_tower(), "connector": QWEN2VL_MERGER},
         published=2_208_985_600,
     ),
     "LLaVA-1.5-7B": Real(
-        {
-            "model_type": "llava",
-            "text_config": {"model_type": "llama", "vocab_size": 32064},
-            "vision_config": {
-                "model_type": "clip_vision_model",
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "image_size": 336,
-                "patch_size": 14,
-            },
-        },
+        CONFIGS["LLaVA-1.5-7B"],
         Decoder(4096, 11008, 32, 32, 32, 32064),
         {
             "vision tower": 1024 + 3 * 196 * 1024 + 577 * 1024 + encoder(1024, 4096, 24) + 4096,

@@ -4,6 +4,7 @@ A changed prompt is a changed experiment. To write the files anew after a change
 `python tests/test_prompts.py`, then read the diff.
 """
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -13,7 +14,15 @@ from PIL import Image
 from fedmllm.data.images import MemoryImage
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
-from fedmllm.prompts import AGNOSTIC, STYLES, choice_options, modality_words, render
+from fedmllm.prompts import (
+    AGNOSTIC,
+    STYLES,
+    Prompted,
+    choice_options,
+    modality_words,
+    render,
+    shortened,
+)
 
 FOLDER = Path(__file__).parent / "data" / "prompts"
 PICTURE = MemoryImage("x", lambda: Image.new("RGB", (2, 2)))
@@ -159,6 +168,48 @@ def test_unknown_styles_are_refused(name):
         render(sample, task, "plane")
     with pytest.raises(UserError, match="unknown prompt style"):
         modality_words(sample, "")
+
+
+def words(prompted: Prompted) -> int:
+    return sum(len(part.split()) for turn in prompted.turns for part in turn)
+
+
+def test_only_the_end_of_the_text_is_cut() -> None:
+    """Twelve words of text, of which five must go; the rest of the prompt stays to the letter."""
+    task, sample = CASES["memes"]
+    long = replace(sample, text="one two three four five six seven eight nine ten eleven twelve")
+    full = render(long, task)
+    cut = shortened(full, lambda p: words(p) <= words(full) - 5)
+    kept = "one two three four five six seven"
+    assert cut.turns == render(replace(long, text=kept), task).turns
+    assert cut.options == full.options
+    assert shortened(full, lambda p: True).turns[0][0].startswith("<image>\nSelect")
+
+
+def test_text_that_repeats_the_question_is_cut_where_it_stands() -> None:
+    """The text's place is known, not searched for."""
+    task = Task("memes", "choice", "auc", ("a", "b"), "Is it{modality}?")
+    for text in ("Select", "Question: Is it?", "Text: x", "a"):
+        prompted = render(Sample("1", "a", text=text, image=PICTURE, label=0), task)
+        begin, end = prompted.text_at
+        assert prompted.turns[0][0][begin:end] == text
+        assert prompted.turns[0][0][begin - 6 : begin] == "Text: "
+
+
+def test_the_oldest_turns_go_and_the_image_stays() -> None:
+    sample = Sample(
+        "9",
+        "four",
+        question="fourth?",
+        text="a very long text",
+        image=PICTURE,
+        turns=(("first?", "one"), ("second?", "two"), ("third?", "three")),
+    )
+    full = render(sample, Task("t", "open", "accuracy"))
+    cut = shortened(full, lambda p: len(p.turns) <= 2)
+    assert cut.turns == (("<image>\nthird?", "three"), ("fourth?", "four"))
+    never = shortened(full, lambda p: False)
+    assert never.turns == (("<image>\nfourth?", "four"),)
 
 
 if __name__ == "__main__":

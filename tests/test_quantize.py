@@ -18,9 +18,10 @@ from fedmllm.data.images import MemoryImage
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.models import model_path
+from fedmllm.models.loading import load_base
 from fedmllm.models.lora import decoder_of
 from fedmllm.models.mllm import Mllm
-from fedmllm.models.quantize import kept_modules
+from fedmllm.models.quantize import kept_modules, pack, settle
 from fedmllm.plan.structure import build_skeleton, weight_bytes
 from fedmllm.prompts import render
 
@@ -134,3 +135,20 @@ def test_without_the_package_the_message_says_what_to_install(monkeypatch):
     )
     with pytest.raises(UserError, match=r"pip install 'fedmllm\[4bit\]'"):
         Mllm.load("embedded", Path(model_path("embedded")), quantization="nf4")
+
+
+def test_packing_in_memory_is_reading_in_4_bit(tmp_path) -> None:
+    """The same layers, and the same codes in them."""
+    folder = make_model("qwen2_vl", tmp_path)
+    whole, _ = load_base(folder, dtype=torch.float32, device="cpu")
+    read, _ = load_base(folder, dtype=torch.float32, device="cpu", quantization="nf4")
+    pack(whole, torch.float32)
+    settle(whole, torch.float32)
+    packed = {n: m for n, m in whole.named_modules() if isinstance(m, Linear4bit)}
+    expected = {n: m for n, m in read.named_modules() if isinstance(m, Linear4bit)}
+    assert packed.keys() == expected.keys()
+    for name, module in packed.items():
+        assert torch.equal(module.weight.data, expected[name].weight.data)
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(whole(input_ids=ids).logits, read(input_ids=ids).logits)

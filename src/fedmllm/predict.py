@@ -29,6 +29,7 @@ def load_adapter(folder: Path, device: str = "cpu") -> tuple[Mllm, dict[str, Any
         model, lora = facts["model"], facts["lora"]
         policy = make_policy(**facts.get("trained", {}))
         dtype = getattr(torch, model["dtype"])
+        (folder / "adapter_model.safetensors").stat()  # before a large base is read
     except FileNotFoundError as error:
         inside = sorted(p.parent.name for p in folder.glob(f"*/{ADAPTER_FACTS}"))
         hint = f"one of {', '.join(inside)} in it" if inside else "`adapter` inside a run folder"

@@ -151,6 +151,10 @@ class Lfm2Images(ImageProcessingMixin):
         pixels_HWC = np.asarray(image, dtype=np.float32) / 255
         pixels_HWC = (pixels_HWC - self.settings.image_mean) / self.settings.image_std
         rows, columns = pixels_HWC.shape[0] // p, pixels_HWC.shape[1] // p
+        if rows * columns > most:
+            raise ValueError(
+                f"its sides are too unequal: {rows} x {columns} patches, at most {most} fit"
+            )
         split = pixels_HWC.reshape(rows, p, columns, p, 3).transpose(0, 2, 1, 3, 4)
         flat = torch.from_numpy(split.reshape(rows * columns, p * p * 3).astype(np.float32))
         padded = torch.zeros(most, p * p * 3)

@@ -7,7 +7,7 @@ that lies beside a checkpoint is run unless the model is named for it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +70,14 @@ def load_base(
         if quantised:  # put in place at once: what is packed cannot be moved as floats are
             options["device_map"] = {"": device}
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            path, output_loading_info=True, **options
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except _UNREADABLE as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"cannot load model {str(path)!r}: {first}") from error
     model, found = loaded
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(
-            f"model {str(path)!r} lacks {len(missing)} tensors, e.g. {missing[0]}, which would be "
-            "random: fetch its weights again, or use the config.json that they were saved with"
-        )
+    _check_tensors(path, found)
+    _check_tokenizer(path, model, processor)
     _check_class(path, type(model), family(config))
     model.requires_grad_(False)
     if quantised:
@@ -162,6 +159,43 @@ def _check_processor(path: str | Path, processor: Any) -> None:
         raise UserError(
             f"model {str(path)!r} has no chat template: its processor needs one "
             "(chat_template.jinja in its folder)"
+        )
+
+
+def _check_tensors(path: str | Path, found: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that is not its config's: what is missing would be random, and nobody
+    would notice. found: transformers' `output_loading_info`."""
+    missing = sorted(found["missing_keys"])
+    foreign = sorted(found["unexpected_keys"])
+    shapes = sorted(found["mismatched_keys"])
+    facts = [f"lacks {len(missing)} tensors, e.g. {missing[0]}"] if missing else []
+    facts += [f"has {len(foreign)} unknown tensors, e.g. {foreign[0]}"] if foreign else []
+    facts += [
+        f"{name} is {tuple(given)}, the model needs {tuple(needed)}"
+        for name, given, needed in shapes[:1]
+    ]
+    if facts:
+        raise UserError(
+            f"the weights of model {str(path)!r} do not fit its config.json: {'; '.join(facts)}. "
+            "Fetch them again, or use the config.json that they were saved with"
+        )
+
+
+def _check_tokenizer(path: str | Path, model: Any, processor: Any) -> None:
+    """Refuse a tokenizer of another model: its ids would be other words, or none."""
+    tokenizer, config = processor.tokenizer, model.config
+    rows = model.get_input_embeddings().weight.shape[0]
+    image = config.image_token_id
+    facts = []
+    if tokenizer.vocab_size > rows:
+        facts.append(f"it has {tokenizer.vocab_size} words, the model {rows}")
+    if image not in {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}:
+        word = tokenizer.convert_ids_to_tokens(image) if image < len(tokenizer) else None
+        facts.append(f"the model's image token {image} is {word!r} there")
+    if facts:
+        raise UserError(
+            f"the tokenizer in {str(path)!r} does not fit the model: {'; '.join(facts)}. Use the "
+            "tokenizer files that came with the weights"
         )
 
 

@@ -95,6 +95,7 @@ class Mllm:
         self._answers: dict[str, tuple[int, ...]] = {}
         self._image_id: int = self.base.config.image_token_id
         self._lead = _lead(self.tokenizer)
+        self._rows: int = self.base.get_input_embeddings().weight.shape[0]
         pad = self.tokenizer.pad_token_id
         self._pad_id: int = self.tokenizer.eos_token_id if pad is None else pad  # masked out
 
@@ -282,6 +283,12 @@ class Mllm:
         if image is not None:
             text = text.replace(token, image.words)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if max(ids, default=0) >= self._rows:
+            word = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"the tokenizer of {self.name} makes token {max(ids)} ({word!r}), and the model "
+                f"has {self._rows}: use the tokenizer files that came with the weights"
+            )
         if image is not None and ids.count(self._image_id) != len(image.features):
             raise UserError(
                 f"the processor of {self.name} makes {ids.count(self._image_id)} tokens of an "

@@ -61,6 +61,40 @@ def kept_modules(base: Any) -> list[str]:
 
 
 @torch.no_grad()
+def pack(base: Any, dtype: torch.dtype) -> None:
+    """Quantise a model that is in memory, in place, as `nf4` has a checkpoint read."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    kept = tuple(f"{name}." for name in kept_modules(base))
+    linear = [
+        (name, module)
+        for name, module in base.named_modules()
+        if type(module) is nn.Linear and not f"{name}.".startswith(kept)
+    ]
+    for name, module in linear:
+        packed = Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            compute_dtype=dtype,
+            compress_statistics=True,
+            quant_type="nf4",
+            device="meta",
+        )
+        where = module.weight.device
+        packed.weight = Params4bit(
+            module.weight.data.cpu(),
+            requires_grad=False,
+            compress_statistics=True,
+            quant_type="nf4",
+        )
+        packed.bias = module.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(base.get_submodule(parent), leaf, packed.to(where))
+    base.is_loaded_in_4bit = True
+
+
+@torch.no_grad()
 def settle(model: nn.Module, dtype: torch.dtype) -> None:
     """Make a model that was read in 4 bit fit to train, in place.
 

@@ -18,7 +18,6 @@ from transformers import (
 
 from fedmllm.models.minicpmv.configuration import MiniCPMVConfig
 from fedmllm.models.minicpmv.image_processing import MiniCPMVImageProcessor
-from fedmllm.models.minicpmv.loading import check_loading, load_checkpoint
 from fedmllm.models.minicpmv.modeling import MiniCPMVForConditionalGeneration
 from fedmllm.models.minicpmv.processing import MiniCPMVProcessor
 
@@ -27,8 +26,6 @@ __all__ = [
     "MiniCPMVForConditionalGeneration",
     "MiniCPMVImageProcessor",
     "MiniCPMVProcessor",
-    "check_loading",
-    "load_checkpoint",
     "register",
 ]
 
