@@ -225,6 +225,9 @@ def test_zero_shot_depends_on_model_data_prompt_and_tests_only(tmp_path, mllm: M
     second = run(changed, out=tmp_path / "b")
     assert first["metrics"] == second["metrics"]
     assert deciding(config(**zero, prompt="agnostic")) != deciding(config(**zero))
+    own = {**BASE["evaluation"], "held_out": 0.1}  # then it matters who holds what
+    apart = [config(**zero, evaluation=own, seed=seed) for seed in (0, 1)]
+    assert deciding_digest(apart[0]) != deciding_digest(apart[1])
     longer = config(**zero, training={"max_length": 99})
     assert deciding_digest(longer) != deciding_digest(changed)
 

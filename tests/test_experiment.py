@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 
 import fedmllm
 from fedmllm.algorithms import ALGORITHMS
-from fedmllm.config import load_config, make_config
+from fedmllm.config import config_hash, load_config, make_config
+from fedmllm.data import load_dataset
 from fedmllm.errors import UserError
-from fedmllm.experiment import run
+from fedmllm.experiment import make_manifest, own_samples, run
 from fedmllm.models import model_path
 from fedmllm.models.mllm import Mllm
+from fedmllm.prompts import render
 from fedmllm.report.loading import result_digest
 from fedmllm.scenarios import SETTINGS
 
@@ -99,7 +101,8 @@ def test_two_runs_are_the_same_to_the_last_bit(tmp_path, mllm: Mllm) -> None:
 
 KILLED = """
 import sys, yaml
-from fedmllm.config import load_config, make_config
+from fedmllm.config import config_hash, load_config, make_config
+from fedmllm.data import load_dataset
 from fedmllm.experiment import run
 def listen(event):
     if event["event"] == "round":
@@ -328,3 +331,48 @@ def test_a_run_says_what_it_shortened(tmp_path, mllm: Mllm) -> None:
     assert result["shortened"]["samples"] >= len(result["shortened"]["first"]) > 0
     assert events[-1]["shortened"] == result["shortened"]
     assert "shortened" not in run(small(), out=tmp_path / "plain", mllm=mllm)
+
+
+def test_each_party_tests_on_what_it_held_out(tmp_path, mllm: Mllm) -> None:
+    evaluation = {**SMALL["evaluation"], "held_out": 0.25, "every": 0}
+    config = small(evaluation=evaluation, scenario="missing")
+    dataset = load_dataset(**config.data)
+    manifest = make_manifest(config, dataset)
+    train, out = own_samples(config, dataset, manifest)
+    sizes = {client.id: len(client.rows) for client in manifest.clients}
+    for client, size in sizes.items():
+        ids = [{sample.id for sample in part[client]} for part in (train, out)]
+        assert not ids[0] & ids[1]
+        assert len(ids[0] | ids[1]) == size
+        assert len(ids[1]) == min(-(-size // 4), size - 1)  # a quarter, rounded up
+    result = run(config, out=tmp_path / "r", mllm=mllm)
+    found = result["held_out"]["per_client"]
+    assert {client: scores["n"] for client, scores in found.items()} == {
+        client: len(samples) for client, samples in out.items() if samples
+    }
+    # accuracy on them by hand, with the adapter that the run kept
+    mllm.set_adapter(adapter_of(tmp_path / "r", mllm))
+    client = max(out, key=lambda name: len(out[name]))
+    right = 0
+    for sample in out[client]:
+        prompt = mllm.encode(render(sample, dataset.task, "plain"), max_length=1200)
+        right += int(mllm.score_options([prompt])[0].argmax()) == sample.label
+    assert found[client]["accuracy"] == pytest.approx(right / len(out[client]))
+    spread = result["held_out"]["spread"]["accuracy"]
+    assert spread["min"] == min(scores["accuracy"] for scores in found.values())
+    steps = sum(len(train[name]) for line in result["history"] for name in line["clients"])
+    assert result["samples"]["trained"] == steps
+    assert config_hash(small(evaluation={**evaluation, "held_out": 0.0})) == config_hash(
+        small(evaluation={k: v for k, v in evaluation.items() if k != "held_out"})
+    )
+    local = run(small(evaluation=evaluation, topology="local"), out=tmp_path / "local", mllm=mllm)
+    assert set(local["held_out"]["per_client"]) == {name for name in out if out[name]}
+    assert set(local["per_client"]) == set(out)
+
+
+def adapter_of(folder: Path, mllm: Mllm):
+    """The adapter of a run under the names that the model takes."""
+    saved = adapter(folder)
+    own = mllm.get_adapter()
+    assert saved.keys() == own.keys()
+    return saved

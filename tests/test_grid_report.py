@@ -21,6 +21,7 @@ from fedmllm.errors import UserError
 from fedmllm.report import is_grid, load_results, write_figures, write_grid_report, write_tables
 from fedmllm.report.arms import boards, setting_of, stands_for
 from fedmllm.report.grid_figures import _mean_by_round, _over_bytes, _rings, drops
+from fedmllm.report.grid_page import _parties
 from fedmllm.report.grid_tables import csv_grid, grid_tables, latex_grid, markdown_grid, note, tex
 from fedmllm.report.statistics import holm, mean_and_half, paired_p
 from fedmllm.scenarios import SETTINGS
@@ -290,6 +291,17 @@ def test_the_page_traces_every_run_to_its_file_and_loads_nothing(page) -> None:
     assert "is not valid JSON" in text  # the cut file is named
     assert text.count("<svg") > 10
     assert not re.search(r"url\(\s*['\"]?https?:|@import|fetch\(|XMLHttp", text)
+
+
+def test_parties_by_what_they_were_tested_on() -> None:
+    (local,), (fed,) = seeds("local", [0.7]), seeds("fedavg", [0.8])
+    own = {"mean": 0.6, "std": 0.1, "min": 0.4, "max": 0.9}
+    fed["held_out"] = {"per_client": {}, "spread": {"accuracy": own}}  # no AUC: one class each
+    ((board,), _) = boards([local, fed])
+    assert _parties(board) == [
+        ("Local", "aligned-a0.5", "the test set", "0.700", "0.040", "0.640"),
+        ("FedAvg", "aligned-a0.5", "its own", "0.600", "0.100", "0.400"),
+    ]
 
 
 def test_figures_as_files(page, tmp_path) -> None:

@@ -117,7 +117,8 @@ class EvaluationSection(_Section):
     """When and on what the global adapter is tested.
 
     every: rounds between tests on the way (0: none). limit: samples of those tests. The final
-    adapter is tested on all test samples under each of `conditions`.
+    adapter is tested on all test samples under each of `conditions`. held_out: the share of each
+    party's own samples that it does not train on and tests the final adapter on.
     """
 
     every: int = Field(5, ge=0)
@@ -126,6 +127,7 @@ class EvaluationSection(_Section):
         CONDITION_NAMES, min_length=1
     )
     batch_size: int = Field(64, ge=1)
+    held_out: float = Field(0.0, ge=0, lt=1)
 
 
 class Config(_Section):

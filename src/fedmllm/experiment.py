@@ -37,6 +37,7 @@ from fedmllm.federation import InProcessRunner, RoundRecord, cohort_of, payload,
 from fedmllm.models import model_path, weights_digest
 from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.partition import held_out
 from fedmllm.prompts import render
 from fedmllm.report.loading import result_digest
 from fedmllm.revisions import revisions_of
@@ -195,6 +196,8 @@ def run(
     outcomes = [run_federation(session, federation) for federation in found]
     _save_adapter(session, outcomes)
     result = _result(session, held, outcomes, time.perf_counter() - began)
+    if config.evaluation.held_out:
+        result["held_out"] = _held_out(session, own_samples(config, dataset, held)[1], outcomes)
     result["data_sha256"] = data_digest(dataset)
     result["result_sha256"] = result_digest(result)
     results.write_json(folder / "result.json", result)
@@ -325,9 +328,23 @@ def _picture(sample: Sample) -> str | None:
     return None if sample.image is None else sample.image.key
 
 
+def own_samples(
+    config: Config, dataset: Dataset, held: manifest.Manifest
+) -> tuple[dict[str, list[Sample]], dict[str, list[Sample]]]:
+    """Each client's samples to train on, and those that it holds out (`evaluation.held_out`)."""
+    share = config.evaluation.held_out
+    train: dict[str, list[Sample]] = {}
+    out: dict[str, list[Sample]] = {}
+    for client, samples in manifest.client_samples(held, dataset).items():
+        kept = held_out([sample.id for sample in samples], share=share, seed=config.seed)
+        train[client] = [sample for sample in samples if sample.id not in kept]
+        out[client] = [sample for sample in samples if sample.id in kept]
+    return train, out
+
+
 def federations(config: Config, dataset: Dataset, held: manifest.Manifest) -> list[Federation]:
     """Who federates with whom, by topology."""
-    samples = manifest.client_samples(held, dataset)
+    samples, _ = own_samples(config, dataset, held)
     rounds = config.training.rounds
     if config.topology == "zero-shot":
         return [Federation(EVERYONE, samples, 0)]
@@ -457,6 +474,35 @@ def _test(
     return Outcome(federation.name, state.params, history, found, seconds)
 
 
+def _held_out(
+    session: Session, samples: Mapping[str, list[Sample]], outcomes: list[Outcome]
+) -> dict[str, Any]:
+    """The final adapter (a local run: its own) on what each party held out, as the party holds
+    it; by client, and mean, spread and extremes over them.
+
+    A metric that a party's few samples do not allow (an AUC of one class) is null and left out
+    of the mean; `accuracy` always has a value.
+    """
+    config = session.config
+    adapters = {outcome.name: outcome.params for outcome in outcomes}
+    found: dict[str, dict[str, float]] = {}
+    for client in sorted(name for name in samples if samples[name]):
+        session.mllm.set_adapter(adapters.get(client, outcomes[0].params))
+        own = TestSet(
+            session.mllm,
+            session.task,
+            samples[client],
+            style=config.prompt,
+            max_length=config.training.max_length,
+            long_text=config.training.long_text,
+        )
+        found[client] = own.evaluate("both", batch_size=config.evaluation.batch_size)
+    names = sorted({name for scores in found.values() for name in scores})
+    known = {n: [s[n] for s in found.values() if n in s and s[n] == s[n]] for n in names}
+    spread = {n: mean_over([{n: v} for v in vs])[n] for n, vs in known.items() if vs}
+    return {"per_client": found, "spread": spread}
+
+
 def _write_history(folder: Path, federation: str, history: list[dict[str, Any]]) -> None:
     """Rewrite metrics.jsonl (or metrics-CLIENT.jsonl for a local run) up to the last round."""
     name = f"metrics-{federation}.jsonl" if federation else "metrics.jsonl"
@@ -538,7 +584,12 @@ def _samples(
     config: Config, held: manifest.Manifest, outcomes: list[Outcome]
 ) -> dict[str, float | None]:
     """How many samples were trained on and answered, and how many a second of each."""
-    sizes = {client.id: len(client.rows) for client in held.clients}
+    share, seed = config.evaluation.held_out, config.seed
+    sizes = {
+        client.id: len(client.rows)
+        - len(held_out([row[0] for row in client.rows], share=share, seed=seed))
+        for client in held.clients
+    }
     sizes["pooled"] = sum(sizes.values())
     lines = [line for outcome in outcomes for line in outcome.history]
     trained = sum(sizes[client] for line in lines for client in line["clients"])

@@ -24,6 +24,7 @@ _UNREAD = {
     "centralised": ("training.clients_per_round",),
     "federated": (),
 }
+_HELD = ("seed", "partition", "scenario")
 _READ_OF_TRAINING = {"zero-shot": ("max_length", "long_text")}  # of a section that is else unread
 
 
@@ -31,7 +32,9 @@ def deciding(config: Config) -> dict[str, Any]:
     """The keys of a config that can change a number of its result, with their values."""
     facts = config.model_dump(mode="json")
     none = [f"{section}.{key}".lstrip(".") for section, ks in NO_NUMBERS.items() for key in ks]
-    for key in (*none, *_UNREAD[config.topology]):
+    own = config.evaluation.held_out  # then who holds what decides what is tested
+    unread = [key for key in _UNREAD[config.topology] if not (own and key in _HELD)]
+    for key in (*none, *unread):
         _drop(facts, key)
     if config.topology in _READ_OF_TRAINING:
         read = _READ_OF_TRAINING[config.topology]

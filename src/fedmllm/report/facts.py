@@ -78,6 +78,13 @@ def spread(result: Result, condition: str) -> dict[str, float]:
     return values.get(metric_key(result)) or {}
 
 
+def held_out_spread(result: Result) -> dict[str, float]:
+    """Mean, standard deviation, least and greatest over the parties' own held-out samples: of the
+    headline metric, or of the accuracy where that has no value."""
+    found = lookup(result, "held_out", "spread") or {}
+    return found.get(metric_key(result)) or found.get("accuracy") or {}
+
+
 def party_scores(result: Result, condition: str) -> dict[str, float]:
     """The headline metric of each party that trained alone."""
     key = metric_key(result)

@@ -151,16 +151,23 @@ def _table(table: GridTable, swatches: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _parties(board: Board) -> list[tuple[str, ...]]:
-    """Of each local arm and setting: mean over parties, spread, worst party, by seed averaged."""
+    """Of each arm and setting: mean over parties, spread, worst party, averaged over seeds.
+
+    For local arms each party's own adapter on the common test set; for all arms that held samples
+    out, the final adapter on each party's own.
+    """
     condition = facts.headline(board.results)
     rows = []
     for arm in board.arms:
         for setting in board.settings:
-            found = [facts.spread(r, condition) for r in arm.runs.get(setting, {}).values()]
-            found = [spread for spread in found if spread]
-            if arm.topology == "local" and found:
-                means = [_mean(spread.get(k) for spread in found) for k in ("mean", "std", "min")]
-                rows.append((arm.label, setting, *map(facts.format_score, means)))
+            runs = list(arm.runs.get(setting, {}).values())
+            common = [facts.spread(run, condition) for run in runs]
+            own = [facts.held_out_spread(run) for run in runs]
+            for samples, spreads in (("the test set", common), ("its own", own)):
+                found = [spread for spread in spreads if spread]
+                if found:
+                    means = [_mean(s.get(k) for s in found) for k in ("mean", "std", "min")]
+                    rows.append((arm.label, setting, samples, *map(facts.format_score, means)))
     return rows
 
 

@@ -41,6 +41,7 @@ LATER: dict[str, dict[str, Any]] = {
         }
     },
     "model": {"quantization": "none"},
+    "evaluation": {"held_out": 0.0},
     "training": {"long_text": "refuse"},
 }
 _BOUNDED = ("auc", "macro_f1", "accuracy")
