@@ -14,7 +14,7 @@ from fedmllm.revisions import revisions_of
 
 FILE = Path(__file__).parent / "data" / "revisions.json"
 SMALL: dict[str, Any] = {
-    "data": {"name": "memes", "train": 32, "test": 16},
+    "data": {"name": "memes", "train": 16, "test": 12},
     "partition": {"clients": 2},
     "training": {"rounds": 2, "lr": 0.003},
     "evaluation": {"every": 0, "conditions": ["both"]},
@@ -31,8 +31,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedyogi": {"algorithm": {"name": "fedyogi", "eta": 0.01}},
     "scaffold": {"algorithm": "scaffold"},
     "agnostic": {"prompt": "agnostic", "scenario": "missing"},
-    "crisis": {"data": {"name": "crisis", "train": 32, "test": 16}},
-    "medical": {"data": {"name": "medical", "train": 24, "test": 8, "flashcards": 16}},
+    "crisis": {"data": {"name": "crisis", "train": 16, "test": 8}},
+    "medical": {"data": {"name": "medical", "train": 12, "test": 6, "flashcards": 8}},
 }
 
 

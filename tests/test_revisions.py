@@ -34,7 +34,7 @@ def test_numbers_change_only_with_a_revision(name: str, shared: Shared, tmp_path
     assert found["revisions"] == kept["revisions"], "run `python tests/small_runs.py`"
     # another processor or a patch of torch moves the last digits, a changed formula far more
     assert found["losses"] == pytest.approx(kept["losses"], rel=1e-3), WHAT_TO_DO
-    assert found["metric"] == pytest.approx(kept["metric"], abs=0.07), WHAT_TO_DO
+    assert found["metric"] == pytest.approx(kept["metric"], abs=0.1), WHAT_TO_DO
 
 
 def test_the_small_runs_pass_through_every_part() -> None:
