@@ -296,7 +296,9 @@ def test_the_page_traces_every_run_to_its_file_and_loads_nothing(page) -> None:
 def test_parties_by_what_they_were_tested_on() -> None:
     (local,), (fed,) = seeds("local", [0.7]), seeds("fedavg", [0.8])
     own = {"mean": 0.6, "std": 0.1, "min": 0.4, "max": 0.9}
-    fed["held_out"] = {"per_client": {}, "spread": {"accuracy": own}}  # no AUC: one class each
+    per_client = {"a": {"auc": 0.99, "accuracy": 0.9}, "b": {"auc": None, "accuracy": 0.4}}
+    best = {"mean": 0.99, "std": 0.0, "min": 0.99, "max": 0.99}  # of the one party that has both
+    fed["held_out"] = {"per_client": per_client, "spread": {"accuracy": own, "auc": best}}
     ((board,), _) = boards([local, fed])
     assert _parties(board) == [
         ("Local", "aligned-a0.5", "the test set", "0.700", "0.040", "0.640"),

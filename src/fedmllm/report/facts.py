@@ -80,9 +80,11 @@ def spread(result: Result, condition: str) -> dict[str, float]:
 
 def held_out_spread(result: Result) -> dict[str, float]:
     """Mean, standard deviation, least and greatest over the parties' own held-out samples: of the
-    headline metric, or of the accuracy where that has no value."""
-    found = lookup(result, "held_out", "spread") or {}
-    return found.get(metric_key(result)) or found.get("accuracy") or {}
+    headline metric, or of the accuracy where that has no value for some party."""
+    found, key = lookup(result, "held_out", "spread") or {}, metric_key(result)
+    parties = (lookup(result, "held_out", "per_client") or {}).values()
+    everywhere = all(scores.get(key) is not None for scores in parties)
+    return (found.get(key) if everywhere else None) or found.get("accuracy") or {}
 
 
 def party_scores(result: Result, condition: str) -> dict[str, float]:

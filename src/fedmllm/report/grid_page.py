@@ -154,7 +154,8 @@ def _parties(board: Board) -> list[tuple[str, ...]]:
     """Of each arm and setting: mean over parties, spread, worst party, averaged over seeds.
 
     For local arms each party's own adapter on the common test set; for all arms that held samples
-    out, the final adapter on each party's own.
+    out, the final adapter on each party's own (the accuracy, where some party's few samples have
+    no value of the metric).
     """
     condition = facts.headline(board.results)
     rows = []
