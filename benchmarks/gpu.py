@@ -55,8 +55,10 @@ class Model:
 
 
 FOLDERS: dict[str, Model] = {
-    "MiniCPM-V-2.6": Model("minicpmv 2.6", "MiniCPM-V-2.6"),
-    "MiniCPM-Llama3-V-2.5": Model("minicpmv 2.5", "MiniCPM-Llama3-V-2.5"),
+    "MiniCPM-V-2.6": Model("minicpmv 2.6", "MiniCPM-V-2.6", (("image_feature_size", 64),)),
+    "MiniCPM-Llama3-V-2.5": Model(
+        "minicpmv 2.5", "MiniCPM-Llama3-V-2.5", (("image_feature_size", 96),)
+    ),
     "Qwen2-VL-2B": Model(
         "qwen2_vl",
         "Qwen2-VL-2B",

@@ -311,6 +311,38 @@ def test_a_choice_item_needs_one_exchange_and_something_to_go_by(folder):
     assert "neither an image nor a text" in refusal(folder, item("", "a"), **options)
 
 
+def test_an_empty_choice_item_says_what_was_withheld(folder):
+    options = {"task": "choice", "classes": ["a", "b"]}
+    for name in ("parties/east.json", "test.json"):
+        write(folder, name, [item("t", "a")])
+    (sample,) = north(folder, item("", "b", withheld=["image", "text"]), **options)
+    assert (sample.image, sample.text, sample.label) == (None, None, 1)
+    assert "neither an image" in refusal(folder, item("", "a", withheld=[]), **options)
+
+
+@pytest.mark.parametrize(
+    ("turn", "text", "expected"),
+    [
+        ("<image>\nthe text\nthe question?", "the text", ("the text", "the question?")),
+        ("two\nlines\nq?", "two\nlines", ("two\nlines", "q?")),
+        ("the text\nq?", "another", (None, "the text\nq?")),
+        ("the text", "the text", (None, "the text")),
+        ("the texts\nq?", "the text", (None, "the texts\nq?")),
+        ("q?", "", (None, "q?")),
+        ("q?", 3, (None, "q?")),
+    ],
+)
+def test_the_text_before_a_question_can_be_told_apart(folder, turn, text, expected):
+    (sample,) = north(folder, item(turn, "a", text=text, image="images/a.png"))
+    assert (sample.text, sample.question) == expected
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("closed", "closed"), (3, ""), ("all", "")])
+def test_the_kind_of_a_question(folder, kind, expected):
+    (sample,) = north(folder, item(kind=kind))
+    assert sample.kind == expected
+
+
 def test_two_files_of_one_name_are_refused(folder):
     write(folder, "other/north.json", [item()])
     with pytest.raises(UserError, match="two party files are called 'north'"):

@@ -19,7 +19,7 @@ ROOT = Path(fedmllm.__file__).parent
 LAYERS = [
     {"errors", "rng"},
     {"data", "prompts", "metrics"},
-    {"partition", "scenarios", "manifest"},
+    {"partition", "scenarios", "manifest", "export"},
     {"models"},
     {"algorithms", "client", "evaluation"},
     {"federation", "checkpoint", "results"},
@@ -29,6 +29,7 @@ LAYERS = [
         "experiment",
         "report",
         "cli",
+        "cli_data",
         "demo",
         "listing",
         "parallel",

@@ -14,6 +14,7 @@ from fedmllm.metrics import (
     accuracy_standard_error,
     auc,
     auc_standard_error,
+    groups_of,
     hard_letter_auc,
     macro_f1,
     macro_f1_standard_error,
@@ -159,6 +160,21 @@ def test_vqa_normalisation(answer, normal):
 def test_vqa_normalisation_is_idempotent(answer):
     once = vqa_normalise(answer)
     assert vqa_normalise(once) == once
+
+
+def test_a_path_of_groups_is_reported_part_by_part():
+    """Two test sets in one list: s/en right, s/zh wrong, v half right."""
+    kinds = ["s/en/open", "s/zh/open", "v/open", "v/closed"]
+    found = vqa_accuracy(["a1", "no", "c1", "no"], ["a1", "b1", "c1", "d1"], kinds)
+    assert found == {
+        "all": 0.5,
+        **{"s": 0.5, "s/en": 1.0, "s/en/open": 1.0, "s/zh": 0.0, "s/zh/open": 0.0},
+        **{"v": 0.5, "v/open": 1.0, "v/closed": 0.0},
+        **{"open": 2 / 3, "closed": 0.0},
+    }
+    assert groups_of("") == []
+    assert groups_of("open") == ["open"]
+    assert groups_of("v/open") == ["v", "v/open", "open"]
 
 
 def test_vqa_accuracy_by_group():

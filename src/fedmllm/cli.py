@@ -1,4 +1,5 @@
-"""The command line: `fedmllm run | plan | bench | ls | predict | report | compare | rerun | demo`.
+"""The command line: `fedmllm run | plan | bench | ls | data | predict | report | compare | rerun |
+demo`.
 
 Heavy modules are imported inside the commands, so that `--help` answers at once. A `UserError`
 is printed without a traceback and exits with code 2.
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedmllm import cli_data
 from fedmllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_data.app, name="data")
 
 
 @app.command()

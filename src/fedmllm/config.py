@@ -373,7 +373,7 @@ def _combinations(config: Config) -> list[str]:
     """Values that are each fine and together are not."""
     problems = []
     training, clients = config.training, config.partition.clients
-    ready = config.data["name"] == "conversations"  # its parties come from files
+    ready = DATASETS[config.data["name"]].ready  # how many parties there are, the files say
     if config.model.path is None and config.model.name not in MODELS:
         problems.append(
             f"model.name: {unknown('model', config.model.name, MODELS)}; or give model.path"

@@ -7,7 +7,9 @@ A message says what was given, what is allowed and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+MOST_LINES = 20
 
 
 class UserError(Exception):
@@ -25,3 +27,16 @@ def unknown(kind: str, given: object, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return f"unknown {kind} {str(given)!r}: choose {listed}{hint}"
+
+
+def problem_list(problems: Sequence[object], *, most: int = MOST_LINES) -> str:
+    """Problems of data files as one text, the first `most` of them in full.
+
+    >>> print(problem_list(["a.json, line 3: no id"]))
+    1 problem in the data:
+      a.json, line 3: no id
+    """
+    shown = "\n".join(f"  {problem}" for problem in problems[:most])
+    rest = len(problems) - most
+    more = f"\n  … and {rest} more" if rest > 0 else ""
+    return f"{len(problems)} problem{'s' * (len(problems) != 1)} in the data:\n{shown}{more}"

@@ -31,6 +31,7 @@ COMBINATIONS = ("image+text", "image", "text", "neither")
 _COMBINATION = dict(
     zip([(True, True), (True, False), (False, True), (False, False)], COMBINATIONS, strict=True)
 )
+NO_LABELS = "samples have no labels: split evenly at random instead of by Dirichlet"
 Row = tuple[str, bool, bool]
 """(sample id, keeps the image, keeps the text)"""
 _Shares = dict[str, list[Sample]]
@@ -148,6 +149,64 @@ def client_samples(manifest: Manifest, dataset: Dataset) -> dict[str, list[Sampl
     }
 
 
+def request(manifest: Manifest) -> dict[str, Any]:
+    """The arguments of `build_manifest` that made it, besides the name and the dataset.
+
+    `build_manifest(name, dataset, **request(manifest))` is the manifest again, if the dataset is
+    the same: so two sites can show that they split alike.
+    """
+    used = manifest.partition
+    asked = "dirichlet" if NO_LABELS in manifest.notes else used["name"]
+    return {
+        "clients": used["clients"],
+        "partition": "dirichlet" if asked == "parties" else asked,
+        "alpha": used.get("alpha", 0.5),
+        "scenario": manifest.scenario["name"],
+        "scenario_options": {k: v for k, v in manifest.scenario.items() if k != "name"},
+        "seed": manifest.seed,
+    }
+
+
+def differences(one: Manifest, other: Manifest) -> list[str]:
+    """What differs, a sentence each; empty exactly if the hashes are equal."""
+    found = [
+        f"{name}: {getattr(one, name)!r} and {getattr(other, name)!r}"
+        for name in ("dataset", "seed", "scenario", "partition", "classes", "notes")
+        if getattr(one, name) != getattr(other, name)
+    ]
+    ours, theirs = ({c.id: c for c in m.clients} for m in (one, other))
+    rows = [{row[0] for client in m.clients for row in client.rows} for m in (one, other)]
+    for names, which in ((rows[0] - rows[1], "first"), (rows[1] - rows[0], "second")):
+        if names:
+            found.append(f"{len(names)} of all samples are in the {which} only: {min(names)!r}, …")
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        found.append(f"client {name} is in the {'first' if name in ours else 'second'} only")
+    for name in sorted(ours.keys() & theirs.keys()):
+        found += [f"client {name}: {line}" for line in _row_differences(ours[name], theirs[name])]
+    if not found and one.sha256 != other.sha256:
+        found.append("the order of clients or of their rows")
+    return found
+
+
+def _row_differences(one: ClientHolding, other: ClientHolding) -> list[str]:
+    first, second = (
+        {row[0]: (row[1:], label) for row, label in zip(c.rows, c.labels, strict=True)}
+        for c in (one, other)
+    )
+    both = first.keys() & second.keys()
+    kinds = {
+        "held in the first only": first.keys() - second.keys(),
+        "held in the second only": second.keys() - first.keys(),
+        "that keep other modalities": {n for n in both if first[n][0] != second[n][0]},
+        "with another label": {n for n in both if first[n][1] != second[n][1]},
+    }
+    return [
+        f"{len(names)} sample{'s' * (len(names) > 1)} {what}, e.g. {min(names)!r}"
+        for what, names in kinds.items()
+        if names
+    ]
+
+
 def holdings(manifest: Manifest) -> tuple[ClientSummary, ...]:
     """For each client the numbers of samples by class and modality combination."""
     return tuple(_summary(client, manifest.classes) for client in manifest.clients)
@@ -244,7 +303,7 @@ def _share_train(
     if partition == "dirichlet" and len(labels) < len(train):
         partitions.check_alpha(alpha)
         used["name"] = "even"
-        notes = ("samples have no labels: split evenly at random instead of by Dirichlet",)
+        notes = (NO_LABELS,)
     if used["name"] == "dirichlet":
         used["alpha"] = float(alpha)
         parts = partitions.dirichlet(ids, labels, clients=len(names), alpha=alpha, seed=seed)

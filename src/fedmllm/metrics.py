@@ -110,11 +110,11 @@ def accuracy_standard_error(value: float, count: int) -> float:
 def vqa_accuracy(
     predictions: Sequence[str], answers: Sequence[str], kinds: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """`accuracy` over ``all`` questions and over each kind that occurs, e.g. open, closed."""
+    """`accuracy` over ``all`` questions and over each group that a kind names (`groups_of`)."""
     groups: dict[str, list[bool]] = {"all": _matches(predictions, answers)}
     for kind, match in zip(kinds or (), groups["all"] if kinds else (), strict=True):
-        if kind:
-            groups.setdefault(kind, []).append(match)
+        for group in groups_of(kind):
+            groups.setdefault(group, []).append(match)
     return {name: float(np.mean(m)) if m else math.nan for name, m in groups.items()}
 
 
@@ -128,6 +128,17 @@ def unparsable(predictions: Sequence[str], answers: Sequence[str]) -> int:
     closed = [vqa_normalise(answer) in ("yes", "no") for answer in answers]
     pairs = zip(given, closed, strict=True)
     return sum(not words or (yes_no and words not in ("yes", "no")) for words, yes_no in pairs)
+
+
+def groups_of(kind: str) -> list[str]:
+    """The groups in which a question of this kind counts: each path down to it, its last word.
+
+    >>> groups_of("slake/en/open")
+    ['slake', 'slake/en', 'slake/en/open', 'open']
+    """
+    words = kind.split("/") if kind else []
+    paths = ["/".join(words[: end + 1]) for end in range(len(words))]
+    return list(dict.fromkeys(paths + words[-1:]))
 
 
 def mean_and_ci(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:

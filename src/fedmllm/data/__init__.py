@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from fedmllm.data import conversations, crisis, easy_vqa, medical, memes
+from fedmllm.data import (
+    conversations,
+    crisis,
+    crisismmd,
+    easy_vqa,
+    flashcards,
+    hateful_memes,
+    hf_datasets,
+    medical,
+    medical_vqa,
+    memes,
+    slake,
+    table,
+    vqa_rad,
+)
 from fedmllm.data.dataset import Dataset, DatasetSpec
 from fedmllm.errors import UserError, unknown
 
@@ -11,7 +25,15 @@ DATASETS: dict[str, DatasetSpec] = {
     "crisis": crisis.SPEC,
     "medical": medical.SPEC,
     "conversations": conversations.SPEC,
+    "table": table.SPEC,
+    "hf-datasets": hf_datasets.SPEC,
     "easy-vqa": easy_vqa.SPEC,
+    "hateful-memes": hateful_memes.SPEC,
+    "crisismmd": crisismmd.SPEC,
+    "medical-vqa": medical_vqa.SPEC,
+    "vqa-rad": vqa_rad.SPEC,
+    "slake": slake.SPEC,
+    "medalpaca-flashcards": flashcards.SPEC,
 }
 
 

@@ -1,12 +1,14 @@
 """Images that are read when needed, always as RGB.
 
-`ImageFile` is a file, `MemoryImage` a drawing. Both are `ImageSource`s. Whatever is wrong with a
-file becomes a `UserError` that names it, so that one broken picture among thousands is found.
+`ImageFile` is a file, `ArchiveImage` a member of a zip archive, `EncodedImage` a file's bytes from
+elsewhere, `MemoryImage` a drawing. All are `ImageSource`s. Whatever is wrong with a file becomes a
+`UserError` that names it, so that one broken picture among thousands is found.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import struct
 import warnings
 import zlib
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fedmllm.data.archives import member_bytes
 from fedmllm.errors import UserError
 
 MAX_PIXELS = 50_000_000
@@ -46,8 +49,12 @@ class ImageFile:
     @cached_property
     def key(self) -> str:
         """``sha256:`` and the digest of the file's bytes, read once."""
+        return _digest(self.encoded())
+
+    def encoded(self) -> bytes:
+        """The file's bytes as they are."""
         try:
-            return f"sha256:{hashlib.sha256(self.file.read_bytes()).hexdigest()}"
+            return self.file.read_bytes()
         except OSError as error:
             raise UserError(_message(self.file, error)) from error
 
@@ -57,12 +64,58 @@ class ImageFile:
         Raises `UserError` naming the file if it is missing, not an image of `FORMATS`,
         truncated, or above `MAX_PIXELS`.
         """
+        return _decoded(self.file, self.file)
+
+
+@dataclass(frozen=True)
+class ArchiveImage:
+    """An image inside a zip archive, read in place. member: its path inside the archive."""
+
+    member: str
+    archive: Path
+
+    @property
+    def file(self) -> Path:
+        """Its place for a person: the archive and the path inside it."""
+        return self.archive / self.member
+
+    @cached_property
+    def key(self) -> str:
+        """``sha256:`` and the digest of the member's bytes, read once."""
+        return _digest(self.encoded())
+
+    def encoded(self) -> bytes:
+        """The member's bytes as they are."""
+        return member_bytes(self.archive, self.member)
+
+    def open(self) -> Image.Image:
+        """As `ImageFile.open`."""
+        return _decoded(io.BytesIO(self.encoded()), self.file)
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image file's bytes from anywhere, read when needed. file: its place for a person."""
+
+    file: Path
+    encoded: Callable[[], bytes]
+
+    @cached_property
+    def key(self) -> str:
+        """``sha256:`` and the digest of the bytes, as of the same image in a file."""
+        return _digest(self.encoded())
+
+    def problem(self) -> str | None:
+        """Why it is refused by its header, or None."""
         try:
-            with _header(self.file) as image:
-                image.load()
-                return to_rgb(_upright(image))
+            _header(io.BytesIO(self.encoded())).close()
         except _BROKEN as error:
-            raise UserError(_message(self.file, error)) from error
+            return _message(self.file, error)
+        return None
+
+    def open(self) -> Image.Image:
+        """As `ImageFile.open`."""
+        return _decoded(io.BytesIO(self.encoded()), self.file)
 
 
 @dataclass(frozen=True)
@@ -113,7 +166,20 @@ def image_problem(path: str, root: Path, *, verify: bool = True) -> str | None:
     return None
 
 
-def _header(file: Path) -> Image.Image:
+def _digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _decoded(source: Path | io.BytesIO, name: Path) -> Image.Image:
+    try:
+        with _header(source) as image:
+            image.load()
+            return to_rgb(_upright(image))
+    except _BROKEN as error:
+        raise UserError(_message(name, error)) from error
+
+
+def _header(file: Path | io.BytesIO) -> Image.Image:
     """Open without decoding; refuse what is too large to decode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower

@@ -53,7 +53,8 @@ class Sample:
     question: the question of an open task; empty for choice tasks (the task holds it).
     answer: the text to learn: the class name for choice tasks, the free answer otherwise.
     label: class index for choice tasks, None otherwise.
-    kind: a group to report apart, e.g. ``open`` or ``closed``.
+    kind: a group to report apart, e.g. ``open``, or a path of groups, e.g. ``slake/en/open``
+        (`metrics.groups_of`).
     turns: earlier turns of a conversation as (question, answer) pairs, oldest first.
     """
 

@@ -13,7 +13,7 @@ import torch
 from fedmllm.algorithms import make_algorithm
 from fedmllm.config import Config, options_of
 from fedmllm.data import DATASETS, load_dataset
-from fedmllm.data.images import ImageFile
+from fedmllm.data.images import ArchiveImage, ImageFile
 from fedmllm.data.sample import ImageSource
 from fedmllm.errors import UserError
 from fedmllm.experiment import make_manifest
@@ -199,7 +199,7 @@ def _parties(config: Config) -> tuple[Parties | None, list[str]]:
 
 def _picture(source: ImageSource) -> str:
     """What tells pictures apart without reading them: a file's key is a digest of its bytes."""
-    return str(source.file) if isinstance(source, ImageFile) else source.key
+    return str(source.file) if isinstance(source, ImageFile | ArchiveImage) else source.key
 
 
 def _load(
