@@ -20,8 +20,11 @@ import fedmllm
 from fedmllm.algorithms import ALGORITHMS
 from fedmllm.config import config_hash, load_config, make_config
 from fedmllm.data import load_dataset
+from fedmllm.data.dataset import Dataset
+from fedmllm.data.images import ImageFile
+from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
-from fedmllm.experiment import make_manifest, own_samples, run
+from fedmllm.experiment import data_digest, make_manifest, own_samples, run
 from fedmllm.models import model_path
 from fedmllm.models.mllm import Mllm
 from fedmllm.prompts import render
@@ -103,6 +106,9 @@ KILLED = """
 import sys, yaml
 from fedmllm.config import config_hash, load_config, make_config
 from fedmllm.data import load_dataset
+from fedmllm.data.dataset import Dataset
+from fedmllm.data.images import ImageFile
+from fedmllm.data.sample import Sample, Task
 from fedmllm.experiment import run
 def listen(event):
     if event["event"] == "round":
@@ -376,3 +382,23 @@ def adapter_of(folder: Path, mllm: Mllm):
     own = mllm.get_adapter()
     assert saved.keys() == own.keys()
     return saved
+
+
+def test_the_digest_of_data_reads_no_picture(tmp_path, monkeypatch) -> None:
+    def dataset(text: str = "words", path: str = "a.png") -> Dataset:
+        sample = Sample(id="1", answer="x", text=text, image=ImageFile(path, tmp_path))
+        return Dataset(Task("t", "open", "accuracy"), [sample], [])
+
+    def read(image) -> bytes:
+        raise AssertionError("a picture was read")
+
+    monkeypatch.setattr(ImageFile, "encoded", read)
+    (tmp_path / "a.png").write_bytes(b"123")
+    first = data_digest(dataset())
+    assert data_digest(dataset()) == first
+    assert data_digest(dataset(text="other")) != first
+    assert data_digest(dataset(path="b.png")) != first
+    swapped = Dataset(dataset().task, [], dataset().train)  # trained on is not tested on
+    assert data_digest(swapped) != first
+    (tmp_path / "a.png").write_bytes(b"1234")
+    assert data_digest(dataset()) != first

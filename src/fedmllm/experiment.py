@@ -29,7 +29,7 @@ from fedmllm.client import LocalPlan, learning_rate
 from fedmllm.config import HASH_KEY, Config, config_hash, options_of
 from fedmllm.data import load_dataset
 from fedmllm.data.dataset import Dataset
-from fedmllm.data.images import ImageFile
+from fedmllm.data.images import ArchiveImage, EncodedImage, ImageFile
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.evaluation import TestSet, mean_over
@@ -305,7 +305,8 @@ def make_manifest(config: Config, dataset: Dataset) -> manifest.Manifest:
 
 def data_digest(dataset: Dataset) -> str:
     """SHA-256 of the samples of a data set: ids, words, labels, and of each picture its name and
-    its size in bytes (what a drawn picture is drawn from).
+    its file's or archive's size in bytes (what a drawn picture is drawn from; the name alone of
+    one inside a table).
 
     Reads no picture, so that it costs nothing; one that is replaced by another of the same name
     and the same size is not noticed.
@@ -322,10 +323,18 @@ def data_digest(dataset: Dataset) -> str:
 
 
 def _picture(sample: Sample) -> str | None:
-    if isinstance(sample.image, ImageFile):
-        file = sample.image.file
-        return f"{sample.image.path} {file.stat().st_size if file.exists() else None}"
-    return None if sample.image is None else sample.image.key
+    image = sample.image
+    if isinstance(image, ImageFile):
+        return f"{image.path} {_size(image.file)}"
+    if isinstance(image, ArchiveImage):
+        return f"{image.member} {_size(image.archive)}"
+    if isinstance(image, EncodedImage):
+        return image.file.name
+    return None if image is None else image.key
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.exists() else None
 
 
 def own_samples(
