@@ -152,6 +152,14 @@ def test_what_a_run_stands_for() -> None:
     assert [setting_of(result("fedavg", s, 0)) for s in SETTINGS] == list(SETTINGS)
 
 
+def test_few_runs_are_read_one_by_one() -> None:
+    demo = load_results([Path(__file__).resolve().parent.parent / "results" / "demo"])[0]
+    assert not is_grid(demo)
+    assert is_grid(seeds("fedavg", [0.6, 0.7]))
+    assert is_grid([result("fedavg", setting, 0) for setting in list(SETTINGS)[:4]])
+    assert not is_grid([result("fedavg", setting, 0) for setting in list(SETTINGS)[:3]])
+
+
 def test_a_repeated_run_counts_once(tmp_path) -> None:
     write(tmp_path / "a", seeds("fedavg", [0.6, 0.7]))
     write(tmp_path / "b", seeds("fedavg", [0.9]))

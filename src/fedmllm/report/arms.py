@@ -67,11 +67,13 @@ def boards(results: Sequence[Result]) -> tuple[list[Board], list[str]]:
 
 
 def is_grid(results: Sequence[Result]) -> bool:
-    """Whether the runs are a grid: some arm was run with several seeds or in several settings."""
+    """Whether the runs are a grid, to be read as means and not one by one: some arm was run with
+    several seeds, or in more than three settings."""
     for board in boards(results)[0]:
         for arm in board.arms:
-            own = {id(run) for runs in arm.runs.values() for run in runs.values()}
-            if len(own) > 1 and arm.topology == "federated":
+            settings = [seeds for seeds in arm.runs.values() if seeds]
+            trained = arm.topology == "federated"
+            if trained and (len(settings) > 3 or any(len(seeds) > 1 for seeds in settings)):
                 return True
     return False
 
