@@ -648,7 +648,7 @@ def test_any_value_replaced_by_any_kind_is_read_or_named(tmp_path: Path) -> None
     good["history"] = good["history"][:2]
     good["manifest"]["clients"] = good["manifest"]["clients"][:1]
     good["per_client"] = {"client-00": good["per_client"]["client-00"]}
-    template = page._template()
+    template = page.template("page.html")
     kinds = (None, [], {}, "x", -1, True, [{}], {"a": {"b": []}})
     for i, keys in enumerate(places(good)):
         path.write_text(json.dumps(replaced(good, keys, kinds[i % len(kinds)])))

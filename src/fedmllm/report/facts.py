@@ -40,6 +40,11 @@ def topology(result: Result) -> str:
     return str(result["config"].get("topology", "federated"))
 
 
+def topology_rank(result: Result) -> int:
+    """Its place in a reader's order."""
+    return TOPOLOGIES.index(topology(result))
+
+
 def metric_key(result: Result) -> str:
     """The key of the headline metric, e.g. ``auc``."""
     return str(result["task"]["metric"])
@@ -71,6 +76,15 @@ def spread(result: Result, condition: str) -> dict[str, float]:
     """Mean, standard deviation, least and greatest over the parties of a local run."""
     values = (result.get("spread") or {}).get(condition) or {}
     return values.get(metric_key(result)) or {}
+
+
+def held_out_spread(result: Result) -> dict[str, float]:
+    """Mean, standard deviation, least and greatest over the parties' own held-out samples: of the
+    headline metric, or of the accuracy where that has no value for some party."""
+    found, key = lookup(result, "held_out", "spread") or {}, metric_key(result)
+    parties = (lookup(result, "held_out", "per_client") or {}).values()
+    everywhere = all(scores.get(key) is not None for scores in parties)
+    return (found.get(key) if everywhere else None) or found.get("accuracy") or {}
 
 
 def party_scores(result: Result, condition: str) -> dict[str, float]:
