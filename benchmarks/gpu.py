@@ -9,7 +9,8 @@ realistic sizes, builds the model from its published configuration (random weigh
 the case says so; a byte tokenizer in place of the published one), and runs one round through
 `fedmllm.experiment.run`. Measured: peak memory of the device above its context, beside the plan's;
 samples a second in training and testing. The case `bf16` compares logits in bfloat16 with those in
-float32 on the test vectors of MiniCPM-V. Nothing here says anything about quality. Written to results/gpu.json.
+float32 on the test vectors of MiniCPM-V. Nothing here says anything about quality. Written to
+results/gpu.json.
 """
 
 from __future__ import annotations
