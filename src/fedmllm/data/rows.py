@@ -28,7 +28,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from fedmllm.data.dataset import Dataset
-from fedmllm.data.own import ItemError, kind_words, party_problem, unicode_text
+from fedmllm.data.own import MARKER, ItemError, kind_words, party_problem, unicode_text
 from fedmllm.data.sample import ImageSource, Sample, Task
 from fedmllm.errors import UserError, problem_list, unknown
 
@@ -36,7 +36,6 @@ ROLES = ("id", "image", "text", "question", "answer", "options", "party", "split
 COLUMN_OPTIONS: dict[str, object] = {f"{role}_column": role for role in ROLES}
 PARTIES = ("auto", "column", "files", "none")
 DEVELOPMENT = ("dev", "val", "valid", "validate", "validation")
-MARKER = "<image>"
 
 
 @dataclass(frozen=True)
