@@ -7,6 +7,7 @@ is printed without a traceback and exits with code 2.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -309,6 +310,8 @@ def _console() -> Console:
 
 def main() -> None:
     """Entry point of the `fedmllm` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:

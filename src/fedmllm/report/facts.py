@@ -72,6 +72,16 @@ def score_se(result: Result, condition: str) -> float | None:
     return None if value is None else float(value)
 
 
+def group_scores(result: Result, condition: str) -> dict[str, float]:
+    """Group of questions -> accuracy, of open tasks: ``slake/zh`` from ``accuracy_slake/zh``."""
+    prefix, found = "accuracy_", {}
+    for key, value in result["metrics"].get(condition, {}).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key.startswith(prefix) and key != f"{prefix}se" and number:
+            found[key.removeprefix(prefix)] = float(value)
+    return found if metric_key(result) == "accuracy" else {}
+
+
 def spread(result: Result, condition: str) -> dict[str, float]:
     """Mean, standard deviation, least and greatest over the parties of a local run."""
     values = (result.get("spread") or {}).get(condition) or {}

@@ -164,10 +164,26 @@ def _task(group: Sequence[Result], results: Sequence[Result], number: int) -> di
         "rows": list(zip(rows, swatches, strict=True)),
         "cards": _cards(group),
         "finding": _finding(group),
+        "groups": _groups(rows, facts.headline(group)),
         "overview": _overview(group, f"t{number}"),
         "curves": _curves(group, f"t{number}"),
         "parties": _parties(group, rows, f"t{number}"),
         "scenarios": _scenarios(group),
+    }
+
+
+def _groups(rows: Sequence[tables.Row], condition: str) -> dict[str, Any]:
+    """Scores of groups of questions (test set, language, open or closed), where there are any."""
+    scores = {row.label: facts.group_scores(row.result, condition) for row in rows}
+    heads = sorted({name for found in scores.values() for name in found})
+    return {
+        "condition": facts.condition_name(condition),
+        "heads": heads,
+        "rows": {
+            label: [facts.format_score(found.get(name)) for name in heads]
+            for label, found in scores.items()
+            if found
+        },
     }
 
 
