@@ -303,3 +303,25 @@ def test_report_writes_what_the_suffix_says(cli, tmp_path) -> None:
         code, _, error = cli("report", runs, *words)
         assert code == 2
         assert "Traceback" not in error
+
+
+def test_what_the_system_refuses_is_no_traceback(cli, experiment, tmp_path, monkeypatch) -> None:
+    """As root nothing is refused, so the system's answer is given by hand."""
+    out = tmp_path / "locked" / "run"
+
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    code, _, err = cli("run", experiment, "--out", out)
+    assert code == 2
+    assert err == f"error: {out}: Permission denied. Free it, or choose another place\n"
+
+
+def test_another_fault_of_the_system_is_not_hidden(cli, experiment, monkeypatch) -> None:
+    def broken(self, *_, **__):
+        raise OSError(5, "Input/output error", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        cli("run", experiment, "--out", "runs/x")

@@ -7,6 +7,7 @@ is printed without a traceback and exits with code 2.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -31,6 +32,9 @@ for _name, _value in {
     "OMP_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# what a system refuses, wherever it happens: no permission, read-only, full
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
     name="fedmllm",
@@ -316,6 +320,12 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in _REFUSED or error.filename is None:
+            raise
+        what = f"{error.filename}: {error.strerror}"
+        print(f"error: {what}. Free it, or choose another place", file=sys.stderr)
         raise SystemExit(2) from None
 
 
