@@ -355,6 +355,31 @@ class Mllm:
             losses.append(nn.functional.cross_entropy(logits_TV.float(), target))
         return torch.stack(losses).sum()
 
+    def losses(self, batch: Sequence[Encoded]) -> torch.Tensor:
+        """The terms of `loss_sum` [B], with the head only where a row has an answer's token.
+
+        `loss_sum` runs the head at every position that any row of the batch needs, which grows
+        with the square of B: little for a micro-batch, much for those of many clients.
+        """
+        rows = [item.prompt + item.answer for item in batch]
+        places = [
+            (b, len(item.prompt) - 1 + j)
+            for b, item in enumerate(batch)
+            for j in range(len(item.answer))
+        ]
+        row, column = torch.tensor(places, device=self.device).T
+        head = self.base.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][row, column][None],))
+        try:
+            logits_1NV = self.model(**self._inputs(batch, rows), use_cache=False).logits
+        finally:
+            hook.remove()
+        target = torch.tensor([token for item in batch for token in item.answer])
+        terms = nn.functional.cross_entropy(
+            logits_1NV[0].float(), target.to(self.device), reduction="none"
+        )
+        return torch.stack([part.mean() for part in terms.split([len(i.answer) for i in batch])])
+
     @torch.no_grad()
     def score_options(self, items: Sequence[Encoded], *, batch_size: int = 64) -> torch.Tensor:
         """Probability of each option, [B, options], rows sum to 1.
