@@ -41,7 +41,7 @@ LATER: dict[str, dict[str, Any]] = {
         }
     },
     "model": {"quantization": "none"},
-    "training": {"long_text": "refuse"},
+    "training": {"long_text": "refuse", "clients_at_once": 1},
 }
 _BOUNDED = ("auc", "macro_f1", "accuracy")
 _TASK = ("name", "metric")
