@@ -123,25 +123,27 @@ class Cohort:
         losses = self.mllm.losses([item for client in order for item in batches[client]])
         return {each.client: losses[each.start : each.stop].sum() for each in self.shares}
 
-    def noise(self, module: nn.Module, values_BTD: torch.Tensor, rate: float) -> torch.Tensor:
-        """Dropout's factors for all rows: 0, 1 / (1 - rate), and 0 beyond a client's own width.
+    def dropped(self, module: nn.Module, rows_BTD: torch.Tensor, rate: float) -> torch.Tensor:
+        """`rows_BTD` with each client's own dropout; what lies beyond a client's width is 0.
 
-        Each client's part is what `nn.Dropout` draws for its rows alone, next in its own stream.
-        A layer that runs again in the backward pass (gradient checkpointing) draws the same.
+        A client's part is what `nn.Dropout` makes of its rows alone, next in its own stream. A
+        layer that runs again in the backward pass (gradient checkpointing) draws the same.
         """
         again = self._drawn.get(module)
         states = again or [self._states[share.client] for share in self.shares]
-        noise_BTD = torch.zeros_like(values_BTD)
-        generator = _generator(values_BTD.device)
-        for share, state in zip(self.shares, states, strict=True):
-            ones = torch.ones_like(values_BTD[share.start : share.stop, : share.width])
+        generator = _generator(rows_BTD.device)
+        parts = []
+        pieces = rows_BTD.split([share.stop - share.start for share in self.shares])
+        for share, state, piece in zip(self.shares, states, pieces, strict=True):
+            beyond = rows_BTD.shape[1] - share.width
+            own = piece[:, : share.width].clone() if beyond else piece
             generator.set_state(state)
-            drawn = nn.functional.dropout(ones, rate)
-            noise_BTD[share.start : share.stop, : share.width] = drawn
+            dropped = nn.functional.dropout(own, rate)
+            parts.append(nn.functional.pad(dropped, (0, 0, 0, beyond)) if beyond else dropped)
             if again is None:
                 self._states[share.client] = generator.get_state()
         self._drawn[module] = states
-        return noise_BTD
+        return torch.cat(parts)
 
 
 class _Linear(nn.Module):
@@ -172,7 +174,7 @@ class _Dropout(nn.Module):
         self.cohort, self.rate = cohort, rate
 
     def forward(self, rows_BTD: torch.Tensor) -> torch.Tensor:
-        return rows_BTD * self.cohort.noise(self, rows_BTD, self.rate)
+        return self.cohort.dropped(self, rows_BTD, self.rate)
 
 
 @contextlib.contextmanager
