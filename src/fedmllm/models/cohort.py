@@ -43,9 +43,7 @@ def obstacle(mllm: Mllm) -> str | None:
         return "its adapter is not plain LoRA"
     decoder = decoder_of(mllm.base)
     own = {id(m) for layer in _layers(mllm) for m in layer.lora_dropout.modules()}
-    inside = any(
-        isinstance(m, nn.Dropout) and m.p and id(m) not in own for m in decoder.modules()
-    )
+    inside = any(isinstance(m, nn.Dropout) and m.p and id(m) not in own for m in decoder.modules())
     rates = [value for key, value in _settings(mllm) if key.endswith(("dropout", "pdrop"))]
     if inside or any(isinstance(rate, float) and rate for rate in rates):
         return "its language model has dropout of its own"
