@@ -327,14 +327,14 @@ def losses(result) -> list[float]:
 def test_a_run_that_stops_goes_on_to_the_same_bits(tmp_path, mllm: Mllm) -> None:
     whole = run(make_config(RUN), out=tmp_path / "whole", mllm=mllm)
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(event) -> None:
         if event["event"] == "round":
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run(make_config(RUN), out=tmp_path / "cut", listener=stop, mllm=mllm)
     resumed = run(make_config(RUN), out=tmp_path / "cut", resume=True, mllm=mllm)
     assert losses(whole) == losses(resumed)

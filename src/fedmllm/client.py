@@ -110,9 +110,14 @@ class Job:
 class Adapter(Protocol):
     """Tensors in training by name, and where they stand; an `Mllm` is one."""
 
-    trainable: dict[str, torch.nn.Parameter]
-    layer_of: dict[str, int]
-    num_layers: int
+    @property
+    def trainable(self) -> Mapping[str, torch.nn.Parameter]: ...
+
+    @property
+    def layer_of(self) -> Mapping[str, int]: ...
+
+    @property
+    def num_layers(self) -> int: ...
 
 
 class LocalTraining:

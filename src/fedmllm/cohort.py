@@ -24,8 +24,8 @@ from fedmllm.models.mllm import Encoded, Mllm
 class _Member:
     """One client's adapter on the shared base."""
 
-    trainable: dict[str, torch.nn.Parameter]
-    layer_of: dict[str, int]
+    trainable: Mapping[str, torch.nn.Parameter]
+    layer_of: Mapping[str, int]
     num_layers: int
 
 
