@@ -345,22 +345,10 @@ class Mllm:
         Mean per answer, not per token, so that long answers do not drown short ones and the
         gradient of a step is the same however its samples are grouped into micro-batches.
         """
-        rows = [item.prompt + item.answer for item in batch]
-        starts = [len(item.prompt) - 1 for item in batch]
-        lengths = [len(item.answer) for item in batch]
-        logits = self._logits(batch, rows, starts, lengths)
-        losses = []
-        for item, logits_TV in zip(batch, logits, strict=True):
-            target = torch.tensor(item.answer, device=self.device)
-            losses.append(nn.functional.cross_entropy(logits_TV.float(), target))
-        return torch.stack(losses).sum()
+        return self.losses(batch).sum()
 
     def losses(self, batch: Sequence[Encoded]) -> torch.Tensor:
-        """The terms of `loss_sum` [B], with the head only where a row has an answer's token.
-
-        `loss_sum` runs the head at every position that any row of the batch needs, which grows
-        with the square of B: little for a micro-batch, much for those of many clients.
-        """
+        """The terms of `loss_sum` [B]. The head runs only where a row has an answer's token."""
         rows = [item.prompt + item.answer for item in batch]
         places = [
             (b, len(item.prompt) - 1 + j)
@@ -374,11 +362,12 @@ class Mllm:
             logits_1NV = self.model(**self._inputs(batch, rows), use_cache=False).logits
         finally:
             hook.remove()
-        target = torch.tensor([token for item in batch for token in item.answer])
-        terms = nn.functional.cross_entropy(
-            logits_1NV[0].float(), target.to(self.device), reduction="none"
-        )
-        return torch.stack([part.mean() for part in terms.split([len(i.answer) for i in batch])])
+        parts = logits_1NV[0].split([len(item.answer) for item in batch])
+        losses = []
+        for item, logits_TV in zip(batch, parts, strict=True):
+            target = torch.tensor(item.answer, device=self.device)
+            losses.append(nn.functional.cross_entropy(logits_TV.float(), target))
+        return torch.stack(losses)
 
     @torch.no_grad()
     def score_options(self, items: Sequence[Encoded], *, batch_size: int = 64) -> torch.Tensor:
