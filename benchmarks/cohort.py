@@ -6,8 +6,8 @@
 Ten parties of the embedded memes, cross-modal 5:5, with at most 32 samples each; a round of 2 and
 of 10 of them, with 8 samples and with 1 sample of a client in a pass, and one thread.
 The ways of computing take turns within a repetition, and each is compared with the plain one of
-the same repetition, so that a machine that is busy at times slows both. Medians of the ratios; time is CPU
-time of the one thread, which other programs disturb less than the clock on the wall.
+the same repetition, so that a machine that is busy at times slows both. Medians of the ratios; time
+is CPU time of the one thread, which other programs disturb less than the clock on the wall.
 """
 
 from __future__ import annotations

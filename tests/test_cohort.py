@@ -244,6 +244,23 @@ def test_a_client_without_samples_is_refused(tiny: Mllm) -> None:
         )  # fmt: skip
 
 
+def test_the_head_runs_only_at_tokens_of_answers(tiny: Mllm) -> None:
+    items = [item for job in jobs_of(tiny) for item in job.samples]
+    assert len({len(item.prompt) for item in items}) > 3
+    seen = []
+    hook = tiny.base.get_output_embeddings().register_forward_hook(
+        lambda _, given, out: seen.append(out.shape[:-1])
+    )
+    try:
+        whole = tiny.loss_sum(items)
+    finally:
+        hook.remove()
+    assert seen == [(1, sum(len(item.answer) for item in items))]
+    alone = torch.stack([tiny.loss_sum([item]) for item in items])
+    torch.testing.assert_close(tiny.losses(items), alone)
+    torch.testing.assert_close(whole, alone.sum())
+
+
 # -- the runner ------------------------------------------------------------------------------
 
 
