@@ -21,7 +21,7 @@ LAYERS = [
     {"data", "prompts", "metrics"},
     {"partition", "scenarios", "manifest", "export"},
     {"models"},
-    {"algorithms", "client", "evaluation"},
+    {"algorithms", "client", "cohort", "evaluation"},
     {"federation", "checkpoint", "results"},
     {
         "bench",

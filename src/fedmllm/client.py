@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -73,36 +74,122 @@ def train_client(
     its last round (SCAFFOLD: its control c_k), or None at first.
     Returns the update and the client's new memory. Raises `UserError` if the loss diverges.
     """
-    if not samples:
-        raise UserError(f"{client} has no samples to train on")
+    job = Job(client, samples, memory)
     mllm.set_adapter(params)
-    tensors = list(mllm.trainable.values())
-    optimizer = _optimizer(tensors, lr, plan)
-    control = _ControlVariates.of(objective, broadcast, memory, params)
-    losses = []
-    with mllm.training(stream_seed(seed, "dropout", client, round_)):
-        for batch in _batches(samples, plan, seed=seed, client=client, round_=round_):
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(_backward(mllm, batch, plan.micro_batch))
-            if not math.isfinite(losses[-1]):
-                raise UserError(
-                    f"the loss of {client} in round {round_} is {losses[-1]}: lower training.lr "
-                    f"(now {lr:g}) or look at samples {', '.join(item.id for item in batch[:4])}"
-                )
-            add_proximal_gradient(mllm, params, objective)
-            if plan.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(tensors, plan.max_grad_norm)
-            control.correct(mllm)
-            optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    after = mllm.get_adapter()
-    delta = {name: after[name] - params[name] for name in params}
-    extra, memory = control.finish()
-    metrics = {"loss": float(np.mean(losses))}
-    return Update(client, len(samples), delta, extra, metrics), memory
+    local = LocalTraining(
+        mllm,
+        params,
+        job,
+        round_=round_,
+        seed=seed,
+        lr=lr,
+        plan=plan,
+        objective=objective,
+        broadcast=broadcast,
+    )
+    with mllm.training(dropout_seed(seed, client, round_)):
+        for batch in local.batches():
+            local.step(batch, _backward(mllm, batch, plan.micro_batch))
+    return local.result()
 
 
-def add_proximal_gradient(mllm: Mllm, params: Params, objective: LocalObjective) -> None:
+def dropout_seed(seed: int, client: str, round_: int) -> int:
+    """What a client's dropout is drawn from in a round."""
+    return stream_seed(seed, "dropout", client, round_)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Whose turn it is: a client, its samples, and what it kept from its last round."""
+
+    client: str
+    samples: Sequence[Encoded]
+    memory: Params | None = None
+
+
+class Adapter(Protocol):
+    """Tensors in training by name, and where they stand; an `Mllm` is one."""
+
+    @property
+    def trainable(self) -> Mapping[str, torch.nn.Parameter]: ...
+
+    @property
+    def layer_of(self) -> Mapping[str, int]: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+
+class LocalTraining:
+    """A client's round but for its gradients: batches, optimiser, control variates, losses.
+
+    The gradients come from `train_client` or, for many clients at once, from `train_cohort`.
+    Raises `UserError` if the client has no samples.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        params: Params,
+        job: Job,
+        *,
+        round_: int,
+        seed: int,
+        lr: float,
+        plan: LocalPlan,
+        objective: LocalObjective,
+        broadcast: Mapping[str, Params] | None = None,
+    ) -> None:
+        if not job.samples:
+            raise UserError(f"{job.client} has no samples to train on")
+        self.adapter, self.params, self.job, self.plan = adapter, params, job, plan
+        self.round, self.seed, self.lr, self.objective = round_, seed, lr, objective
+        self.tensors = list(adapter.trainable.values())
+        self.optimizer = _optimizer(self.tensors, lr, plan)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.control = _ControlVariates.of(objective, broadcast, job.memory, params)
+        self.losses: list[float] = []
+
+    def batches(self) -> Iterator[list[Encoded]]:
+        """The round's optimiser steps: a fresh order for each epoch, from (seed, client, round)."""
+        samples, size = self.job.samples, self.plan.batch_size
+        for epoch in range(self.plan.epochs):
+            draw = stream(self.seed, "order", self.job.client, self.round, epoch)
+            order = draw.permutation(len(samples))
+            for start in range(0, len(order), size):
+                yield [samples[i] for i in order[start : start + size]]
+
+    def step(self, batch: Sequence[Encoded], loss: float) -> None:
+        """One optimiser step with the gradients that `batch` has left; then they are gone.
+
+        loss: the batch's mean loss. Raises `UserError` if it is not finite.
+        """
+        self.losses.append(loss)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of {self.job.client} in round {self.round} is {loss}: lower "
+                f"training.lr (now {self.lr:g}) or look at samples "
+                f"{', '.join(item.id for item in batch[:4])}"
+            )
+        add_proximal_gradient(self.adapter, self.params, self.objective)
+        if self.plan.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.tensors, self.plan.max_grad_norm)
+        self.control.correct(self.adapter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def result(self) -> tuple[Update, Params | None]:
+        """The update and the client's new memory."""
+        delta = {
+            name: value.detach().to("cpu", torch.float32) - self.params[name]
+            for name, value in self.adapter.trainable.items()
+        }
+        extra, memory = self.control.finish()
+        metrics = {"loss": float(np.mean(self.losses))}
+        return Update(self.job.client, len(self.job.samples), delta, extra, metrics), memory
+
+
+def add_proximal_gradient(adapter: Adapter, params: Params, objective: LocalObjective) -> None:
     """Add the gradient of mu/2 * w * ||theta - theta_global||^2: mu * w * (theta - theta_global).
 
     Over the adapters of decoder layers s <= l <= L-1-s with s = `edge_layers`; s = 0 and w = 1
@@ -112,9 +199,9 @@ def add_proximal_gradient(mllm: Mllm, params: Params, objective: LocalObjective)
     strength = objective.mu * objective.weight
     if not strength:
         return
-    first, last = objective.edge_layers, mllm.num_layers - 1 - objective.edge_layers
-    for name, value in mllm.trainable.items():
-        layer = mllm.layer_of.get(name)
+    first, last = objective.edge_layers, adapter.num_layers - 1 - objective.edge_layers
+    for name, value in adapter.trainable.items():
+        layer = adapter.layer_of.get(name)
         held = first <= layer <= last if layer is not None else objective.edge_layers == 0
         if value.grad is not None and held:
             anchor = params[name].to(value.device, value.dtype)
@@ -145,8 +232,8 @@ class _ControlVariates:
         server = (broadcast or {}).get("control") or zeros_like(params)
         return _ControlVariates(server, memory if memory is not None else zeros_like(params))
 
-    def correct(self, mllm: Mllm) -> None:
-        for name, value in mllm.trainable.items():
+    def correct(self, adapter: Adapter) -> None:
+        for name, value in adapter.trainable.items():
             if value.grad is None:  # a connector, in a batch without images
                 value.grad = torch.zeros_like(value)
             self.total[name].add_(value.grad.detach().to("cpu", torch.float32))
@@ -163,7 +250,7 @@ class _ControlVariates:
 class _NoControl(_ControlVariates):
     """Every algorithm but SCAFFOLD."""
 
-    def correct(self, mllm: Mllm) -> None:
+    def correct(self, adapter: Adapter) -> None:
         return
 
     def finish(self) -> tuple[dict[str, Params], Params | None]:
@@ -178,16 +265,6 @@ def _optimizer(
     return torch.optim.AdamW(
         tensors, lr=lr, betas=(plan.beta1, plan.beta2), weight_decay=plan.weight_decay
     )
-
-
-def _batches(
-    samples: Sequence[Encoded], plan: LocalPlan, *, seed: int, client: str, round_: int
-) -> Iterator[list[Encoded]]:
-    """The round's optimiser steps: a fresh order for each epoch, from (seed, client, round)."""
-    for epoch in range(plan.epochs):
-        order = stream(seed, "order", client, round_, epoch).permutation(len(samples))
-        for start in range(0, len(order), plan.batch_size):
-            yield [samples[i] for i in order[start : start + plan.batch_size]]
 
 
 def _backward(mllm: Mllm, batch: list[Encoded], micro_batch: int) -> float:

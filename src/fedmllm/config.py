@@ -95,6 +95,7 @@ class TrainingSection(_Section):
     """Rounds and local training; the defaults are the paper's except where the model is tiny.
 
     long_text: whether a sample of more than max_length tokens is refused or its text shortened.
+    clients_at_once: clients of a cohort that share a forward pass, micro_batch samples of each.
     """
 
     rounds: int = Field(25, ge=0)
@@ -102,6 +103,7 @@ class TrainingSection(_Section):
     local_epochs: int = Field(1, ge=1)
     batch_size: int = Field(8, ge=1)
     micro_batch: int = Field(8, ge=1)
+    clients_at_once: int = Field(1, ge=1)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     beta1: float = Field(0.9, ge=0, lt=1)

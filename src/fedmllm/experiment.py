@@ -442,6 +442,7 @@ def _runner(session: Session, federation: Federation) -> InProcessRunner:
         samples=samples,
         plan=plan,
         seed=config.seed,
+        clients_at_once=training.clients_at_once,
     )
 
 

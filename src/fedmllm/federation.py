@@ -8,12 +8,14 @@ updates as they arrive; in process that is one after another, on several machine
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedmllm.algorithms.base import Algorithm, Params, ServerState, StreamingMean, Update
-from fedmllm.client import LocalPlan, train_client
+from fedmllm.client import Job, LocalPlan, train_client
+from fedmllm.cohort import train_cohort
+from fedmllm.models.cohort import obstacle
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.rng import stream
 
@@ -108,10 +110,12 @@ def payload(*parts: Params) -> int:
 
 @dataclass
 class InProcessRunner:
-    """Clients one after the other on one shared base.
+    """Clients on one shared base, in groups of `clients_at_once`.
 
-    samples: the encoded samples of a client, by name (called when the client first trains).
+    samples: the encoded samples of a client, by name (called when the client's group trains).
     memory: what clients keep between rounds (SCAFFOLD's c_k), part of a checkpoint.
+    clients_at_once: how many share a pass (`train_cohort`); a group of one takes the plain path
+    (`train_client`), and so do all on a model that has an `obstacle`.
     """
 
     mllm: Mllm
@@ -119,6 +123,7 @@ class InProcessRunner:
     plan: LocalPlan
     seed: int
     memory: dict[str, Params] = field(default_factory=dict)
+    clients_at_once: int = 1
 
     def train(
         self,
@@ -129,21 +134,37 @@ class InProcessRunner:
         *,
         lr: float,
     ) -> Iterator[tuple[int, Update]]:
-        broadcast: Mapping[str, Params] = {s: state.slots[s] for s in algorithm.broadcast}
-        for position, client in enumerate(cohort):
-            update, memory = train_client(
-                self.mllm,
-                state.params,
-                self.samples(client),
-                client=client,
-                round_=round_,
-                seed=self.seed,
-                lr=lr,
-                plan=self.plan,
-                objective=algorithm.local,
-                broadcast=broadcast,
-                memory=self.memory.get(client),
-            )
-            if memory is not None:
-                self.memory[client] = memory
-            yield position, update
+        size = 1 if self.clients_at_once == 1 or obstacle(self.mllm) else self.clients_at_once
+        for start in range(0, len(cohort), size):
+            group = cohort[start : start + size]
+            results = self._train_group(group, round_, algorithm, state, lr=lr)
+            for position, (update, memory) in enumerate(results, start=start):
+                if memory is not None:
+                    self.memory[update.client] = memory
+                yield position, update
+
+    def _train_group(
+        self,
+        group: Sequence[str],
+        round_: int,
+        algorithm: Algorithm,
+        state: ServerState,
+        *,
+        lr: float,
+    ) -> list[tuple[Update, Params | None]]:
+        common: dict[str, Any] = {
+            "round_": round_,
+            "seed": self.seed,
+            "lr": lr,
+            "plan": self.plan,
+            "objective": algorithm.local,
+            "broadcast": {slot: state.slots[slot] for slot in algorithm.broadcast},
+        }
+        jobs = [Job(client, self.samples(client), self.memory.get(client)) for client in group]
+        if len(jobs) > 1:
+            return train_cohort(self.mllm, state.params, jobs, **common)
+        job = jobs[0]
+        alone = train_client(
+            self.mllm, state.params, job.samples, client=job.client, memory=job.memory, **common
+        )
+        return [alone]

@@ -345,15 +345,29 @@ class Mllm:
         Mean per answer, not per token, so that long answers do not drown short ones and the
         gradient of a step is the same however its samples are grouped into micro-batches.
         """
+        return self.losses(batch).sum()
+
+    def losses(self, batch: Sequence[Encoded]) -> torch.Tensor:
+        """The terms of `loss_sum` [B]. The head runs only where a row has an answer's token."""
         rows = [item.prompt + item.answer for item in batch]
-        starts = [len(item.prompt) - 1 for item in batch]
-        lengths = [len(item.answer) for item in batch]
-        logits = self._logits(batch, rows, starts, lengths)
+        places = [
+            (b, len(item.prompt) - 1 + j)
+            for b, item in enumerate(batch)
+            for j in range(len(item.answer))
+        ]
+        row, column = torch.tensor(places, device=self.device).T
+        head = self.base.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][row, column][None],))
+        try:
+            logits_1NV = self.model(**self._inputs(batch, rows), use_cache=False).logits
+        finally:
+            hook.remove()
+        parts = logits_1NV[0].split([len(item.answer) for item in batch])
         losses = []
-        for item, logits_TV in zip(batch, logits, strict=True):
+        for item, logits_TV in zip(batch, parts, strict=True):
             target = torch.tensor(item.answer, device=self.device)
             losses.append(nn.functional.cross_entropy(logits_TV.float(), target))
-        return torch.stack(losses).sum()
+        return torch.stack(losses)
 
     @torch.no_grad()
     def score_options(self, items: Sequence[Encoded], *, batch_size: int = 64) -> torch.Tensor:

@@ -219,7 +219,7 @@ def _load(
     return Load(
         tokens=longest,
         slices=slices or default_slices(skeleton.config),
-        batch=training.micro_batch,
+        batch=training.micro_batch * _at_once(config),
         test_batch=config.evaluation.batch_size,
         rank=config.lora.rank,
         dropout=config.lora.dropout,
@@ -232,6 +232,13 @@ def _load(
         connector=config.trained["connector"] == "full",
         vision=config.trained["vision"] == "lora",
     )
+
+
+def _at_once(config: Config) -> int:
+    """Clients that share a forward pass; with full copies or LoRA in the tower, one."""
+    alone = config.topology != "federated" or {*options_of(config.trained).values()} != {"frozen"}
+    training = config.training
+    return 1 if alone else min(training.clients_at_once, training.clients_per_round)
 
 
 def _copies(slots: int, clients: int, *, control: bool) -> int:

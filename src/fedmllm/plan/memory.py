@@ -209,15 +209,12 @@ def activations(shapes: Shapes, load: Load) -> dict[str, int]:
 
 
 def train_logits(shapes: Shapes, load: Load) -> int:
-    """The head runs over positions that some sample needs: P = min(T, B answer tokens).
+    """The head runs over the tokens of answers only: B answer V (3 b + 8).
 
-    3 b B P V (logits, their gradient, and one sample's on its way into it) and, at the answers,
-    a copy, its float32 and its log-softmax: B answer V (b + 8).
+    Logits, their gradient by sample and joined (3 b), the float32 copy and its log-softmax (8).
     """
     answer = min(load.answer, load.tokens)
-    places = min(load.tokens, load.batch * answer)
-    dense = 3 * load.itemsize * load.batch * places * shapes.V
-    return dense + load.batch * answer * shapes.V * (load.itemsize + 8)
+    return load.batch * answer * shapes.V * (3 * load.itemsize + 8)
 
 
 def tower(shapes: Shapes, load: Load) -> int:

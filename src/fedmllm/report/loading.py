@@ -42,7 +42,7 @@ LATER: dict[str, dict[str, Any]] = {
     },
     "model": {"quantization": "none"},
     "evaluation": {"held_out": 0.0},
-    "training": {"long_text": "refuse"},
+    "training": {"long_text": "refuse", "clients_at_once": 1},
 }
 _BOUNDED = ("auc", "macro_f1", "accuracy")
 _TASK = ("name", "metric")
