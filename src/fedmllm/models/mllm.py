@@ -42,6 +42,7 @@ from fedmllm.models.lora import (
     layers_of,
     shared_names,
 )
+from fedmllm.models.replay import frozen_parts
 from fedmllm.prompts import IMAGE, Prompted, shortened
 from fedmllm.rng import stream_seed
 
@@ -88,6 +89,7 @@ class Mllm:
         self.family = family(self.base.config)
         self.device = next(model.parameters()).device
         self.features = FeatureCache()
+        self._parts = [part for _, part in frozen_parts(self.base, self.family)]
         self.trainable = adapter_parameters(model)
         self.component_of = components_of(model, self.trainable)
         self.layer_of, self.num_layers = layers_of(self.base, self.trainable)
@@ -334,8 +336,8 @@ class Mllm:
         return found
 
     def _see(self, source: ImageSource) -> ImageFeatures:
-        trained = self.policy.sees
-        return see(self.base, self.processor, self.family, source.open(), trained=trained)
+        picture, keeps = source.open(), self.policy.keeps
+        return see(self.base, self.processor, self.family, picture, keeps=keeps, parts=self._parts)
 
     # -- forward -----------------------------------------------------------------------------
 
@@ -489,7 +491,7 @@ class Mllm:
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         seen = [self.image_features(item.image) for item in batch if item.image is not None]
         if self.policy.sees:
-            seen = [look(self.base, image) for image in seen]
+            seen = [look(self.base, image, self._parts) for image in seen]
         return inputs | feature_inputs(seen, self.device)
 
     @contextlib.contextmanager
