@@ -1,4 +1,4 @@
-"""The command line: `fedmllm run | plan | ls | data | predict | report | demo`.
+"""The command line: `fedmllm run | plan | ls | data | predict | report | cache | demo`.
 
 Heavy modules are imported inside the commands, so that `--help` answers at once. A `UserError`
 is printed without a traceback and exits with code 2.
@@ -167,6 +167,17 @@ def report(
     for problem in problems:
         _console().print(problem, soft_wrap=True)
     _console().print(f"report  {page}", soft_wrap=True)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all that it lists.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Show or clear the image features that model.feature_cache=disk has kept."""
+    from fedmllm import cli_cache
+
+    cli_cache.clear() if clear else cli_cache.show(as_json=json_)
 
 
 @app.command()

@@ -223,6 +223,8 @@ def load_model(config: Config) -> Mllm:
         gradient_checkpointing=config.model.gradient_checkpointing,
         remote_code=config.model.remote_code,
         policy=make_policy(config.trained["name"], **options_of(config.trained)),
+        feature_cache=config.model.feature_cache,
+        feature_cache_gb=config.model.feature_cache_gb,
     )
 
 

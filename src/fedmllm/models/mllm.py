@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -33,6 +34,7 @@ from fedmllm.models.components import (
     originals,
     train_only_what_is_trained,
 )
+from fedmllm.models.feature_store import store_for
 from fedmllm.models.features import FeatureCache, ImageFeatures, feature_inputs, look, see
 from fedmllm.models.loading import family, load_base
 from fedmllm.models.lora import (
@@ -43,6 +45,7 @@ from fedmllm.models.lora import (
     shared_names,
 )
 from fedmllm.models.replay import frozen_parts
+from fedmllm.models.tower import to_device, to_file
 from fedmllm.prompts import IMAGE, Prompted, shortened
 from fedmllm.rng import stream_seed
 
@@ -116,12 +119,16 @@ class Mllm:
         gradient_checkpointing: bool = False,
         remote_code: str | None = None,
         policy: Policy | None = None,
+        feature_cache: str = "memory",
+        feature_cache_gb: float = 20.0,
     ) -> Mllm:
         """Load a base from a folder or hub name and add a fresh adapter (B = 0: the base itself).
 
         gradient_checkpointing: compute a layer's activations again when they are needed, which
         saves memory for time and changes no gradient. quantization, remote_code: see `load_base`.
         policy: what is trained beside LoRA on the language model's attention; by default nothing.
+        feature_cache: ``disk`` keeps what the frozen tower makes of image files also in the user's
+        cache folder, at most `feature_cache_gb` times 10^9 bytes for all models.
         Raises `UserError` if the model or a component to train cannot be had.
         """
         base, processor = load_base(
@@ -133,7 +140,12 @@ class Mllm:
             base.activation_checkpointing_enable({"use_reentrant": False})
             base.disable_input_require_grads()  # the frozen embeddings need no gradient
         model.peft_config["default"].base_model_name_or_path = name  # not a path of this machine
-        return cls(name, model.eval(), processor, policy)
+        mllm = cls(name, model.eval(), processor, policy)
+        if feature_cache == "disk":
+            limit = int(feature_cache_gb * 1e9)
+            facts = (mllm.base, processor, entry, policy.keeps)
+            mllm.features = FeatureCache(store=store_for(*facts, name=name, limit_bytes=limit))
+        return mllm
 
     # -- the adapter -------------------------------------------------------------------------
 
@@ -335,7 +347,27 @@ class Mllm:
             self.features.put(source.key, found)
         return found
 
+    def drop_tower(self, images: Iterable[ImageSource] = ()) -> int:
+        """Free the memory of the frozen vision tower; returns its bytes, 0 where it is trained.
+
+        images: those still needed; they pass the tower first. An image that turns up later brings
+        the tower back (on an accelerator) or reads it where it lies. Raises `UserError` if there
+        is no room for the weights in TMPDIR.
+        """
+        if self.policy.keeps == "pixels":
+            return 0
+        for image in images:
+            self.image_features(image)
+        try:
+            return to_file(self._parts)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the vision tower of {self.name} cannot leave memory: {error}; TMPDIR chooses "
+                "another place for it"
+            ) from error
+
     def _see(self, source: ImageSource) -> ImageFeatures:
+        to_device(self._parts, self.device)
         picture, keeps = source.open(), self.policy.keeps
         return see(self.base, self.processor, self.family, picture, keeps=keeps, parts=self._parts)
 
