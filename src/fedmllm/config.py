@@ -65,7 +65,8 @@ class ModelSection(_Section):
     gradient_checkpointing: less memory for more time, same numbers. remote_code: the path again,
     word for word, of a model whose own code may be run.
     feature_cache: disk keeps what the frozen tower makes of image files for later runs, below the
-    user's cache folder, at most feature_cache_gb (10^9 bytes) for all models.
+    user's cache folder, at most feature_cache_gb (10^9 bytes) for all models. drop_tower: all
+    images pass the frozen tower first, and it leaves memory.
     """
 
     name: str = "embedded"
@@ -77,6 +78,7 @@ class ModelSection(_Section):
     remote_code: str | None = None
     feature_cache: Literal["memory", "disk"] = "memory"
     feature_cache_gb: float = Field(20.0, gt=0)
+    drop_tower: bool = False
 
 
 class LoraSection(_Section):

@@ -132,9 +132,11 @@ def run(
         lora_modules=modules,
         copied_modules=mllm.copied_modules(),
     )
-    outcomes = [
-        run_federation(session, federation) for federation in federations(config, dataset, held)
-    ]
+    parties = federations(config, dataset, held)
+    if config.model.drop_tower:
+        trained = [s for party in parties for held_ in party.samples.values() for s in held_]
+        mllm.drop_tower([*trained, *dataset.test])
+    outcomes = [run_federation(session, federation) for federation in parties]
     _save_adapter(session, outcomes)
     result = _result(session, held, outcomes, time.perf_counter() - began)
     results.write_json(folder / "result.json", result)

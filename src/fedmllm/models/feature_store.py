@@ -15,12 +15,13 @@ import hashlib
 import importlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -88,9 +89,10 @@ class FeatureStore:
         if path is None:
             return None
         try:
-            facts = path.stat()
-            seen = (facts.st_dev, facts.st_ino, facts.st_size)
-            found = read_entry(path, self.model, key, check=seen not in self._sound)
+            with path.open("rb") as file:
+                facts = os.fstat(file.fileno())
+                seen = (facts.st_dev, facts.st_ino, facts.st_size)
+                found = read_entry(file, self.model, key, check=seen not in self._sound)
         except (FileNotFoundError, PermissionError, NotADirectoryError):
             return None
         except _DAMAGED:
@@ -281,14 +283,15 @@ def entry_bytes(value: ImageFeatures, model: str, key: str) -> bytes:
     return save(tensors, {**metadata, "sha256": _content_digest(metadata, tensors)})
 
 
-def read_entry(path: Path, model: str, key: str, *, check: bool = True) -> ImageFeatures:
+def read_entry(file: BinaryIO, model: str, key: str, *, check: bool = True) -> ImageFeatures:
     """An image's features, memory-mapped. check: compare the digest, which reads it all.
 
     Raises one of many exceptions if the file is damaged, or of another image or model.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    # safetensors opens a name twice, and another process may replace the file in between
+    with safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as opened:
+        metadata = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     expected = metadata.pop("sha256")
     if (metadata["model"], metadata["image"]) != (model, key):
         raise ValueError("an entry of another image or model")

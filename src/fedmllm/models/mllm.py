@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from fedmllm.data.sample import ImageSource
+from fedmllm.data.sample import ImageSource, Sample
 from fedmllm.errors import UserError
 from fedmllm.models.components import (
     Policy,
@@ -347,17 +347,21 @@ class Mllm:
             self.features.put(source.key, found)
         return found
 
-    def drop_tower(self, images: Iterable[ImageSource] = ()) -> int:
-        """Free the memory of the frozen vision tower; returns its bytes, 0 where it is trained.
+    def drop_tower(self, samples: Iterable[Sample] = ()) -> int:
+        """Free the memory of the frozen vision tower; returns its bytes, 0 where it stays.
 
-        images: those still needed; they pass the tower first. An image that turns up later brings
-        the tower back (on an accelerator) or reads it where it lies. Raises `UserError` if there
-        is no room for the weights in TMPDIR.
+        samples: those still needed; their images pass the tower first. An image that turns up
+        later brings the tower back (on an accelerator) or reads it where it lies (`tower.py`). It
+        stays where it is trained, and on an accelerator where the connector is, whose
+        surroundings ask the tower for its device. Raises `UserError` if there is no room for the
+        weights in TMPDIR, or if an image cannot be read.
         """
-        if self.policy.keeps == "pixels":
+        keeps = self.policy.keeps
+        if keeps == "pixels" or (keeps == "tower" and self.device.type != "cpu"):
             return 0
-        for image in images:
-            self.image_features(image)
+        for sample in samples:
+            if sample.image is not None:
+                self._image_of(sample.id, sample.image)
         try:
             return to_file(self._parts)
         except (OSError, SafetensorError) as error:
