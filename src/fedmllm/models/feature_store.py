@@ -37,6 +37,7 @@ from fedmllm.models.lora import decoder_of
 from fedmllm.models.replay import Blank, NotRecordedError
 
 SCHEMA = 1
+SMALL = 2**16  # bytes: smaller entries are copied, since a process may hold some 65,000 mappings
 _LOG = logging.getLogger("fedmllm")
 _KEY = re.compile(r"sha256:([0-9a-f]{64})")
 _PACKAGES = ("torch", "transformers", "Pillow", "torchvision", "numpy", "safetensors")
@@ -84,7 +85,8 @@ class FeatureStore:
         return self.folder / self.model / found[1][:2] / f"{found[1]}{files.SUFFIX}"
 
     def get(self, key: str) -> ImageFeatures | None:
-        """An image's features, memory-mapped, or None. A damaged entry is removed."""
+        """An image's features, or None: memory-mapped, or copied where there is little of them.
+        A damaged entry is removed."""
         path = self.path(key)
         if path is None:
             return None
@@ -92,7 +94,8 @@ class FeatureStore:
             with path.open("rb") as file:
                 facts = os.fstat(file.fileno())
                 seen = (facts.st_dev, facts.st_ino, facts.st_size)
-                found = read_entry(file, self.model, key, check=seen not in self._sound)
+                how = {"check": seen not in self._sound, "copy": facts.st_size < SMALL}
+                found = read_entry(file, self.model, key, **how)
         except (FileNotFoundError, PermissionError, NotADirectoryError):
             return None
         except _DAMAGED:
@@ -283,8 +286,11 @@ def entry_bytes(value: ImageFeatures, model: str, key: str) -> bytes:
     return save(tensors, {**metadata, "sha256": _content_digest(metadata, tensors)})
 
 
-def read_entry(file: BinaryIO, model: str, key: str, *, check: bool = True) -> ImageFeatures:
-    """An image's features, memory-mapped. check: compare the digest, which reads it all.
+def read_entry(
+    file: BinaryIO, model: str, key: str, *, check: bool = True, copy: bool = False
+) -> ImageFeatures:
+    """An image's features, memory-mapped unless `copy`. check: compare the digest, which reads
+    it all.
 
     Raises one of many exceptions if the file is damaged, or of another image or model.
     """
@@ -292,6 +298,8 @@ def read_entry(file: BinaryIO, model: str, key: str, *, check: bool = True) -> I
     with safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as opened:
         metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    if copy:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     expected = metadata.pop("sha256")
     if (metadata["model"], metadata["image"]) != (model, key):
         raise ValueError("an entry of another image or model")
