@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint clean help
+.PHONY: demo test test-slow test-browser lint clean help
 help:
 	@echo "make demo       six federated runs and their report, about five minutes on two cores"
 	@echo "make test       style, types and tests"
 	@echo "make test-slow  the long tests"
+	@echo "make test-browser  the report in Chromium, which must be there"
 	@echo "make clean      remove the virtual environment and the runs"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -33,6 +34,9 @@ test: lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(STAMP)
+	$(BIN)/python -m pytest -m browser
 
 clean:
 	rm -rf $(VENV) runs

@@ -327,7 +327,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     path = make_tar(tmp_path / "a.tar.gz", regular("y.txt"))
-    with pytest.raises(UserError, match=r"a\.tar\.gz cannot be read|file"):
+    with pytest.raises(UserError, match=r"cache folder .*archives cannot be .*XDG_CACHE_HOME"):
         archives.unpacked(path)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from minicpmv_checkpoint import published_folder
 from PIL import Image
+from synthetic_grid import result, write
 
 from fedmllm.cli import main
 from fedmllm.data.memes import SPEC
+from fedmllm.parallel import Failure
 
 FAST = ["training.rounds=1", "evaluation.every=0", "evaluation.conditions=[both]"]
 
@@ -250,3 +252,76 @@ def test_a_round_on_the_papers_models(cli, experiment, tmp_path, version, quanti
     assert result["bytes"]["up"] > 0
     assert 0 <= result["metrics"]["both"]["auc"] <= 1
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+GRID = """
+base:
+  data: {name: memes, train: 40, test: 16}
+  training: {rounds: 1}
+axes: {seed: [0, 1]}
+"""
+
+
+def test_bench_plans_refuses_and_tells_of_failures(cli, tmp_path, monkeypatch) -> None:
+    file, out = tmp_path / "grid.yaml", tmp_path / "out"
+    file.write_text(GRID)
+    code, text, _ = cli("bench", file, "--plan", "--out", out, "--only", "seed=1")
+    assert code == 0
+    assert text.splitlines()[1].split()[:2] == ["s1", "missing"]
+    assert not out.exists()  # a plan changes nothing
+    code, _, error = cli("bench", file, "training.rounds=-1", "training.lr=0")
+    assert code == 2
+    assert "2 problems" in error
+    assert "Traceback" not in error
+    assert cli("bench", tmp_path / "gird.yaml")[0] == 2
+
+    def run_jobs(jobs, **options):
+        for job in jobs:
+            yield job, Failure("no luck", "Traceback: deep down")
+
+    monkeypatch.setattr("fedmllm.bench.run.run_jobs", run_jobs)
+    code, text, _ = cli("bench", file, "--out", out)
+    assert code == 1
+    assert "0 done, 0 were done before, 2 failed" in text
+    assert "FAILED s0: no luck" in text
+    assert "Traceback: deep down" in (out / "bench.json").read_text()
+    code, text, _ = cli("bench", file, "--plan", "--out", out)
+    assert "s0  failed" in text
+    assert "no luck" in text
+
+
+def test_report_writes_what_the_suffix_says(cli, tmp_path) -> None:
+    results = [result("fedavg", "missing-b0.5", seed) for seed in (0, 1)]
+    runs = write(tmp_path / "runs", results)
+    names = [tmp_path / f"r.{suffix}" for suffix in ("md", "tex", "csv")]
+    outs = [word for name in names for word in ("--out", name)]
+    code, _, _ = cli("report", runs, *outs, "--condition", "both", "--condition", "neither")
+    assert code == 0
+    assert all(name.exists() for name in names)
+    assert names[0].read_text().count("### memes") == 2
+    for words in (["--out", "r.pdf"], ["--condition", "bot"]):
+        code, _, error = cli("report", runs, *words)
+        assert code == 2
+        assert "Traceback" not in error
+
+
+def test_what_the_system_refuses_is_no_traceback(cli, experiment, tmp_path, monkeypatch) -> None:
+    """As root nothing is refused, so the system's answer is given by hand."""
+    out = tmp_path / "locked" / "run"
+
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    code, _, err = cli("run", experiment, "--out", out)
+    assert code == 2
+    assert err == f"error: {out}: Permission denied. Free it, or choose another place\n"
+
+
+def test_another_fault_of_the_system_is_not_hidden(cli, experiment, monkeypatch) -> None:
+    def broken(self, *_, **__):
+        raise OSError(5, "Input/output error", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        cli("run", experiment, "--out", "runs/x")

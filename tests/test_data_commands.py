@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 from fedmllm.cli import main
+from fedmllm.config import load_config
 from fedmllm.data import DATASETS
 from fedmllm.data.check import check, counts
 from fedmllm.data.sample import Sample
@@ -97,6 +100,29 @@ def test_misuse_has_exit_code_two(cli, tmp_path):
     assert "does not exist: check ROOT" in error
     assert cli("data", "check", "slake")[0] == 2
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_letters_that_a_terminal_lacks_are_no_error(monkeypatch, small, tmp_path, encoding):
+    """A name in bytes that are not UTF-8; authors' names in a terminal of seven bits."""
+    root = owners.write("slake", tmp_path / "bad\udcffname")
+    (root / "imgs" / "xmlab1" / "source.jpg").write_bytes(b"")
+    for words in (["info", "medalpaca-flashcards"], ["check", "slake", root]):
+        out = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "argv", ["fedmllm", "data", *map(str, words)])
+        with pytest.raises(SystemExit):
+            main()
+        out.flush()
+        text = out.buffer.getvalue().decode(encoding)
+        assert "L\\xf6ser" in text or "Löser" in text or "bad\\udcffname" in text
+
+
+def test_output_for_machines_is_ascii(cli, small, tmp_path):
+    root = owners.write("slake", tmp_path / "数据")
+    code, text, _ = cli("data", "check", "slake", root, "--json")
+    assert (code, text.isascii()) == (0, True)
+    assert json.loads(text)["root"] == str(root)
 
 
 def test_ls_shows_the_datasets(cli):
@@ -246,6 +272,15 @@ def test_absent_splits_and_absent_images(cli, small, tmp_path):
     assert any(p["what"].startswith("test: no task_") for p in found["problems"])
 
 
+def test_what_several_splits_lack_is_told_once(cli, small, tmp_path):
+    root = owners.write("vqa-rad", tmp_path)
+    shutil.rmtree(root / owners.RAD_IMAGES)
+    found = json.loads(cli("data", "check", "vqa-rad", root, "--json")[1])
+    (what,) = [problem["what"] for problem in found["problems"]]
+    assert what.startswith("train, test: no folder VQA_RAD Image Folder")
+    assert found["notes"] == []
+
+
 def test_what_is_repeated_is_remarked(cli, small, tmp_path):
     """As in the real VQA-RAD: a training question asked twice, and one of the test's."""
     root = owners.write("vqa-rad", tmp_path)
@@ -282,6 +317,13 @@ def test_problem_lists():
     assert (
         problem_list(["a", "b", "c"], most=2) == "3 problems in the data:\n  a\n  b\n  … and 1 more"
     )
+
+
+@pytest.mark.parametrize("name", owners.NAMES)
+def test_a_ready_experiment_takes_each_setting(name):
+    for setting in ("cross-i3t7", "hybrid-p0.6", "missing-b0.5"):
+        config = load_config(ROOT / "experiments" / f"{name}.yaml", [f"setting={setting}"])
+        assert config.scenario["name"] == setting.partition("-")[0]
 
 
 # -- from the owners' files to the report ------------------------------------------------------

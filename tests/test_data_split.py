@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -151,6 +153,7 @@ def test_a_folder_of_ones_own(cli, tmp_path):
     [
         (["mems"], "unknown dataset 'mems'"),
         (["memes", "some-folder"], "data.root: unknown option of dataset memes 'root'"),
+        (["memes", "train=40", "folder"], "'folder' is not KEY=VALUE: give one folder, first"),
         (["memes", "trian=3"], "unknown option of dataset memes 'trian'"),
         (["memes", "--scenario", "mising"], "did you mean 'missing'?"),
         (["memes", "--setting", "x"], "unknown setting 'x'"),
@@ -168,6 +171,29 @@ def test_bad_words_are_refused_and_nothing_is_written(cli, words, message):
     assert message in err
     assert "Traceback" not in err
     assert list(Path().iterdir()) == []
+
+
+def test_folders_are_made_for_what_is_written(cli):
+    code, _, err = cli("memes", *SMALL, "--out", "new/m.json", "--picture", "other/new/m.png")
+    assert (code, err) == (0, "")
+    assert Path("other/new/m.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "file"),
+    [("--out", "file/m.json"), ("--picture", "file/m.svg"), ("--export", "full/export")],
+)
+def test_what_cannot_be_written_is_named(cli, monkeypatch, option, file):
+    Path("file").write_text("")
+
+    def full(*given: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if option == "--export":
+        monkeypatch.setattr("fedmllm.export._write", full)
+    code, _, err = cli("memes", *SMALL, option, file)
+    assert code == 2
+    assert f"{file} cannot be written (" in err
 
 
 # --- requests and differences -----------------------------------------------------------------

@@ -18,11 +18,17 @@ from safetensors.torch import load_file
 
 import fedmllm
 from fedmllm.algorithms import ALGORITHMS
-from fedmllm.config import load_config, make_config
+from fedmllm.config import config_hash, load_config, make_config
+from fedmllm.data import load_dataset
+from fedmllm.data.dataset import Dataset
+from fedmllm.data.images import ImageFile
+from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
-from fedmllm.experiment import run
+from fedmllm.experiment import data_digest, make_manifest, own_samples, run
 from fedmllm.models import model_path
 from fedmllm.models.mllm import Mllm
+from fedmllm.prompts import render
+from fedmllm.report.loading import result_digest
 from fedmllm.scenarios import SETTINGS
 
 SMALL = {
@@ -72,6 +78,16 @@ def test_the_folder_of_a_run(tmp_path, mllm: Mllm) -> None:
     assert result["base_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     for key in ("versions", "hardware", "seed", "config_sha256", "time", "peak_memory_bytes"):
         assert result[key] is not None
+    assert result["samples"]["trained"] == sum(
+        client["samples"]
+        for line in result["history"]
+        for client in result["manifest"]["clients"]
+        if client["id"] in line["clients"]
+    )
+    assert result["samples"]["tested"] == 24 + 2 * 24  # after round 1, and both conditions
+    assert result["samples"]["trained_per_second"] > 0
+    assert result["data_sha256"] != result["base_sha256"]
+    assert result["result_sha256"] == result_digest(result)
     kinds = [event["event"] for event in events]
     assert kinds == ["start", "round", "round", "test", "test", "done"]
 
@@ -88,7 +104,11 @@ def test_two_runs_are_the_same_to_the_last_bit(tmp_path, mllm: Mllm) -> None:
 
 KILLED = """
 import sys, yaml
-from fedmllm.config import load_config, make_config
+from fedmllm.config import config_hash, load_config, make_config
+from fedmllm.data import load_dataset
+from fedmllm.data.dataset import Dataset
+from fedmllm.data.images import ImageFile
+from fedmllm.data.sample import Sample, Task
 from fedmllm.experiment import run
 def listen(event):
     if event["event"] == "round":
@@ -293,6 +313,19 @@ def test_public_names() -> None:
         fedmllm.nothing  # noqa: B018
 
 
+def test_the_peak_is_that_of_the_run(tmp_path) -> None:
+    """A process that has held 300 MB and let them go begins its next run without them."""
+    import numpy as np
+
+    from fedmllm import results
+
+    held = np.ones(300 * 2**20, dtype=np.uint8)
+    high = results.peak_memory_bytes()
+    del held
+    results.reset_peak_memory()
+    assert results.peak_memory_bytes() < high - 200 * 2**20
+
+
 def test_a_run_says_what_it_shortened(tmp_path, mllm: Mllm) -> None:
     """The embedded memes of this seed have 83 to 89 tokens."""
     config = small(training={**SMALL["training"], "max_length": 87})
@@ -304,3 +337,68 @@ def test_a_run_says_what_it_shortened(tmp_path, mllm: Mllm) -> None:
     assert result["shortened"]["samples"] >= len(result["shortened"]["first"]) > 0
     assert events[-1]["shortened"] == result["shortened"]
     assert "shortened" not in run(small(), out=tmp_path / "plain", mllm=mllm)
+
+
+def test_each_party_tests_on_what_it_held_out(tmp_path, mllm: Mllm) -> None:
+    evaluation = {**SMALL["evaluation"], "held_out": 0.25, "every": 0}
+    config = small(evaluation=evaluation, scenario="missing")
+    dataset = load_dataset(**config.data)
+    manifest = make_manifest(config, dataset)
+    train, out = own_samples(config, dataset, manifest)
+    sizes = {client.id: len(client.rows) for client in manifest.clients}
+    for client, size in sizes.items():
+        ids = [{sample.id for sample in part[client]} for part in (train, out)]
+        assert not ids[0] & ids[1]
+        assert len(ids[0] | ids[1]) == size
+        assert len(ids[1]) == min(-(-size // 4), size - 1)  # a quarter, rounded up
+    result = run(config, out=tmp_path / "r", mllm=mllm)
+    found = result["held_out"]["per_client"]
+    assert {client: scores["n"] for client, scores in found.items()} == {
+        client: len(samples) for client, samples in out.items() if samples
+    }
+    # accuracy on them by hand, with the adapter that the run kept
+    mllm.set_adapter(adapter_of(tmp_path / "r", mllm))
+    client = max(out, key=lambda name: len(out[name]))
+    right = 0
+    for sample in out[client]:
+        prompt = mllm.encode(render(sample, dataset.task, "plain"), max_length=1200)
+        right += int(mllm.score_options([prompt])[0].argmax()) == sample.label
+    assert found[client]["accuracy"] == pytest.approx(right / len(out[client]))
+    spread = result["held_out"]["spread"]["accuracy"]
+    assert spread["min"] == min(scores["accuracy"] for scores in found.values())
+    steps = sum(len(train[name]) for line in result["history"] for name in line["clients"])
+    assert result["samples"]["trained"] == steps
+    assert config_hash(small(evaluation={**evaluation, "held_out": 0.0})) == config_hash(
+        small(evaluation={k: v for k, v in evaluation.items() if k != "held_out"})
+    )
+    local = run(small(evaluation=evaluation, topology="local"), out=tmp_path / "local", mllm=mllm)
+    assert set(local["held_out"]["per_client"]) == {name for name in out if out[name]}
+    assert set(local["per_client"]) == set(out)
+
+
+def adapter_of(folder: Path, mllm: Mllm):
+    """The adapter of a run under the names that the model takes."""
+    saved = adapter(folder)
+    own = mllm.get_adapter()
+    assert saved.keys() == own.keys()
+    return saved
+
+
+def test_the_digest_of_data_reads_no_picture(tmp_path, monkeypatch) -> None:
+    def dataset(text: str = "words", path: str = "a.png") -> Dataset:
+        sample = Sample(id="1", answer="x", text=text, image=ImageFile(path, tmp_path))
+        return Dataset(Task("t", "open", "accuracy"), [sample], [])
+
+    def read(image) -> bytes:
+        raise AssertionError("a picture was read")
+
+    monkeypatch.setattr(ImageFile, "encoded", read)
+    (tmp_path / "a.png").write_bytes(b"123")
+    first = data_digest(dataset())
+    assert data_digest(dataset()) == first
+    assert data_digest(dataset(text="other")) != first
+    assert data_digest(dataset(path="b.png")) != first
+    swapped = Dataset(dataset().task, [], dataset().train)  # trained on is not tested on
+    assert data_digest(swapped) != first
+    (tmp_path / "a.png").write_bytes(b"1234")
+    assert data_digest(dataset()) != first

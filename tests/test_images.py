@@ -4,6 +4,7 @@ import hashlib
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedmllm.data import images
-from fedmllm.data.images import ImageFile, MemoryImage, image_problem
+from fedmllm.data.images import EncodedImage, ImageFile, MemoryImage, image_problem
 from fedmllm.errors import UserError
 
 RED = (255, 0, 0)
@@ -243,3 +244,24 @@ def test_headers_are_verified_on_demand(tmp_path):
     assert "is not an image" in image_problem("text.png", tmp_path)
     assert "more than 50 million" in image_problem("bomb.png", tmp_path)
     assert image_problem("text.png", tmp_path, verify=False) is None
+
+
+def test_a_header_is_enough_to_see_whether_it_is_an_image():
+    """The check at loading does not read the image."""
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(noise).save(out, "PNG")
+    read = []
+
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            content = super().read(size)
+            read.append(len(content))
+            return content
+
+    image = EncodedImage(Path("row 1"), lambda: Counted(out.getvalue()))
+    assert image.problem() is None
+    assert 0 < sum(read) < 1000
+    assert image.open().size == (300, 300)
+    assert sum(read) > 250_000
+    assert "row 1 is not an image" in str(EncodedImage(Path("row 1"), io.BytesIO).problem())

@@ -24,6 +24,7 @@ LAYERS = [
     {"algorithms", "client", "evaluation"},
     {"federation", "checkpoint", "results"},
     {
+        "bench",
         "config",
         "experiment",
         "report",
@@ -36,6 +37,8 @@ LAYERS = [
         "plan",
         "predict",
         "progress",
+        "rerun",
+        "revisions",
     },
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

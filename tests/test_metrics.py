@@ -19,6 +19,7 @@ from fedmllm.metrics import (
     macro_f1,
     macro_f1_standard_error,
     mean_and_ci,
+    unparsable,
     vqa_accuracy,
     vqa_normalise,
 )
@@ -231,3 +232,11 @@ def test_macro_f1_standard_error_is_that_of_many_test_sets() -> None:
     assert _fast_macro_f1(np.array(truth), np.array(guess), 5) == pytest.approx(
         macro_f1(truth, guess, 5)
     )
+
+
+def test_unparsable_answers_by_hand() -> None:
+    """Empty; punctuation and nothing else; a yes-no question answered by something else."""
+    replies = ["", "?!", "Yes.", "no", "maybe", "red", "yes no", "maybe"]
+    truth = ["red", "red", "yes", "Yes", "no", "blue", "no", "maybe"]
+    assert unparsable(replies, truth) == 4  # the first two, "maybe" and "yes no"
+    assert unparsable([], []) == 0

@@ -366,6 +366,17 @@ def test_a_root_given_by_mistake_is_not_searched_forever(tmp_path, monkeypatch):
     assert len(load_dataset("hateful-memes", root=tmp_path).train) == 40
 
 
+def test_links_that_lead_nowhere_and_pipes_are_passed_over(tree):
+    """Neither empties the folder that they lie in, nor is waited for."""
+    root = tree("hateful-memes")
+    (root / "loop").symlink_to("loop")
+    picture = root / "img" / "00007.png"
+    picture.unlink()
+    os.mkfifo(picture)
+    expected = f"image {picture} does not exist"
+    assert expected in refusal("hateful-memes", root)
+
+
 def test_what_a_mac_leaves_behind_is_not_taken_for_data(tmp_path):
     root = owners.hateful_memes(tmp_path / "data")
     (root / "img").rename(root / "__MACOSX")

@@ -13,11 +13,12 @@ import yaml
 from rich.console import Console
 
 from fedmllm.config import make_config
-from fedmllm.demo import BASE, RUNS, DemoProgress, demo_configs, run_demo
+from fedmllm.demo import BASE, RUNS, demo_configs, run_demo
 from fedmllm.errors import UserError
 from fedmllm.experiment import run
 from fedmllm.models.mllm import Mllm
-from fedmllm.parallel import run_many
+from fedmllm.parallel import Job, _next, rough_work, run_many
+from fedmllm.progress import ManyProgress
 
 SMALL = {
     "data": {"name": "memes", "train": 40, "test": 16},
@@ -136,29 +137,67 @@ def test_the_demo_never_writes_over_a_strangers_folder(tmp_path: Path) -> None:
         run_demo(tmp_path)
 
 
+def event(kind: str, name: str = "fedavg-aligned", **facts):
+    return {"event": kind, "name": name, "elapsed": 12.0, "metric": "auc", **facts}
+
+
+def round_(number: int, of: int, **facts):
+    common = {"federation": "", "round": number, "rounds": of, "loss": 0.5, "metrics": None}
+    return event("round", **common | facts)
+
+
 def test_progress_shows_round_loss_metric_and_time_left() -> None:
     out = StringIO()
-    progress = DemoProgress(demo_configs(), Console(file=out, width=100, force_terminal=False))
-    common = {"name": "fedavg-aligned", "elapsed": 1.0}
-    progress.listen({**common, "event": "start", "parameters": {}})
-    for round_ in range(1, 6):
-        progress.listen(
-            {
-                **common,
-                "event": "round",
-                "federation": "",
-                "metric": "auc",
-                "round": round_,
-                "rounds": 25,
-                "loss": 0.5,
-                "clients": ["client-01", "client-02"],
-                "metrics": {"both": {"auc": 0.625}} if round_ == 5 else None,
-            }
-        )
+    work = {config.name: rough_work(config) for config in demo_configs()}
+    progress = ManyProgress(work, Console(file=out, width=100, force_terminal=False))
+    progress.listen(event("start", steps=25))
+    for number in range(1, 6):
+        found = {"both": {"auc": 0.625}} if number == 5 else None
+        progress.listen(round_(number, 25, metrics=found))
     progress.console.print(progress.table())
     text = out.getvalue()
+    assert "0 of 6 done, 1 running, 0 failed" in text
     assert "5/25" in text
     assert "0.500" in text
     assert "auc 0.625" in text
     assert "time left" in text
-    assert progress.done["fedavg-aligned"] == pytest.approx(1.0)  # 5 rounds, 2 of 10 clients each
+    assert progress.part["fedavg-aligned"] == pytest.approx(0.9 * 5 / 25)
+
+
+def test_progress_is_a_line_a_run_where_no_terminal_is() -> None:
+    out = StringIO()
+    progress = ManyProgress({"a": 3.0, "b": 1.0}, Console(file=out, width=60))
+    progress.began -= 30  # as if it had run for half a minute
+    progress.listen(event("start", "a", steps=2))
+    progress.listen({**round_(1, 2), "name": "a"})
+    progress.listen(event("done", "a", metrics={"both": {"auc": 0.75}}))
+    progress.ended("a", seconds=99)  # is counted already
+    progress.ended("b", failure="no such file: x\nand more")
+    assert out.getvalue().splitlines() == [
+        "[1/2] done a: auc 0.750, 12 s (0 failed, 0:10 left)",  # 3 of 4 parts took 30 s
+        "[2/2] FAILED b: no such file: x (1 failed, 0:00 left)",
+    ]
+
+
+class Idle:
+    """A worker as `_next` sees it."""
+
+    def __init__(self, base: str = "", data: str = "") -> None:
+        self.base, self.data = base, data
+
+
+def test_a_worker_keeps_to_what_it_has_loaded_and_begins_with_the_longest() -> None:
+    other_data = {"name": "memes", "train": 60, "test": 16}
+    jobs = [
+        Job(config("short"), Path("a"), work=1),
+        Job(config("long"), Path("b"), work=5),
+        Job(config("elsewhere", data=other_data), Path("c"), work=5.5),
+        Job(config("rank", lora={"rank": 4}), Path("d"), work=9),
+    ]
+    new, used = Idle(), Idle(jobs[0].base, jobs[0].data)
+    order = []
+    waiting = list(jobs)
+    while waiting:
+        order.append(_next(waiting, used).config.name)  # type: ignore[arg-type]
+    assert order == ["long", "short", "elsewhere", "rank"]
+    assert _next(list(jobs), new).config.name == "rank"  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmllm.errors import UserError
-from fedmllm.partition import dirichlet, even, proportions
+from fedmllm.partition import dirichlet, even, held_out, proportions
 
 
 def ids_of(count):
@@ -164,3 +164,16 @@ def test_even_refuses_too_many_clients():
         even(ids_of(3), clients=4, seed=0)
     with pytest.raises(UserError, match="2 clients cannot share 0 samples"):
         even([], clients=2, seed=0)
+
+
+def test_held_out_is_a_share_of_each_clients_samples_and_nested() -> None:
+    ids = [f"s{i}" for i in range(25)]
+    some, more = held_out(ids, share=0.1, seed=0), held_out(ids, share=0.3, seed=0)
+    assert (len(some), len(more)) == (3, 8)  # rounded up
+    assert some < more < set(ids)
+    assert held_out(ids[::-1], share=0.1, seed=0) == some
+    assert held_out(ids, share=0.1, seed=1) != some
+    assert held_out(ids, share=0.0, seed=0) == set()
+    assert held_out(["a"], share=0.5, seed=0) == set()  # it must train on something
+    assert len(held_out(["a", "b"], share=0.99, seed=0)) == 1
+    assert held_out([], share=0.5, seed=0) == set()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedmllm.bench import load_grid
 from fedmllm.config import load_config
 from fedmllm.report import load_results
 
@@ -47,8 +48,11 @@ def test_commands_parse_and_their_configs_are_good() -> None:
     assert len(lines) >= 6
     for line in lines:
         words = shlex.split(line)
+        if words[0] == "bench":
+            assert load_grid(ROOT / words[1])
+            continue
         if words[0] not in ("run", "plan"):
-            assert words[0] in ("ls", "data", "predict", "report")
+            assert words[0] in ("ls", "data", "predict", "report", "compare", "rerun")
             continue
         overrides = [w for w in words[2:] if "=" in w]
         assert load_config(ROOT / words[1], overrides)

@@ -484,6 +484,23 @@ def test_a_missing_condition_is_a_dash(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plain")
+def test_groups_of_questions_are_told_apart(tmp_path: Path) -> None:
+    """As of the medical domain: one training, figures of each test set and language."""
+    first, second, third = synthetic_results()[:3]
+    third["metrics"]["both"]["auc_hard"] = 0.5  # another score, no group
+    assert "By group" not in write_report([third], tmp_path / "r.html").read_text()
+    for result, zh in ((first, 0.25), (second, 0.75)):
+        result["task"] = {**result["task"], "name": "medical-vqa", "metric": "accuracy"}
+        result["metrics"]["both"] |= {"accuracy_se": 0.1, "accuracy_slake/zh": zh}
+    first["metrics"]["both"]["accuracy_<vqa-rad>"] = 0.5
+    text = write_report([first, second], tmp_path / "r.html").read_text()
+    table = text.partition("By group of questions")[2].partition("</table>")[0]
+    cells = re.findall(r"<t[hd](?: [^>]*)?>(.*?)</t[hd]>", table)
+    assert cells[:3] == ["Run", "&lt;vqa-rad&gt;", "slake/zh"]
+    assert [cells[4:6], cells[7:]] == [["0.500", "0.250"], ["–", "0.750"]]
+
+
+@pytest.mark.usefixtures("plain")
 def test_tasks_are_kept_apart(tmp_path: Path) -> None:
     results = synthetic_results()
     for result in results[3:]:
@@ -648,7 +665,7 @@ def test_any_value_replaced_by_any_kind_is_read_or_named(tmp_path: Path) -> None
     good["history"] = good["history"][:2]
     good["manifest"]["clients"] = good["manifest"]["clients"][:1]
     good["per_client"] = {"client-00": good["per_client"]["client-00"]}
-    template = page._template()
+    template = page.template("page.html")
     kinds = (None, [], {}, "x", -1, True, [{}], {"a": {"b": []}})
     for i, keys in enumerate(places(good)):
         path.write_text(json.dumps(replaced(good, keys, kinds[i % len(kinds)])))

@@ -59,6 +59,22 @@ def split(dataset, **changes):
 # --- what is read ----------------------------------------------------------------------------
 
 
+def test_nan_is_nothing(folder):
+    """As Python and pandas write an empty cell into JSON lines."""
+    row = {"party": "a", "image": float("nan"), "text": "x", "answer": "yes"}
+    rows = [row, row | {"image": "images/a.png", "text": float("nan")}]
+    write(folder, "data.jsonl", "\n".join(map(json.dumps, rows)))
+    write(folder, "test.csv", "text,answer\nx,no\n")
+    options = {"task": "choice", "classes": ["no", "yes"], "question_column": ""}
+    first, second = load(folder, **options).train
+    assert (first.image, first.text) == (None, "x")
+    assert second.image is not None
+    assert second.text is None
+    assert "line 1: its answer is empty" in refusal(
+        folder, '{"text": "x", "answer": NaN}', "data.jsonl", **options
+    )
+
+
 def test_one_file_with_a_party_column(folder):
     write(
         folder,

@@ -1,4 +1,5 @@
-"""The command line: `fedmllm run | plan | ls | data | predict | report | cache | demo`.
+"""The command line: `fedmllm run | plan | bench | ls | data | predict | report | compare | rerun |
+cache | demo`.
 
 Heavy modules are imported inside the commands, so that `--help` answers at once. A `UserError`
 is printed without a traceback and exits with code 2.
@@ -6,6 +7,8 @@ is printed without a traceback and exits with code 2.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -29,6 +32,9 @@ for _name, _value in {
     "OMP_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# what a system refuses, wherever it happens: no permission, read-only, full
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
     name="fedmllm",
@@ -115,6 +121,51 @@ def plan(
 
 
 @app.command()
+def bench(
+    grid: Annotated[Path, typer.Argument(help="A grid file, e.g. experiments/grids/mini.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value for every cell, e.g. model.device=cuda.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the runs go. [default: runs/NAME]")
+    ] = None,
+    plan_: Annotated[bool, typer.Option("--plan", help="Only say what would be run.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
+    devices: Annotated[
+        str | None, typer.Option(help="GPUs, one a process in turn: 0,1.", show_default=False)
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A part of an axis: seed=0 or dataset=memes,crisis.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A variable of the grid: name=value.")
+    ] = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="Results to judge times from. [default: results]")
+    ] = None,
+) -> None:
+    """Run a grid of experiments: what is missing or stale, on several processes.
+
+    Exit code 1 if a cell failed; the others have run.
+    """
+    from fedmllm.bench import load_grid, run_grid
+    from fedmllm.bench.table import ended_lines, plan_lines
+
+    found = load_grid(grid, overrides or [], only=only or [], variables=set_ or [])
+    sources = measured or [Path("results")]
+    if plan_:
+        for line in plan_lines(found, out=out, measured=sources, processes=processes):
+            print(line)
+        return
+    names = [name for name in (devices or "").split(",") if name]
+    ended = run_grid(found, out=out, processes=processes, devices=names, measured=sources)
+    for line in ended_lines(ended, out or found.out):
+        print(line)
+    if ended.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def ls() -> None:
     """List datasets, models, scenarios, settings, algorithms, topologies and prompt styles."""
     from rich.table import Table
@@ -155,18 +206,91 @@ def predict(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, result files, or a parent.")],
-    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="What to write: .html, .md, .tex or .csv. [default: report.html]"),
+    ] = None,
     title: Annotated[str, typer.Option(help="Its title.")] = "FedMLLM runs",
+    condition: Annotated[
+        list[str] | None, typer.Option(help="Test conditions of the tables. [default: both]")
+    ] = None,
+    per_run: Annotated[
+        bool, typer.Option("--per-run", help="A row a run, not means over seeds.")
+    ] = False,
+    figures: Annotated[
+        Path | None, typer.Option(help="A folder for the figures of a grid as SVG files.")
+    ] = None,
+    png: Annotated[bool, typer.Option("--png", help="Figures as PNG files.")] = False,
 ) -> None:
-    """Make the table and the HTML page from result files (no model is loaded)."""
-    from fedmllm.report import load_results, summary_table, write_report
+    """Make tables, figures and an HTML page from result files (no model is loaded)."""
+    from fedmllm.report import is_grid, load_results, summary_table, write_figures, write_tables
+    from fedmllm.report.arms import boards
+    from fedmllm.report.write import check_conditions, check_suffix
 
+    pages = out or [Path("report.html")]
+    for path in pages:
+        check_suffix(path)
+    check_conditions(condition or [])
     found, problems = load_results(runs)
-    page = write_report(found, out, title=title, problems=problems)
-    _console().print(summary_table(found, width=_console().width))
+    problems += boards(found)[1]
+    console = _console()
+    if len(found) <= 40:
+        console.print(summary_table(found, width=console.width))
     for problem in problems:
-        _console().print(problem, soft_wrap=True)
-    _console().print(f"report  {page}", soft_wrap=True)
+        console.print(problem, soft_wrap=True, markup=False)
+    for path in pages:
+        write_tables(
+            found,
+            path,
+            title=title,
+            problems=problems,
+            conditions=condition or ["both"],
+            per_run=per_run,
+        )
+        console.print(f"report  {path}", soft_wrap=True)
+    if figures is not None:
+        if not is_grid(found):
+            raise UserError("these runs are no grid (several seeds or settings of a method)")
+        for path in write_figures(found, figures, png=png):
+            console.print(f"figure  {path}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A result file or run folder.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+) -> None:
+    """Say what differs between two runs: config, environment, metrics."""
+    from fedmllm.report.compare import compare_lines, load_one
+
+    for line in compare_lines(load_one(first), load_one(second)):
+        print(line)
+
+
+@app.command()
+def rerun(
+    result: Annotated[Path, typer.Argument(help="A result file or run folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to run it. [default: runs/NAME-rerun]")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Differences up to this count as agreement.")
+    ] = 1e-6,
+) -> None:
+    """Run a result's config again and say whether the numbers agree; exit code 1 if not."""
+    from fedmllm.progress import RunProgress
+    from fedmllm.report.compare import agreement_lines, load_one
+    from fedmllm.rerun import run_again
+
+    old = load_one(result)
+    folder = out or Path("runs") / f"{old['name']}-rerun"
+    with RunProgress() as progress:
+        new = run_again(old, folder, listener=progress.listen)
+    agree, lines = agreement_lines(old, new, tolerance)
+    for line in lines:
+        print(line)
+    if not agree:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -201,10 +325,18 @@ def _console() -> Console:
 
 def main() -> None:
     """Entry point of the `fedmllm` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in _REFUSED or error.filename is None:
+            raise
+        what = f"{error.filename}: {error.strerror}"
+        print(f"error: {what}. Free it, or choose another place", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -6,6 +6,8 @@ Heavy modules are imported inside the commands, as in `fedmllm.cli`.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,7 +76,7 @@ def check(
             ),
         )
     if json_:
-        print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+        print(json.dumps(found.to_json(), indent=1))  # ASCII, whatever the terminal takes
     else:
         _show_checked(found)
     if not found.ok:
@@ -143,18 +145,35 @@ def split(
     held, dataset = _split(name, root, [*options, *_overrides(given)])
     _check_out(out, held, overwrite=overwrite)
     if export is not None:
-        write_export(held, dataset, export, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    manifests.save(held, out)
+        with _writing(export):
+            write_export(held, dataset, export, overwrite=overwrite)
+    with _writing(out):
+        manifests.save(held, out)
+    with _writing(picture):
+        save_picture(manifests.holdings(held), picture)
     _show(held)
-    lines = [f"manifest  {out}", f"picture   {save_picture(manifests.holdings(held), picture)}"]
+    lines = [f"manifest  {out}", f"picture   {picture}"]
     lines += [f"export    {export}"] if export is not None else []
     print("\n".join([*lines, f"sha256    {held.sha256}"]))
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Make the folder; what the system refuses becomes a `UserError` that names the file."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{file} cannot be written ({reason}): choose another place") from error
 
 
 def _root_and_options(words: list[str]) -> tuple[str | None, list[str]]:
     """The folder, which may stand first, and overrides; a bare key is the dataset's option."""
     root = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).exists()) else None
+    odd = next((word for word in words if "=" not in word), None)
+    if odd is not None:
+        raise UserError(f"{odd!r} is not KEY=VALUE: give one folder, first, then options")
     sections = ("data.", "scenario.", "partition.")
     whole = ("seed=", "scenario=", "setting=", "partition=")
     return root, [w if w.startswith((*sections, *whole)) else f"data.{w}" for w in words]

@@ -123,7 +123,8 @@ class EvaluationSection(_Section):
     """When and on what the global adapter is tested.
 
     every: rounds between tests on the way (0: none). limit: samples of those tests. The final
-    adapter is tested on all test samples under each of `conditions`.
+    adapter is tested on all test samples under each of `conditions`. held_out: the share of each
+    party's own samples that it does not train on and tests the final adapter on.
     """
 
     every: int = Field(5, ge=0)
@@ -132,6 +133,7 @@ class EvaluationSection(_Section):
         CONDITION_NAMES, min_length=1
     )
     batch_size: int = Field(64, ge=1)
+    held_out: float = Field(0.0, ge=0, lt=1)
 
 
 class Config(_Section):
@@ -160,29 +162,47 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises `UserError` that lists all problems, each with what is allowed.
     """
     file = Path(path)
+    raw = read_yaml(file)
+    raw.setdefault("name", file.stem)
+    raw.pop(HASH_KEY, None)  # a run's own config.yaml can be run again
+    return make_config(raw, overrides, source=str(file))
+
+
+def read_yaml(file: Path, kind: str = "config") -> dict[str, Any]:
+    """A mapping from a YAML file. Raises `UserError` that names the file, line and fault."""
     try:
         raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
         near = _nearest_file(file)
-        raise UserError(f"config {str(file)!r} does not exist{near}") from error
+        raise UserError(f"{kind} {str(file)!r} does not exist{near}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {str(file)!r} cannot be read: {error}") from error
+        raise UserError(f"{kind} {str(file)!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise UserError(f"config {str(file)!r} is not valid YAML{line}: {problem}") from error
+        raise UserError(f"{kind} {str(file)!r} is not valid YAML{line}: {problem}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"config {str(file)!r} must be a mapping of keys to values")
-    raw.setdefault("name", file.stem)
-    raw.pop(HASH_KEY, None)  # a run's own config.yaml can be run again
-    return make_config(raw, overrides, source=str(file))
+        raise UserError(f"{kind} {str(file)!r} must be a mapping of keys to values")
+    return raw
 
 
 def make_config(
     raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "config"
 ) -> Config:
     """Check a mapping (with overrides applied) and return the resolved config."""
+    config, problems = check_config(raw, overrides)
+    if config is None:
+        listed = "\n".join(f"  - {line}" for line in problems)
+        count = len(problems)
+        raise UserError(f"{source}: {count} problem{'s' * (count > 1)}\n{listed}")
+    return config
+
+
+def check_config(
+    raw: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> tuple[Config | None, list[str]]:
+    """The resolved config and no problem, or None and every problem once."""
     merged, problems = _with_overrides(raw, overrides)
     for section in SHORTHAND:
         if isinstance(merged.get(section), str):
@@ -201,12 +221,7 @@ def make_config(
     if config is not None:
         config = config.model_copy(update=chosen)
         problems += _combinations(config) if all(chosen.values()) else []
-    if problems:
-        listed = "\n".join(f"  - {line}" for line in dict.fromkeys(problems))
-        count = len(dict.fromkeys(problems))
-        raise UserError(f"{source}: {count} problem{'s' * (count > 1)}\n{listed}")
-    assert config is not None
-    return config
+    return (None, list(dict.fromkeys(problems))) if problems else (config, [])
 
 
 def config_hash(config: Config) -> str:

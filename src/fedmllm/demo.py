@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from fedmllm.config import Config, make_config
 from fedmllm.errors import UserError
-from fedmllm.parallel import run_many
-from fedmllm.progress import headline
+from fedmllm.parallel import rough_work, run_many
+from fedmllm.progress import ManyProgress
 
+RUN_MARK = ".fedmllm-demo"
 TITLE = "FedMLLM demo: ten parties, one model, missing modalities"
 BASE: dict[str, Any] = {
     "data": {"name": "memes", "train": 800, "test": 800, "wordings": 3},
@@ -74,7 +72,8 @@ def run_demo(out: Path, *, processes: int = 2) -> Path:
     console.print(f"[bold]{TITLE}[/bold]\n{len(RUNS)} runs on {processes} processes, no network")
     began = time.perf_counter()
     configs = demo_configs()
-    with DemoProgress(configs, console) as progress:
+    work = {config.name: rough_work(config) for config in configs}
+    with ManyProgress(work, console) as progress:
         run_many(configs, out, processes=processes, listener=progress.listen)
     found, problems = load_results([out / name for name in RUNS])
     page = write_report(found, out / "report.html", title=TITLE, problems=problems)
@@ -83,91 +82,3 @@ def run_demo(out: Path, *, processes: int = 2) -> Path:
         f"{time.perf_counter() - began:.0f} s.  Open the report: {page.resolve()}", soft_wrap=True
     )
     return page
-
-
-RUN_MARK = ".fedmllm-demo"
-
-
-class DemoProgress:
-    """A live table: a line a run with round, loss, metric, and the time left for all."""
-
-    def __init__(self, configs: list[Config], console: Console) -> None:
-        self.console = console
-        self.live = Live(console=console, refresh_per_second=4, transient=True)
-        self.work = {config.name: _work(config) for config in configs}
-        self.done = dict.fromkeys(self.work, 0.0)
-        self.lines: dict[str, dict[str, str]] = {name: {"state": "waiting"} for name in self.work}
-        self.began = time.perf_counter()
-
-    def __enter__(self) -> DemoProgress:
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
-
-    def listen(self, event: Mapping[str, Any]) -> None:
-        """Show one event of a run."""
-        line = self.lines[event["name"]]
-        if event["event"] == "start":
-            line["state"] = "running"
-        elif event["event"] == "round":
-            self._round(event, line)
-        elif event["event"] == "test":
-            line["state"] = "testing"
-        elif event["event"] == "done":
-            self.done[event["name"]] = self.work[event["name"]]
-            line["state"] = "done"
-            self._metric(event, line)
-        if self.console.is_terminal:
-            self.live.update(self.table())
-        elif event["event"] in ("start", "done") or event.get("metrics"):
-            facts = " ".join(f"{key} {value}" for key, value in line.items() if key != "state")
-            left = self.left()
-            text = f"{event['name']}: {line['state']} {facts} ({left} left)"
-            self.console.print(text, soft_wrap=True)
-
-    def _round(self, event: Mapping[str, Any], line: dict[str, str]) -> None:
-        who = f" {event['federation']}" if event["federation"] else ""
-        line["round"] = f"{event['round']}/{event['rounds']}{who}"
-        line["loss"] = f"{event['loss']:.3f}"
-        share = len(event["clients"]) / 10 if event["clients"] != ["pooled"] else 1.0
-        self.done[event["name"]] += share
-        line["state"] = "running"
-        self._metric(event, line)
-
-    def _metric(self, event: Mapping[str, Any], line: dict[str, str]) -> None:
-        found = headline(event)
-        if found:
-            line["metric"] = f"{found[0]} {found[1]:.3f}"
-
-    def left(self) -> str:
-        """Time left for all runs, from the work done so far."""
-        done, work = sum(self.done.values()), sum(self.work.values())
-        if done < 1:
-            return "?"
-        seconds = (time.perf_counter() - self.began) * (work - done) / done
-        return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
-
-    def table(self) -> Table:
-        """The present state of all runs."""
-        table = Table(title=f"time left {self.left()}", title_justify="left")
-        for column in ("run", "state", "round", "loss", "metric"):
-            table.add_column(column, min_width=8)
-        for name, line in self.lines.items():
-            keys = ("state", "round", "loss", "metric")
-            table.add_row(name, *(line.get(key, "") for key in keys))
-        return table
-
-
-def _work(config: Config) -> float:
-    """Passes over the whole training set, plus one for testing."""
-    shares = {
-        "zero-shot": 0.0,
-        "local": 1.0,
-        "centralised": 1.0,
-        "federated": config.training.clients_per_round / config.partition.clients,
-    }
-    return config.training.rounds * shares[config.topology] + 1.0

@@ -103,6 +103,7 @@ def open_metrics(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str,
     overall = groups.pop("all")
     return {
         "n": len(samples),
+        "unparsable": metrics.unparsable(list(answers), [s.answer for s in samples]),
         "accuracy": overall,
         "accuracy_se": metrics.accuracy_standard_error(overall, len(samples)),
         **{f"accuracy_{kind}": value for kind, value in groups.items()},

@@ -8,6 +8,8 @@ Zero-shot, local and centralised differ from federated only in who federates wit
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +29,7 @@ from fedmllm.client import LocalPlan, learning_rate
 from fedmllm.config import HASH_KEY, Config, config_hash, options_of
 from fedmllm.data import load_dataset
 from fedmllm.data.dataset import Dataset
+from fedmllm.data.images import ArchiveImage, EncodedImage, ImageFile
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.evaluation import TestSet, mean_over
@@ -34,7 +37,10 @@ from fedmllm.federation import InProcessRunner, RoundRecord, cohort_of, payload,
 from fedmllm.models import model_path, weights_digest
 from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.partition import held_out
 from fedmllm.prompts import render
+from fedmllm.report.loading import result_digest
+from fedmllm.revisions import revisions_of
 
 Event = Mapping[str, Any]
 Listener = Callable[[Event], None]
@@ -64,18 +70,75 @@ class Federation:
 
 
 @dataclass
+class Shared:
+    """What the runs of one process on one base have in common, so that it is made once: the base
+    itself, with the vision features that it keeps; data sets; encoded samples and test sets.
+
+    Nothing in it depends on an adapter. Not for several runs at the same time.
+    """
+
+    mllm: Mllm
+    datasets: dict[str, Dataset] = field(default_factory=dict)
+    tests: dict[str, TestSet] = field(default_factory=dict)
+    encoded: dict[tuple[Any, ...], Encoded] = field(default_factory=dict)
+
+    @staticmethod
+    def data_key(config: Config) -> str:
+        """Configs with one key read the same data set."""
+        return json.dumps(config.data, sort_keys=True)
+
+    def dataset(self, config: Config) -> Dataset:
+        """The config's data set, read once."""
+        key = self.data_key(config)
+        if key not in self.datasets:
+            self.datasets[key] = load_dataset(**config.data)
+        return self.datasets[key]
+
+    def test_set(self, config: Config) -> TestSet:
+        """The config's test samples, encoded as they are first asked for."""
+        length = config.training.max_length
+        key = f"{config.prompt} {length} {config.training.long_text} {self.data_key(config)}"
+        if key not in self.tests:
+            data = self.dataset(config)
+            self.tests[key] = TestSet(
+                self.mllm,
+                data.task,
+                data.test,
+                style=config.prompt,
+                max_length=length,
+                long_text=config.training.long_text,
+            )
+        return self.tests[key]
+
+    def encode(self, config: Config, task: Task, sample: Sample) -> Encoded:
+        """A training sample as its party sees it."""
+        length, long_text = config.training.max_length, config.training.long_text
+        held = (sample.id, sample.image is None, sample.text is None)
+        key = (*held, config.prompt, length, long_text, self.data_key(config))
+        if key not in self.encoded:
+            self.encoded[key] = self.mllm.encode(
+                render(sample, task, config.prompt), max_length=length, long_text=long_text
+            )
+        return self.encoded[key]
+
+
+@dataclass
 class Session:
     """What the federations of one run share."""
 
     config: Config
     folder: Path
-    mllm: Mllm
+    shared: Shared
     task: Task
     test: TestSet
     listener: Listener
     started: float
     resumed: bool = False
     shortened: set[str] = field(default_factory=set)
+
+    @property
+    def mllm(self) -> Mllm:
+        return self.shared.mllm
 
 
 def run(
@@ -86,22 +149,26 @@ def run(
     overwrite: bool = False,
     listener: Listener | None = None,
     mllm: Mllm | None = None,
+    shared: Shared | None = None,
 ) -> dict[str, Any]:
     """Run one experiment and return its result, which also lies in `out`/result.json.
 
     out: the run folder, by default runs/NAME; it must not exist unless `resume` (go on from its
     last checkpoint) or `overwrite`. listener: called with progress events. mllm: a loaded model
-    of the same config to use again (a base is loaded once for many runs).
+    of the same config to use again (a base is loaded once for many runs). shared: the same, and
+    what else those runs have in common.
     Raises `UserError` for anything the user can mend.
     """
     torch.set_num_threads(config.threads)
     began = time.perf_counter()
+    results.reset_peak_memory()
     folder = Path(out) if out is not None else Path("runs") / config.name
     check_folder(folder, config, resume=resume, overwrite=overwrite)
     _algorithm(config, config.partition.clients)
-    dataset = load_dataset(**config.data)
+    dataset = shared.dataset(config) if shared else load_dataset(**config.data)
     held = make_manifest(config, dataset)
-    mllm = mllm or load_model(config)
+    if shared is None:
+        shared = Shared(mllm or load_model(config), {Shared.data_key(config): dataset})
     if resume:
         _check_manifest(folder / MANIFEST_FILE, held)
     make_folder(folder, config, overwrite=overwrite)  # only now: bad input has lost nothing
@@ -109,36 +176,33 @@ def run(
     session = Session(
         config=config,
         folder=folder,
-        mllm=mllm,
+        shared=shared,
         task=dataset.task,
-        test=None,  # type: ignore[arg-type]
+        test=shared.test_set(config),
         listener=listener or (lambda event: None),
         started=began,
         resumed=resume,
     )
-    session.test = TestSet(
-        session.mllm,
-        dataset.task,
-        dataset.test,
-        style=config.prompt,
-        max_length=config.training.max_length,
-        long_text=config.training.long_text,
-    )
-    counts, modules = mllm.parameter_counts(), mllm.lora_modules()
+    model = shared.mllm
+    found = federations(config, dataset, held)
     _tell(
         session,
         "start",
-        parameters=counts,
-        lora_modules=modules,
-        copied_modules=mllm.copied_modules(),
+        parameters=model.parameter_counts(),
+        lora_modules=model.lora_modules(),
+        copied_modules=model.copied_modules(),
+        steps=sum(federation.rounds for federation in found),
     )
-    parties = federations(config, dataset, held)
     if config.model.drop_tower:
-        trained = [s for party in parties for held_ in party.samples.values() for s in held_]
-        mllm.drop_tower([*trained, *dataset.test])
-    outcomes = [run_federation(session, federation) for federation in parties]
+        trained = [s for party in found for held_ in party.samples.values() for s in held_]
+        model.drop_tower([*trained, *dataset.test])
+    outcomes = [run_federation(session, federation) for federation in found]
     _save_adapter(session, outcomes)
     result = _result(session, held, outcomes, time.perf_counter() - began)
+    if config.evaluation.held_out:
+        result["held_out"] = _held_out(session, own_samples(config, dataset, held)[1], outcomes)
+    result["data_sha256"] = data_digest(dataset)
+    result["result_sha256"] = result_digest(result)
     results.write_json(folder / "result.json", result)
     _tell(
         session,
@@ -244,9 +308,57 @@ def make_manifest(config: Config, dataset: Dataset) -> manifest.Manifest:
     )
 
 
+def data_digest(dataset: Dataset) -> str:
+    """SHA-256 of the samples of a data set: ids, words, labels, and of each picture its name and
+    its file's or archive's size in bytes (what a drawn picture is drawn from; the name alone of
+    one inside a table).
+
+    Reads no picture, so that it costs nothing; one that is replaced by another of the same name
+    and the same size is not noticed.
+    """
+    digest = hashlib.sha256()
+    parties = [dataset.parties[name] for name in sorted(dataset.parties)]
+    for pool in (dataset.train, dataset.test, dataset.flashcards, *parties):
+        for sample in pool:
+            words = (sample.id, sample.answer, sample.question, sample.text, sample.label)
+            facts = (*words, sample.kind, sample.turns, _picture(sample))
+            digest.update(json.dumps(facts).encode())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def _picture(sample: Sample) -> str | None:
+    image = sample.image
+    if isinstance(image, ImageFile):
+        return f"{image.path} {_size(image.file)}"
+    if isinstance(image, ArchiveImage):
+        return f"{image.member} {_size(image.archive)}"
+    if isinstance(image, EncodedImage):
+        return image.file.name
+    return None if image is None else image.key
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.exists() else None
+
+
+def own_samples(
+    config: Config, dataset: Dataset, held: manifest.Manifest
+) -> tuple[dict[str, list[Sample]], dict[str, list[Sample]]]:
+    """Each client's samples to train on, and those that it holds out (`evaluation.held_out`)."""
+    share = config.evaluation.held_out
+    train: dict[str, list[Sample]] = {}
+    out: dict[str, list[Sample]] = {}
+    for client, samples in manifest.client_samples(held, dataset).items():
+        kept = held_out([sample.id for sample in samples], share=share, seed=config.seed)
+        train[client] = [sample for sample in samples if sample.id not in kept]
+        out[client] = [sample for sample in samples if sample.id in kept]
+    return train, out
+
+
 def federations(config: Config, dataset: Dataset, held: manifest.Manifest) -> list[Federation]:
     """Who federates with whom, by topology."""
-    samples = manifest.client_samples(held, dataset)
+    samples, _ = own_samples(config, dataset, held)
     rounds = config.training.rounds
     if config.topology == "zero-shot":
         return [Federation(EVERYONE, samples, 0)]
@@ -314,11 +426,7 @@ def _runner(session: Session, federation: Federation) -> InProcessRunner:
     def samples(client: str) -> list[Encoded]:
         if client not in encoded:
             encoded[client] = [
-                session.mllm.encode(
-                    render(sample, session.task, config.prompt),
-                    max_length=training.max_length,
-                    long_text=training.long_text,
-                )
+                session.shared.encode(config, session.task, sample)
                 for sample in federation.samples[client]
             ]
             session.shortened.update(item.id for item in encoded[client] if item.shortened)
@@ -380,6 +488,35 @@ def _test(
     return Outcome(federation.name, state.params, history, found, seconds)
 
 
+def _held_out(
+    session: Session, samples: Mapping[str, list[Sample]], outcomes: list[Outcome]
+) -> dict[str, Any]:
+    """The final adapter (a local run: its own) on what each party held out, as the party holds
+    it; by client, and mean, spread and extremes over them.
+
+    A metric that a party's few samples do not allow (an AUC of one class) is null and left out
+    of the mean; `accuracy` always has a value.
+    """
+    config = session.config
+    adapters = {outcome.name: outcome.params for outcome in outcomes}
+    found: dict[str, dict[str, float]] = {}
+    for client in sorted(name for name in samples if samples[name]):
+        session.mllm.set_adapter(adapters.get(client, outcomes[0].params))
+        own = TestSet(
+            session.mllm,
+            session.task,
+            samples[client],
+            style=config.prompt,
+            max_length=config.training.max_length,
+            long_text=config.training.long_text,
+        )
+        found[client] = own.evaluate("both", batch_size=config.evaluation.batch_size)
+    names = sorted({name for scores in found.values() for name in scores})
+    known = {n: [s[n] for s in found.values() if n in s and s[n] == s[n]] for n in names}
+    spread = {n: mean_over([{n: v} for v in vs])[n] for n, vs in known.items() if vs}
+    return {"per_client": found, "spread": spread}
+
+
 def _write_history(folder: Path, federation: str, history: list[dict[str, Any]]) -> None:
     """Rewrite metrics.jsonl (or metrics-CLIENT.jsonl for a local run) up to the last round."""
     name = f"metrics-{federation}.jsonl" if federation else "metrics.jsonl"
@@ -437,8 +574,10 @@ def _result(
             "total_seconds": seconds,
             "resumed": session.resumed,  # then the total is of the last stretch only
         },
+        "samples": _samples(config, held, outcomes),
         "peak_memory_bytes": results.peak_memory_bytes(),
         "versions": results.versions(),
+        "revisions": revisions_of(config.model_dump(mode="json")),
         "commit": results.commit(),
         "hardware": results.hardware(config.threads, config.model.device),
         "started": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds"),
@@ -453,6 +592,34 @@ def _result(
             for condition in config.evaluation.conditions
         }
     return result
+
+
+def _samples(
+    config: Config, held: manifest.Manifest, outcomes: list[Outcome]
+) -> dict[str, float | None]:
+    """How many samples were trained on and answered, and how many a second of each."""
+    share, seed = config.evaluation.held_out, config.seed
+    sizes = {
+        client.id: len(client.rows)
+        - len(held_out([row[0] for row in client.rows], share=share, seed=seed))
+        for client in held.clients
+    }
+    sizes["pooled"] = sum(sizes.values())
+    lines = [line for outcome in outcomes for line in outcome.history]
+    trained = sum(sizes[client] for line in lines for client in line["clients"])
+    trained *= config.training.local_epochs
+    # the last line of a history carries the final metrics
+    found = [line["metrics"] for o in outcomes for line in o.history[:-1] if line["metrics"]]
+    found += [outcome.metrics for outcome in outcomes]
+    tested = sum(int(scores["n"]) for metrics in found for scores in metrics.values())
+    train_seconds = sum(line["seconds"] for line in lines)
+    test_seconds = sum(outcome.evaluate_seconds for outcome in outcomes)
+    return {
+        "trained": trained,
+        "tested": tested,
+        "trained_per_second": trained / train_seconds if train_seconds else None,
+        "tested_per_second": tested / test_seconds if test_seconds else None,
+    }
 
 
 def _by_component(mllm: Mllm, params: Params) -> dict[str, int]:

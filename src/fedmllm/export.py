@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm import manifest as manifests
-from fedmllm.data.conversations import MARKER
 from fedmllm.data.dataset import Dataset
 from fedmllm.data.images import ArchiveImage, ImageFile
-from fedmllm.data.own import party_problem
+from fedmllm.data.own import MARKER, party_problem
 from fedmllm.data.sample import ImageSource, Sample, Task
 from fedmllm.errors import UserError, problem_list
 from fedmllm.manifest import Manifest

@@ -118,6 +118,18 @@ def vqa_accuracy(
     return {name: float(np.mean(m)) if m else math.nan for name, m in groups.items()}
 
 
+def unparsable(predictions: Sequence[str], answers: Sequence[str]) -> int:
+    """How many answers to open questions cannot be read as an answer at all.
+
+    Those with nothing left after `vqa_normalise`, and those to a yes-no question (its true answer
+    is one of the two) that are neither yes nor no. They count as wrong in `accuracy`.
+    """
+    given = [vqa_normalise(prediction) for prediction in predictions]
+    closed = [vqa_normalise(answer) in ("yes", "no") for answer in answers]
+    pairs = zip(given, closed, strict=True)
+    return sum(not words or (yes_no and words not in ("yes", "no")) for words, yes_no in pairs)
+
+
 def groups_of(kind: str) -> list[str]:
     """The groups in which a question of this kind counts: each path down to it, its last word.
 

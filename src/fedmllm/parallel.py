@@ -1,93 +1,232 @@
-"""Several runs on several processes, one thread each, one base per process."""
+"""Several runs on several processes: one thread each, one base per process, a dead process
+costs its run only.
+
+A worker keeps what its runs have in common (`experiment.Shared`) as long as the base stays the
+same; the next run of an idle worker is one that shares its base and then its data, if there is
+one, and of those the longest, so that all end together.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-import queue
+import signal
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from fedmllm.config import Config
-from fedmllm.experiment import Listener
+from fedmllm.errors import UserError
+from fedmllm.experiment import Listener, Shared
 
-_EVENTS: Any = None  # the queue to the parent; set once in each worker
-_MODELS: dict[str, Any] = {}  # a worker loads a base once
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be made. resume: go on with what lies in the folder, which is else replaced.
+    work: how long it takes, in any unit; the longest is started first."""
+
+    config: Config
+    folder: Path
+    resume: bool = False
+    work: float = 0.0
+
+    @property
+    def base(self) -> str:
+        """Jobs of one base can share a loaded model."""
+        return repr((self.config.model, self.config.lora, self.config.trained))
+
+    @property
+    def data(self) -> str:
+        """Jobs of one data set can share its samples."""
+        return Shared.data_key(self.config)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job has no result. detail: the traceback, empty for a user's mistake."""
+
+    reason: str
+    detail: str = ""
+    user: bool = False
 
 
 def run_many(
     configs: Sequence[Config], out: Path, *, processes: int, listener: Listener
 ) -> dict[str, dict[str, Any]]:
-    """Run experiments in order of the list on `processes` processes; results by name.
+    """Run experiments on `processes` processes; results by name.
 
-    Each run's folder is out/NAME and is replaced. After the first failure those that run end,
-    no other starts, and the failure is raised.
+    Each run's folder is out/NAME and is replaced. The first failure is raised and ends the others.
     """
-    context = multiprocessing.get_context("spawn")
-    events = context.Queue()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    results: dict[str, dict[str, Any]] = {}
-    pump = _Pump(events, listener)
+    jobs = [Job(c, out / c.name, work=-i) for i, c in enumerate(configs)]  # in their order
+    found: dict[str, dict[str, Any]] = {}
+    for job, outcome in run_jobs(jobs, processes=processes, listener=listener):
+        if isinstance(outcome, Failure):
+            if outcome.user:
+                raise UserError(outcome.reason)
+            raise RuntimeError(f"{job.config.name}: {outcome.reason}\n{outcome.detail}")
+        found[job.config.name] = outcome
+    return found
+
+
+def rough_work(config: Config) -> float:
+    """A guess at how long a run takes, where nothing was measured: passes over the training set,
+    and one for each test of an adapter."""
+    training, clients = config.training, config.partition.clients
+    if config.topology == "zero-shot":
+        return 1.0
+    if config.topology == "local":
+        return training.rounds * training.local_epochs + clients
+    share = training.clients_per_round / clients if config.topology == "federated" else 1.0
+    return training.rounds * training.local_epochs * min(share, 1.0) + 1.0
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    processes: int,
+    listener: Listener | None = None,
+    devices: Sequence[str] = (),
+) -> Iterator[tuple[Job, dict[str, Any] | Failure]]:
+    """Run every job and yield each with its result, or why it has none, as it ends.
+
+    devices: accelerators by CUDA's numbers, one to each process in turn. listener: called in this
+    process with the runs' events. Closing the iterator ends the workers.
+    """
+    waiting = list(jobs)
+    workers: list[_Worker] = []
     try:
-        with ProcessPoolExecutor(
-            max_workers=min(processes, len(configs)),
-            mp_context=context,
-            initializer=_start_worker,
-            initargs=(events,),
-        ) as pool:
-            names: dict[Future[dict[str, Any]], str] = {
-                pool.submit(_run_one, config, out / config.name): config.name for config in configs
-            }
-            try:
-                for future in as_completed(names):
-                    results[names[future]] = future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        for i in range(min(processes, len(waiting))):
+            workers.append(_Worker(devices[i % len(devices)] if devices else None))
+            workers[-1].give(_next(waiting, workers[-1]))
+        while any(worker.job for worker in workers):
+            busy = {worker.pipe: worker for worker in workers if worker.job}
+            for pipe in wait(list(busy)):
+                yield from _hear(busy[pipe], waiting, listener)  # type: ignore[index]
     finally:
-        pump.stop()  # the workers have ended: all their events are there
-    return results
+        for worker in workers:
+            worker.end()
 
 
-class _Pump:
-    """A thread that hands the workers' events to the listener."""
-
-    def __init__(self, events: Any, listener: Listener) -> None:
-        self._events, self._listener = events, listener
-        self._stopped = threading.Event()
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._loop, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Hand on what is left; raises what the listener raised."""
-        self._stopped.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _loop(self) -> None:
-        while True:
-            try:
-                event = self._events.get(timeout=0.1)
-            except queue.Empty:
-                if self._stopped.is_set():
-                    return
-                continue
-            try:
-                self._listener(event)
-            except Exception as error:
-                self._error = self._error or error
+def _hear(
+    worker: _Worker, waiting: list[Job], listener: Listener | None
+) -> Iterator[tuple[Job, dict[str, Any] | Failure]]:
+    """One message of a worker, or its end; an idle worker gets its next job."""
+    job = worker.job
+    assert job is not None
+    try:
+        kind, value = worker.pipe.recv()
+    except (EOFError, OSError):
+        kind, value = "ended", Failure(worker.epitaph())
+        worker.start()
+    if kind == "event":
+        if listener is not None:
+            listener(value)
+        return
+    worker.job = None
+    if waiting:
+        worker.give(_next(waiting, worker))
+    yield job, value
 
 
-def _start_worker(events: Any) -> None:
-    global _EVENTS
-    _EVENTS = events
+def _next(waiting: list[Job], worker: _Worker) -> Job:
+    """Take the job that fits what the worker has loaded best, and of those the longest."""
+    groups: dict[tuple[str, str], float] = {}
+    for job in waiting:
+        groups[job.base, job.data] = groups.get((job.base, job.data), 0.0) + job.work
+    best = max(
+        waiting,
+        key=lambda job: (
+            job.base == worker.base,
+            job.base == worker.base and job.data == worker.data,
+            groups[job.base, job.data],
+            job.work,
+        ),
+    )
+    waiting.remove(best)
+    return best
+
+
+class _Worker:
+    """A process that runs one job after another. base, data: what it has loaded."""
+
+    def __init__(self, device: str | None) -> None:
+        self.device = device
+        self.job: Job | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Begin, or begin again after the process has died."""
+        context = multiprocessing.get_context("spawn")
+        self.base = self.data = ""
+        self.pipe, theirs = context.Pipe()
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"  # read as the child's libraries are loaded
+        try:
+            self.process = context.Process(target=_work, args=(theirs, self.device), daemon=True)
+            self.process.start()
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+        theirs.close()  # so that the pipe ends when the worker does
+
+    def give(self, job: Job) -> None:
+        """Have it run a job."""
+        self.job, self.base, self.data = job, job.base, job.data
+        with contextlib.suppress(OSError):  # it has died: reading its pipe says so
+            self.pipe.send(job)
+
+    def epitaph(self) -> str:
+        """How it died, in words."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        if code == -signal.SIGKILL:
+            return "its process was killed (SIGKILL): out of memory, or by hand"
+        if code < 0:
+            return f"its process died of {signal.Signals(-code).name}"
+        return f"its process ended with exit code {code}"
+
+    def end(self) -> None:
+        """End the process, at once if it is at work."""
+        self.pipe.close()
+        if self.job is not None:
+            self.process.terminate()
+        self.process.join(timeout=10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+# -- in the worker -----------------------------------------------------------------------------
+
+
+def _work(pipe: Connection, device: str | None) -> None:
+    """Run what comes until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    loaded: dict[str, Shared] = {}
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            outcome: Any = _run_one(job, loaded, pipe)
+        except UserError as error:
+            outcome = Failure(str(error), user=True)
+        except Exception as error:
+            loaded.clear()  # an adapter may be half set, or memory full
+            outcome = Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+        pipe.send(("ended", outcome))
 
 
 def _end_with_parent() -> None:
@@ -98,14 +237,20 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _run_one(config: Config, folder: Path) -> dict[str, Any]:
+def _run_one(job: Job, loaded: dict[str, Shared], pipe: Connection) -> dict[str, Any]:
     from fedmllm.experiment import load_model, run
 
-    key = repr((config.model, config.lora, config.trained))
-    if key not in _MODELS:
-        _MODELS[key] = load_model(config)
-    return run(config, out=folder, overwrite=True, listener=_tell, mllm=_MODELS[key])
+    def tell(event: Mapping[str, Any]) -> None:
+        pipe.send(("event", dict(event)))
 
-
-def _tell(event: Mapping[str, Any]) -> None:
-    _EVENTS.put(dict(event))
+    if job.base not in loaded:
+        loaded.clear()  # two bases may not fit into memory
+        loaded[job.base] = Shared(load_model(job.config))
+    return run(
+        job.config,
+        out=job.folder,
+        resume=job.resume,
+        overwrite=not job.resume,
+        listener=tell,
+        shared=loaded[job.base],
+    )

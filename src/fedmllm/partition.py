@@ -10,12 +10,13 @@ protocol, client proportions are drawn per class, which leaves no sample out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from fedmllm.errors import UserError
-from fedmllm.rng import stream
+from fedmllm.rng import stream, uniform
 
 PARTITIONS = ("dirichlet", "even")
 
@@ -117,3 +118,14 @@ def _positions(order: np.ndarray, owner: np.ndarray, clients: int) -> list[list[
         np.argsort(given, kind="stable"), np.cumsum(np.bincount(given, minlength=clients))[:-1]
     )
     return [part.tolist() for part in parts]
+
+
+def held_out(ids: Sequence[str], *, share: float, seed: int) -> set[str]:
+    """The samples of one client that it tests on and does not train on: `share` of them, rounded
+    up, so that one that holds two or more has one; at least one is left to train on.
+
+    A function of (seed, sample id): with a greater share, those of a smaller one are among them.
+    """
+    count = min(math.ceil(share * len(ids)), len(ids) - 1) if ids else 0
+    ranked = sorted(ids, key=lambda name: (uniform(seed, "held-out", name), name))
+    return set(ranked[:count])

@@ -44,9 +44,7 @@ def kind_of(path: Path) -> str | None:
     """``zip``, ``tar`` (compressed or not) or None, told by the content, not by the name."""
     try:
         with open(path, "rb") as file:
-            starts_as_zip = (
-                file.read(2) == b"PK"
-            )  # a tar may end with a zip, which is_zipfile takes
+            starts_as_zip = file.read(2) == b"PK"  # is_zipfile takes a tar that ends with a zip
         if starts_as_zip:
             return "zip" if zipfile.is_zipfile(path) else None
         return "tar" if tarfile.is_tarfile(path) else None
@@ -121,8 +119,14 @@ def _unpack(stream: tarfile.TarFile, folder: Path, archive: Path) -> None:
 @contextmanager
 def _draft(target: Path) -> Iterator[Path]:
     """A new folder that becomes `target` by one rename, or vanishes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".draft-"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".draft-"))
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {target.parent} cannot be written ({error.strerror}): set "
+            "XDG_CACHE_HOME to a folder that can, or unpack the archive yourself"
+        ) from error
     try:
         yield draft
         try:

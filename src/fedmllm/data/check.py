@@ -134,15 +134,19 @@ def _read(
 ) -> dict[str, list[Sample]]:
     """The samples of each split that is there; a needed one that is not is a problem."""
     splits: dict[str, list[Sample]] = {}
+    absent: dict[str, list[str]] = {}
     for split in owner.splits:
         before = report.rows
         try:
             splits[split] = owner.read(files, split, report)
         except AbsentError as error:
-            needed = split in owner.needed
-            (report.problems if needed else report.notes).append(Problem(f"{split}: {error}"))
+            absent.setdefault(str(error), []).append(split)
             continue
         found[f"{split} rows"] = report.rows - before
+    for what, without in absent.items():  # one folder may be what several splits lack
+        needed = set(without) & set(owner.needed)
+        told = Problem(f"{', '.join(without)}: {what}")
+        (report.problems if needed else report.notes).append(told)
     return splits
 
 

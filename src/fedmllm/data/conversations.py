@@ -40,6 +40,7 @@ from typing import Any
 from fedmllm.data.dataset import Dataset, DatasetSpec
 from fedmllm.data.images import ImageFile, image_problem
 from fedmllm.data.own import (
+    MARKER,
     QUESTION,
     ItemError,
     folder_of,
@@ -50,8 +51,6 @@ from fedmllm.data.own import (
 )
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError, problem_list, unknown
-
-MARKER = "<image>"  # prompts.IMAGE; not imported, since prompts imports this package
 
 
 @dataclass(frozen=True)

@@ -223,12 +223,22 @@ def _folder_listing(root: Path) -> Callable[[str], Listing]:
         try:
             with os.scandir(root / folder) as entries:
                 for entry in entries:
-                    (folders if entry.is_dir() else files).append(entry.name)
+                    kind = _kind(entry)
+                    if kind is not None:
+                        (folders if kind == "folder" else files).append(entry.name)
         except (OSError, ValueError):
             return Listing(frozenset(), ())
         return _listing(files, folders)
 
     return listing
+
+
+def _kind(entry: os.DirEntry[str]) -> str | None:
+    """``folder``, ``file``, or None for a link that leads nowhere, a pipe, a device."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else None
+    except OSError:  # e.g. a link to itself
+        return None
 
 
 def _zip_listing(archive: Path) -> Callable[[str], Listing]:

@@ -174,7 +174,12 @@ class _Split:
             yield self._image(data, i) if held else path
 
     def _image(self, column: Any, i: int) -> images.EncodedImage:
-        return images.EncodedImage(Path(f"{self.folder}, row {i}"), lambda: column[i].as_py())
+        import pyarrow as pa
+
+        def stream() -> Any:
+            return pa.BufferReader(column[i].as_buffer())  # a view of the mapped file, no copy
+
+        return images.EncodedImage(Path(f"{self.folder}, row {i}"), stream)
 
 
 def _is_binary(kind: Any) -> bool:

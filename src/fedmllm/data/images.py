@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -95,10 +96,18 @@ class ArchiveImage:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image file's bytes from anywhere, read when needed. file: its place for a person."""
+    """An image file's bytes from anywhere, read when needed. file: its place for a person.
+
+    stream: opens the bytes without reading them all, so that `problem` costs a header.
+    """
 
     file: Path
-    encoded: Callable[[], bytes]
+    stream: Callable[[], IO[bytes]]
+
+    def encoded(self) -> bytes:
+        """The bytes as they are."""
+        with self.stream() as stream:
+            return stream.read()
 
     @cached_property
     def key(self) -> str:
@@ -108,7 +117,8 @@ class EncodedImage:
     def problem(self) -> str | None:
         """Why it is refused by its header, or None."""
         try:
-            _header(io.BytesIO(self.encoded())).close()
+            with self.stream() as stream:
+                _header(stream).close()
         except _BROKEN as error:
             return _message(self.file, error)
         return None
@@ -179,7 +189,7 @@ def _decoded(source: Path | io.BytesIO, name: Path) -> Image.Image:
         raise UserError(_message(name, error)) from error
 
 
-def _header(file: Path | io.BytesIO) -> Image.Image:
+def _header(file: Path | IO[bytes]) -> Image.Image:
     """Open without decoding; refuse what is too large to decode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower

@@ -10,6 +10,7 @@ from fedmllm.data.sample import Task
 from fedmllm.errors import UserError, unknown
 
 QUESTION = "Which option is right{modality}?"
+MARKER = "<image>"  # prompts.IMAGE; not imported, since prompts imports this package
 METRICS = {"open": ("accuracy",), "choice": ("macro_f1", "auc")}
 LONGEST_NAME = 100  # letters of a party: it names files and folders
 _NO_FILE = set('/\\:*?"<>|')

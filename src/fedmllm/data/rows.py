@@ -28,7 +28,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from fedmllm.data.dataset import Dataset
-from fedmllm.data.own import ItemError, kind_words, party_problem, unicode_text
+from fedmllm.data.own import MARKER, ItemError, kind_words, party_problem, unicode_text
 from fedmllm.data.sample import ImageSource, Sample, Task
 from fedmllm.errors import UserError, problem_list, unknown
 
@@ -36,7 +36,6 @@ ROLES = ("id", "image", "text", "question", "answer", "options", "party", "split
 COLUMN_OPTIONS: dict[str, object] = {f"{role}_column": role for role in ROLES}
 PARTIES = ("auto", "column", "files", "none")
 DEVELOPMENT = ("dev", "val", "valid", "validate", "validation")
-MARKER = "<image>"
 
 
 @dataclass(frozen=True)
@@ -214,8 +213,8 @@ def _party(row: Row, table: Table, columns: Mapping[str, str], ways: str) -> str
 def _sample(row: Row, columns: Mapping[str, str], reader: Reader, prefix: str) -> Sample:
     name = prefix + (_text(row, columns, "id") or row.name)
     text = _text(row, columns, "text")
-    given = row.cells.get(columns["image"]) if "image" in columns else None
-    image = None if given is None or given == "" else reader.image(given, row)
+    given = _cell(row, columns, "image")
+    image = None if given is None else reader.image(given, row)
     if reader.task.kind == "choice":
         label = _label(row, columns, reader.task.classes)
         if text is None and image is None:
@@ -253,8 +252,8 @@ def _option(answer: str, options: Sequence[str]) -> int:
 
 def _options(row: Row, columns: Mapping[str, str]) -> list[str]:
     """The row's options: a list, or a text that is a JSON list or is cut at ``|``."""
-    given = row.cells.get(columns["options"]) if "options" in columns else None
-    if given is None or given == "":
+    given = _cell(row, columns, "options")
+    if given is None:
         return []
     if isinstance(given, str):
         given = _listed_text(given)
@@ -287,9 +286,15 @@ def _label(row: Row, columns: Mapping[str, str], classes: Sequence[str]) -> int:
     raise ItemError(unknown("answer", answer, classes))
 
 
+def _cell(row: Row, columns: Mapping[str, str], role: str) -> Any:
+    """What stands there; None for nothing, which pandas writes as NaN."""
+    value = row.cells.get(columns[role]) if role in columns else None
+    return None if value == "" or value != value else value
+
+
 def _text(row: Row, columns: Mapping[str, str], role: str) -> str | None:
     """A cell as text without white space around it; None if there is nothing."""
-    value = row.cells.get(columns[role]) if role in columns else None
+    value = _cell(row, columns, role)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):

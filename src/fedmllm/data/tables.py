@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedmllm.data.files import Found
+from fedmllm.data.own import is_unicode, kind_words
 from fedmllm.data.sample import ImageSource, Sample
 from fedmllm.errors import UserError, problem_list, unknown
 
 MISSING_IMAGES = ("error", "drop")
-_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-_NAMES |= {int: "a number", float: "a number", type(None): "null"}
 
 
 class RowError(Exception):
@@ -148,11 +147,9 @@ def text_of(row: Row, name: str, *, numbers: bool = False) -> str:
             raise RowError(f"{name} is {value}, which is no number")
         value = str(value)
     if not isinstance(value, str):
-        raise RowError(f"{name} must be a text, not {_NAMES[type(value)]}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowError(f"{name} holds a broken character (a lone surrogate)") from None
+        raise RowError(f"{name} must be a text, not {kind_words(value)}")
+    if not is_unicode(value):
+        raise RowError(f"{name} holds a broken character (a lone surrogate)")
     return " ".join(value.split())
 
 
@@ -237,7 +234,7 @@ def json_rows(table: Found, report: Report) -> Iterator[Row]:
         if isinstance(value, dict):
             yield row
         else:
-            report.problem(row, f"must be an object, not {_NAMES[type(value)]}")
+            report.problem(row, f"must be an object, not {kind_words(value)}")
         after = _skip(text, end)
         line, at = line + text.count("\n", at, after), after + 1
         sign = text[after : after + 1]
@@ -266,7 +263,7 @@ def jsonl_rows(table: Found, report: Report) -> Iterator[Row]:
         if isinstance(value, dict):
             yield row
         else:
-            report.problem(row, f"must be an object, not {_NAMES[type(value)]}")
+            report.problem(row, f"must be an object, not {kind_words(value)}")
     if empty and text is not None:
         report.problem(Row({}, table.name, 1), "the file is empty")
 

@@ -7,7 +7,7 @@ guessed when there is none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,16 +71,34 @@ def estimate_time(
         if measured is not None:
             raise
         return None
+    rates = fitting_rates(found, config)
+    return None if rates is None else rates.duration(config, sizes, test)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds a trained and a tested sample, and the result that they were measured in."""
+
+    train: float
+    test: float
+    measured_in: str
+
+    def duration(self, config: Config, sizes: Mapping[str, int], test: int) -> Duration:
+        """The time of a run over clients of these sizes and a test set of that size."""
+        return Duration(
+            train_seconds=self.train * trained_samples(config, sizes),
+            test_seconds=self.test * tested_samples(config, test, len(sizes)),
+            seconds_per_trained_sample=self.train,
+            measured_in=self.measured_in,
+        )
+
+
+def fitting_rates(found: Sequence[Mapping[str, Any]], config: Config) -> Rates | None:
+    """The rates of the newest result that was made as the config would be, on such a machine."""
     for result in sorted(found, key=lambda one: str(one.get("started")), reverse=True):
         rates = _rates(config, result)
         if rates is not None:
-            train, answer = rates
-            return Duration(
-                train_seconds=train * trained_samples(config, sizes),
-                test_seconds=answer * tested_samples(config, test, len(sizes)),
-                seconds_per_trained_sample=train,
-                measured_in=str(result["_path"]),
-            )
+            return Rates(*rates, measured_in=str(result["_path"]))
     return None
 
 

@@ -40,6 +40,11 @@ def topology(result: Result) -> str:
     return str(result["config"].get("topology", "federated"))
 
 
+def topology_rank(result: Result) -> int:
+    """Its place in a reader's order."""
+    return TOPOLOGIES.index(topology(result))
+
+
 def metric_key(result: Result) -> str:
     """The key of the headline metric, e.g. ``auc``."""
     return str(result["task"]["metric"])
@@ -67,10 +72,29 @@ def score_se(result: Result, condition: str) -> float | None:
     return None if value is None else float(value)
 
 
+def group_scores(result: Result, condition: str) -> dict[str, float]:
+    """Group of questions -> accuracy, of open tasks: ``slake/zh`` from ``accuracy_slake/zh``."""
+    prefix, found = "accuracy_", {}
+    for key, value in result["metrics"].get(condition, {}).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key.startswith(prefix) and key != f"{prefix}se" and number:
+            found[key.removeprefix(prefix)] = float(value)
+    return found if metric_key(result) == "accuracy" else {}
+
+
 def spread(result: Result, condition: str) -> dict[str, float]:
     """Mean, standard deviation, least and greatest over the parties of a local run."""
     values = (result.get("spread") or {}).get(condition) or {}
     return values.get(metric_key(result)) or {}
+
+
+def held_out_spread(result: Result) -> dict[str, float]:
+    """Mean, standard deviation, least and greatest over the parties' own held-out samples: of the
+    headline metric, or of the accuracy where that has no value for some party."""
+    found, key = lookup(result, "held_out", "spread") or {}, metric_key(result)
+    parties = (lookup(result, "held_out", "per_client") or {}).values()
+    everywhere = all(scores.get(key) is not None for scores in parties)
+    return (found.get(key) if everywhere else None) or found.get("accuracy") or {}
 
 
 def party_scores(result: Result, condition: str) -> dict[str, float]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -156,11 +156,14 @@ def draw_panels(
 
 def _name_runs(figure: Figure, results: Sequence[Result]) -> None:
     """The legend of a figure that stands alone."""
-    handles = [_handle(style) for style in run_styles(results)]
-    names = [
-        f" {name}" for name in facts.labels(results)
-    ]  # matplotlib drops one that begins with _
-    columns = _columns(names, 100)
+    name_lines(figure, dict(zip(facts.labels(results), run_styles(results), strict=True)))
+
+
+def name_lines(figure: Figure, styles: Mapping[str, Style]) -> None:
+    """A legend below a figure: each name with its style."""
+    handles = [_handle(style) for style in styles.values()]
+    names = [f" {name}" for name in styles]  # matplotlib drops one that begins with _
+    columns = _columns(names, int(10.4 * figure.get_size_inches()[0]))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
 
 
@@ -227,7 +230,7 @@ class Style:
     dash: str
 
 
-_DASHES = ("-", "--", "-.", ":")
+DASHES = ("-", "--", "-.", ":")
 
 
 def run_styles(results: Sequence[Result]) -> list[Style]:
@@ -237,29 +240,29 @@ def run_styles(results: Sequence[Result]) -> list[Style]:
     for result in results:
         kind = facts.topology(result)
         i = counts[kind] = counts.get(kind, -1) + 1
-        styles.append(_run_style(kind, i))
+        styles.append(run_style(kind, i))
     return styles
 
 
-def _run_style(kind: str, i: int) -> Style:
+def run_style(kind: str, i: int) -> Style:
     marker = RUN_MARKERS[i % len(RUN_MARKERS)]
     if kind == "zero-shot":
         return Style(MUTED, "", (":", "-.", "--", "-")[i % 4])
     if kind == "local":
-        return Style(MUTED, RUN_MARKERS[(i + 4) % len(RUN_MARKERS)], _DASHES[i % 4])
+        return Style(MUTED, RUN_MARKERS[(i + 4) % len(RUN_MARKERS)], DASHES[i % 4])
     if kind == "centralised":
         return Style(INK, RUN_MARKERS[(i + 3) % len(RUN_MARKERS)], "--")
-    dash = _DASHES[i // len(RUN_COLOURS) % 4]
+    dash = DASHES[i // len(RUN_COLOURS) % 4]
     return Style(RUN_COLOURS[i % len(RUN_COLOURS)], marker, dash)
 
 
 def _handle(style: Style) -> Any:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], **_line(style))
+    return Line2D([], [], **line_of(style))
 
 
-def _line(style: Style) -> dict[str, Any]:
+def line_of(style: Style) -> dict[str, Any]:
     return {
         "color": style.colour,
         "linestyle": style.dash,
@@ -303,14 +306,14 @@ def draw_metric(ax: Axes, results: Sequence[Result], condition: str) -> None:
         points = facts.curve(result, condition)
         final = facts.score(result, condition)
         if points:
-            ax.plot(*zip(*points, strict=True), **_line(style))
+            ax.plot(*zip(*points, strict=True), **line_of(style))
         elif final is not None and facts.history(result):
-            ax.plot([facts.rounds(result) or 0], [final], **_line(style))
+            ax.plot([facts.rounds(result) or 0], [final], **line_of(style))
         elif final is not None:
             ax.axhline(final, color=style.colour, linestyle=style.dash, linewidth=1.6)
     metric = facts.metric_name(results[0])
     _finish(ax, f"Test {metric}, {facts.condition_name(condition)}", "round")
-    _whole_numbers(ax)
+    whole_numbers(ax)
 
 
 def draw_loss(ax: Axes, results: Sequence[Result]) -> None:
@@ -318,9 +321,9 @@ def draw_loss(ax: Axes, results: Sequence[Result]) -> None:
     for result, style in zip(results, run_styles(results), strict=True):
         points = facts.losses(result)
         if points:
-            ax.plot(*zip(*points, strict=True), **_line(style) | {"markersize": 3.6})
+            ax.plot(*zip(*points, strict=True), **line_of(style) | {"markersize": 3.6})
     _finish(ax, "Training loss", "round")
-    _whole_numbers(ax)
+    whole_numbers(ax)
 
 
 def _finish(ax: Axes, title: str, xlabel: str, *, grid: str = "y") -> None:
@@ -331,7 +334,7 @@ def _finish(ax: Axes, title: str, xlabel: str, *, grid: str = "y") -> None:
     ax.spines["left" if grid == "y" else "bottom"].set_visible(False)
 
 
-def _whole_numbers(ax: Axes) -> None:
+def whole_numbers(ax: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.set_xlim(left=0)
@@ -503,7 +506,7 @@ def _bars(
     _name_rows(ax, [client["id"] for client in clients])
     _thin_names(ax, len(clients))
     ax.set_xlim(0, 1.05 * widest)
-    _whole_numbers(ax)
+    whole_numbers(ax)
     _finish(ax, "", "samples", grid="x")
     _legend_above(ax)
 

@@ -47,6 +47,7 @@ LATER: dict[str, dict[str, Any]] = {
         }
     },
     "model": {"quantization": "none"},
+    "evaluation": {"held_out": 0.0},
     "training": {"long_text": "refuse"},
 }
 _BOUNDED = ("auc", "macro_f1", "accuracy")
@@ -125,6 +126,24 @@ def _faults(data: Any) -> Iterator[str]:
         yield from _manifest_faults(data.get("manifest") or {})
         if data.get("config_sha256") not in (None, config_digest(data["config"])):
             yield "was changed after it was written: its config does not match its config_sha256"
+        if data.get("result_sha256") not in (None, result_digest(data)):
+            yield "was changed after it was written: it does not match its result_sha256"
+
+
+def result_digest(data: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a result says (older ones state none). A guard against slips of the
+    hand and cut files, not against a forger, who can compute it as well."""
+    facts = {k: _as_written(v) for k, v in data.items() if k not in ("result_sha256", "_path")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _as_written(value: Any) -> Any:
+    """A value as JSON holds it: texts for keys, lists for tuples, null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_written(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_written(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

@@ -52,7 +52,12 @@ def write_report(
     if not results:
         raise UserError("there is no result to report: run an experiment first")
     out = Path(out_path)
-    text = _template().render(_contents(results, out.parent, title, problems))
+    contents = _contents(results, out.parent, title, problems)
+    return write_page(out, template("page.html").render(contents))
+
+
+def write_page(out: Path, text: str) -> Path:
+    """Write a page's text. Raises `UserError` where that cannot be."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
@@ -61,7 +66,8 @@ def write_report(
     return out
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A template of this folder."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = Path(__file__).parent
@@ -73,7 +79,7 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["score"] = facts.format_score
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def _contents(
@@ -89,7 +95,7 @@ def _contents(
         "tasks": [_task(group, ordered, i) for i, group in enumerate(facts.by_task(results))],
         "holdings": _holdings(ordered),
         "problems": problems,
-        "provenance": _provenance(ordered, folder),
+        "provenance": provenance(ordered, folder),
         "versions": facts.lookup(ordered[0], "versions") or {},
     }
 
@@ -158,10 +164,26 @@ def _task(group: Sequence[Result], results: Sequence[Result], number: int) -> di
         "rows": list(zip(rows, swatches, strict=True)),
         "cards": _cards(group),
         "finding": _finding(group),
+        "groups": _groups(rows, facts.headline(group)),
         "overview": _overview(group, f"t{number}"),
         "curves": _curves(group, f"t{number}"),
         "parties": _parties(group, rows, f"t{number}"),
         "scenarios": _scenarios(group),
+    }
+
+
+def _groups(rows: Sequence[tables.Row], condition: str) -> dict[str, Any]:
+    """Scores of groups of questions (test set, language, open or closed), where there are any."""
+    scores = {row.label: facts.group_scores(row.result, condition) for row in rows}
+    heads = sorted({name for found in scores.values() for name in found})
+    return {
+        "condition": facts.condition_name(condition),
+        "heads": heads,
+        "rows": {
+            label: [facts.format_score(found.get(name)) for name in heads]
+            for label, found in scores.items()
+            if found
+        },
     }
 
 
@@ -321,14 +343,14 @@ def _party_row(client: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
 # --- provenance ------------------------------------------------------------------------------
 
 
-def _provenance(results: Sequence[Result], folder: Path) -> dict[str, Any]:
+def provenance(results: Sequence[Result], folder: Path) -> dict[str, Any]:
     """What all runs share, what each has of its own, and where each result lies."""
     names = facts.labels(results)
     shared, own = _split([_origin(result) for result in results])
     same, differ = _split([_settings(result) for result in results])
     return {
         "names": names,
-        "links": [_link(result, folder) for result in results],
+        "links": [link(result, folder) for result in results],
         "shared": shared,
         "own": own,
         "same": same,
@@ -377,7 +399,7 @@ def _test_samples(result: Result) -> str | None:
     return " to ".join(known) or None
 
 
-def _link(result: Result, folder: Path) -> str:
+def link(result: Result, folder: Path) -> str:
     """The result file, relative to the page; empty if its place is not known."""
     path = result.get("_path")
     if not path:

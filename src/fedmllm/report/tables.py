@@ -162,8 +162,12 @@ def markdown_table(results: Sequence[Result]) -> str:
     for row in rows(results):
         task = [row.task] if several else []
         cells = [_markdown_cell(row.cells.get(c)) for c in columns]
-        lines.append(_line([_escape(row.label), *map(_escape, task), *cells, *row.costs]))
-    return "\n".join([*lines, "", NOTE.format(metric=_escape(_metric_words(results)))]) + "\n"
+        lines.append(
+            _line([escape_markdown(row.label), *map(escape_markdown, task), *cells, *row.costs])
+        )
+    return (
+        "\n".join([*lines, "", NOTE.format(metric=escape_markdown(_metric_words(results)))]) + "\n"
+    )
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -177,7 +181,7 @@ def _markdown_cell(cell: Cell | None) -> str:
     return f"**{text}**" if cell.best else text
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Markdown and HTML characters as themselves."""
     for given, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(given, safe)

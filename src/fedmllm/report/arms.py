@@ -1,0 +1,224 @@
+"""Many runs as a grid: arms (what was done) × settings (who held what) × seeds.
+
+Read from the results alone. An *arm* is all of a config but its data, model, setting and seed;
+it is named after its method and strategy. A *board* holds the runs that may be compared: one
+task, one model, one size of data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmllm.report import facts
+from fedmllm.report.loading import LATER, NO_NUMBERS, Result
+from fedmllm.scenarios import SETTINGS
+
+METHODS = {"zero-shot": "Zero-shot", "local": "Local", "centralised": "Centralised"}
+STRATEGIES = {"plain": "", "agnostic": "prompt"}
+# Keys that say where a run stands and not what was done; evaluation costs, but changes nothing.
+_PLACE = (*NO_NUMBERS[""], "seed", "scenario", "data", "model", "evaluation")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. runs: setting -> seed -> result. A run that does not depend on the
+    setting (`stands_for`) is under each of them."""
+
+    label: str
+    topology: str
+    runs: Mapping[str, Mapping[int, Result]]
+
+    def scores(self, setting: str, condition: str) -> dict[int, float]:
+        """The headline metric by seed."""
+        found = {s: facts.score(r, condition) for s, r in self.runs.get(setting, {}).items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Board:
+    """Runs that may be compared. settings: in the protocol's order, then others by name."""
+
+    label: str
+    metric: str
+    settings: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    results: tuple[Result, ...]
+
+
+def boards(results: Sequence[Result]) -> tuple[list[Board], list[str]]:
+    """The boards in order of appearance, and a line for each run that was left out: the same arm,
+    setting and seed again, which would else count twice."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(_board_key(result), []).append(result)
+    problems: list[str] = []
+    names = _distinct(
+        [_task_name(group[0]) for group in groups.values()],
+        [_board_facts(group[0]) for group in groups.values()],
+    )
+    made = [
+        _board(name, group, problems) for name, group in zip(names, groups.values(), strict=True)
+    ]
+    return made, problems
+
+
+def is_grid(results: Sequence[Result]) -> bool:
+    """Whether the runs are a grid, to be read as means and not one by one: some arm was run with
+    several seeds, or in more than three settings."""
+    for board in boards(results)[0]:
+        for arm in board.arms:
+            settings = [seeds for seeds in arm.runs.values() if seeds]
+            trained = arm.topology == "federated"
+            if trained and (len(settings) > 3 or any(len(seeds) > 1 for seeds in settings)):
+                return True
+    return False
+
+
+def method_of(result: Result) -> str:
+    """``Local``, ``FedAvg``, …"""
+    kind = facts.topology(result)
+    name = str(facts.lookup(result, "config", "algorithm", "name") or "federated")
+    return METHODS.get(kind) or facts.ALGORITHMS.get(name, name)
+
+
+def strategy_of(result: Result) -> str:
+    """``prompt`` for the modality-agnostic prompt, empty for none."""
+    style = str(facts.lookup(result, "config", "prompt") or "plain")
+    return STRATEGIES.get(style, style)
+
+
+def setting_of(result: Result) -> str:
+    """The protocol's name of the setting, or the scenario in words where it is none of them."""
+    scenario = dict(facts.lookup(result, "config", "scenario") or {"name": "aligned"})
+    alpha = facts.lookup(result, "config", "partition", "alpha")
+    name = scenario.pop("name", "aligned")
+    for setting, found in SETTINGS.items():
+        if (name, scenario, alpha) == (found.scenario, dict(found.options), found.alpha):
+            return setting
+    words = facts.named({"name": name, **scenario})
+    return words if alpha is None else f"{words}, alpha {alpha:g}"
+
+
+def stands_for(result: Result, setting: str) -> bool:
+    """Whether a run's result is that of another setting too.
+
+    An untrained model is the same in all of them. Aligned settings differ in who holds the
+    samples, which is nothing where they are pooled or split evenly.
+    """
+    own = setting_of(result)
+    if own == setting or facts.topology(result) == "zero-shot":
+        return True
+    even = facts.lookup(result, "config", "partition", "name") == "even"
+    aligned = own.startswith("aligned") and setting.startswith("aligned")
+    return aligned and (even or facts.topology(result) == "centralised")
+
+
+# -- grouping ----------------------------------------------------------------------------------
+
+
+def _board_facts(result: Result) -> dict[str, str]:
+    """What runs of one board have in common, besides the task."""
+    config = result["config"]
+    keep = {key: config.get(key) or {} for key in ("data", "model")}
+    keep["partition"] = {"clients": facts.lookup(result, "config", "partition", "clients")}
+    return _without_nothing(facts.flatten(keep))
+
+
+def _without_nothing(flat: Mapping[str, str]) -> dict[str, str]:
+    """Keys that say something: one that came later and is off reads as one that is absent."""
+    nothing = ("null", "none", "false", '""', "")
+    sections = {key: value for key, value in LATER.items() if key}
+    later = facts.flatten({**LATER[""], **sections}).items()
+    return {k: v for k, v in flat.items() if v not in nothing and (k, v) not in later}
+
+
+def _board_key(result: Result) -> str:
+    task = [result["task"]["name"], facts.metric_key(result)]
+    return json.dumps([task, _board_facts(result)], sort_keys=True)
+
+
+def _task_name(result: Result) -> str:
+    model = str(facts.lookup(result, "config", "model", "name") or "")
+    task = str(result["task"]["name"])
+    return task if model in ("", "embedded") else f"{task}, {model}"
+
+
+def _distinct(names: Sequence[str], details: Sequence[Mapping[str, str]]) -> list[str]:
+    """Namesakes are told apart by the details in which they differ."""
+    found = []
+    for name, detail in zip(names, details, strict=True):
+        same = [d for n, d in zip(names, details, strict=True) if n == name]
+        keys = dict.fromkeys(key for other in same for key in other)
+        differ = [k for k in keys if len({other.get(k) for other in same}) > 1]
+        words = ", ".join(f"{key.rpartition('.')[2]} {detail.get(key, 'none')}" for key in differ)
+        found.append(f"{name} ({words})" if words else name)
+    return found
+
+
+def _board(name: str, group: Sequence[Result], problems: list[str]) -> Board:
+    order = list(SETTINGS)
+    own = {setting_of(r) for r in group if facts.topology(r) != "zero-shot"}
+    own = own or {setting_of(result) for result in group}
+    settings = sorted(own, key=lambda s: (order.index(s) if s in order else len(order), s))
+    arms: dict[str, list[Result]] = {}
+    for result in sorted(group, key=_arm_rank):
+        arms.setdefault(_arm_key(result), []).append(result)
+    labels = _distinct(
+        [_arm_name(runs[0]) for runs in arms.values()],
+        [_arm_facts(runs[0]) for runs in arms.values()],
+    )
+    made = [
+        Arm(label, facts.topology(runs[0]), _by_setting(runs, settings, problems))
+        for label, runs in zip(labels, arms.values(), strict=True)
+    ]
+    return Board(name, facts.metric_name(group[0]), tuple(settings), tuple(made), tuple(group))
+
+
+def _arm_rank(result: Result) -> tuple[int, int, bool, str]:
+    """References before and after the federated, methods as they are listed, plain first."""
+    algorithms = list(facts.ALGORITHMS)
+    name = facts.lookup(result, "config", "algorithm", "name")
+    place = algorithms.index(name) if name in algorithms else len(algorithms)
+    strategy = strategy_of(result)
+    return facts.topology_rank(result), place, bool(strategy), strategy
+
+
+def _arm_name(result: Result) -> str:
+    strategy = strategy_of(result)
+    return f"{method_of(result)} + {strategy}" if strategy else method_of(result)
+
+
+def _arm_facts(result: Result) -> dict[str, str]:
+    config = {k: v for k, v in result["config"].items() if k not in _PLACE}
+    partition = {k: v for k, v in (config.get("partition") or {}).items() if k != "alpha"}
+    return _without_nothing(facts.flatten({**config, "partition": partition}))
+
+
+def _arm_key(result: Result) -> str:
+    text = json.dumps(_arm_facts(result), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _by_setting(
+    runs: Sequence[Result], settings: Sequence[str], problems: list[str]
+) -> dict[str, dict[int, Result]]:
+    found: dict[str, dict[int, Result]] = {setting: {} for setting in settings}
+    for exact in (True, False):  # a run of the very setting goes before one that stands for it
+        for result in runs:
+            seed = int(result.get("seed") or 0)
+            own = setting_of(result)
+            for setting in settings:
+                if (own == setting) != exact or not stands_for(result, setting):
+                    continue
+                there = found[setting].setdefault(seed, result)
+                if exact and there is not result:
+                    problems.append(f"{_path(result)}: repeats {_path(there)}: left out")
+    return found
+
+
+def _path(result: Mapping[str, Any]) -> str:
+    return str(result.get("_path") or result["name"])

@@ -1,0 +1,123 @@
+"""Two results side by side: what differs in config, environment and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmllm.errors import UserError
+from fedmllm.report import facts
+from fedmllm.report.loading import NO_NUMBERS, Result, load_results
+
+
+def load_one(path: Path) -> Result:
+    """The result of a file or run folder. Raises `UserError` if it is not exactly one."""
+    found, _ = load_results([path])
+    if len(found) > 1:
+        raise UserError(f"{path} holds {len(found)} results: give one, e.g. {found[0]['_path']}")
+    return found[0]
+
+
+def compare_lines(a: Result, b: Result) -> Iterator[str]:
+    """What differs, a line each under three headings; the metrics are told in full."""
+    yield f"A  {a['_path']}"
+    yield f"B  {b['_path']}"
+    for title, differ in (
+        ("config", _differences(facts.flatten(a["config"]), facts.flatten(b["config"]))),
+        ("environment", _differences(environment(a), environment(b))),
+    ):
+        yield ""
+        yield title + ("" if differ else ": the same")
+        for key, (old, new) in differ.items():
+            yield f"  {key}: {old} -> {new}"
+    yield ""
+    yield "metrics (A, B, B - A)"
+    yield from (f"  {line}" for line in _metric_lines(a, b))
+
+
+def environment(result: Result) -> dict[str, str]:
+    """Where and of what a result was made."""
+    sections = {key: result.get(key) or {} for key in ("versions", "hardware", "revisions")}
+    flat = facts.flatten(sections)
+    for key in ("commit", "base_sha256", "data_sha256"):
+        flat[key] = str(result.get(key))[:12]
+    flat["who holds what"] = str(facts.lookup(result, "manifest", "sha256"))[:12]
+    return flat
+
+
+def agreement_lines(old: Result, new: Result, tolerance: float) -> tuple[bool, list[str]]:
+    """Whether two runs of one config agree in every number that they both state, and how far."""
+    if facts.lookup(old, "manifest", "sha256") != facts.lookup(new, "manifest", "sha256"):
+        return False, ["different data: the parties do not hold the samples that they held then"]
+    pairs = _pairs(numbers(old), numbers(new))
+    if not pairs:
+        return False, ["the two results have no number in common"]
+    worst = max(pairs, key=lambda key: _distance(*pairs[key]))
+    largest = _distance(*pairs[worst])
+    if largest == 0:
+        return True, [f"the same: all {len(pairs)} numbers agree to the last digit"]
+    place = f"the largest difference is {largest:.3g}, in {worst}"
+    differ = [
+        f"  {key}: {a} -> {b}"
+        for key, (a, b) in _differences(environment(old), environment(new)).items()
+    ]
+    lines = [*(["the environment differs:"] if differ else []), *differ]
+    agree = largest <= tolerance
+    word = "they agree within" if agree else "they do not agree: more than"
+    return agree, [f"{word} {tolerance:g}: {place}", *lines]
+
+
+def numbers(result: Result) -> dict[str, float | None]:
+    """Every number that a run of the same config should give again, by where it stands."""
+    found: dict[str, float | None] = {}
+    for section in ("metrics", "per_client"):
+        found |= _numbers(result.get(section) or {}, section)
+    for line in facts.history(result):
+        keep = {k: line.get(k) for k in ("loss", "lr", "bytes_up", "bytes_down", "metrics")}
+        found |= _numbers(keep, f"round {line['round']}")
+    return found
+
+
+def _numbers(value: Any, where: str) -> dict[str, float | None]:
+    if isinstance(value, Mapping):
+        found: dict[str, float | None] = {}
+        for key, item in value.items():
+            found |= _numbers(item, f"{where} {key}")
+        return found
+    known = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    return {where: value} if known else {}
+
+
+Pair = tuple[float | None, float | None]
+
+
+def _pairs(a: Mapping[str, float | None], b: Mapping[str, float | None]) -> dict[str, Pair]:
+    return {key: (a[key], b[key]) for key in a if key in b}
+
+
+def _distance(a: float | None, b: float | None) -> float:
+    """Absolute; infinite where only one of the two is there or finite."""
+    gone = [value is None or value != value for value in (a, b)]
+    if any(gone) or a is None or b is None:
+        return 0.0 if all(gone) else float("inf")
+    return abs(a - b)
+
+
+def _differences(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    keys = [key for key in dict.fromkeys([*a, *b]) if key not in NO_NUMBERS[""]]
+    none = facts.DASH
+    return {k: (a.get(k, none), b.get(k, none)) for k in keys if a.get(k) != b.get(k)}
+
+
+def _metric_lines(a: Result, b: Result) -> Iterator[str]:
+    if facts.metric_key(a) != facts.metric_key(b) or a["task"]["name"] != b["task"]["name"]:
+        yield "the tasks differ: their metrics cannot be compared"
+        return
+    for condition in facts.conditions([a, b]):
+        one, two = facts.score(a, condition), facts.score(b, condition)
+        errors = [facts.score_se(run, condition) for run in (a, b)]
+        words = [facts.format_pair(v, e) for v, e in zip((one, two), errors, strict=True)]
+        change = facts.DASH if one is None or two is None else f"{two - one:+.3f}"
+        name = f"{facts.metric_name(a)}, {facts.condition_name(condition)}"
+        yield f"{name}: {words[0]}  {words[1]}  {change}"

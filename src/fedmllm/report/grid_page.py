@@ -1,0 +1,243 @@
+"""One HTML file for a grid of runs: tables over seeds, figures, and every run with its file.
+
+It holds its style, its figures and a little script for sorting and filtering; it fetches nothing
+and opens from a disk. `grid.html` says what is gathered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmllm.errors import UserError
+from fedmllm.report import facts, figures, grid_figures
+from fedmllm.report.arms import Arm, Board, boards, setting_of
+from fedmllm.report.grid_tables import GridTable, grid_tables, note
+from fedmllm.report.loading import Result
+from fedmllm.report.page import METRIC_HELP, PAPER, link, provenance, template, write_page
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CONDITIONS = tuple(facts.CONDITIONS)
+
+
+def write_grid_report(
+    results: Sequence[Result],
+    out_path: str | Path,
+    *,
+    title: str = "FedMLLM benchmark",
+    problems: Sequence[str] = (),
+) -> Path:
+    """Write the page of a grid and return its path. `results`, `problems`: from `load_results`.
+
+    Raises `UserError` if there is no result or the page cannot be written.
+    """
+    if not results:
+        raise UserError("there is no result to report: run an experiment first")
+    out = Path(out_path)
+    found, repeated = boards(results)
+    tables, _ = grid_tables(results, CONDITIONS)
+    contents = {
+        "title": title,
+        "paper": PAPER,
+        "dash": facts.DASH,
+        "runs": len(results),
+        "boards": [_board(board, tables, f"b{i}") for i, board in enumerate(found)],
+        "rows": [row for board in found for row in _rows(board, out.parent)],
+        "heads": {c: facts.condition_name(c) for c in facts.conditions(results)},
+        "problems": [*problems, *repeated],
+        "provenance": provenance(results, out.parent),
+        "filters": ("task", "setting", "arm", "seed"),
+    }
+    return write_page(out, template("grid.html").render(contents))
+
+
+def write_figures(results: Sequence[Result], folder: Path, *, png: bool = False) -> list[Path]:
+    """Write every figure of a grid as a file on white, SVG or PNG; returns their paths."""
+    written = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for board in boards(results)[0]:
+        styles = grid_figures.arm_styles(board)
+        for name, figure, _ in board_figures(board):
+            if name != "drop":  # which has a legend of its own
+                _add_legend(figure, styles)
+            stem = "".join(c if c.isalnum() or c in "-." else "-" for c in f"{board.label}-{name}")
+            path = folder / f"{stem}.{'png' if png else 'svg'}"
+            if png:
+                figures.save_png(figure, path)
+            else:
+                path.write_text(figures.svg(figure), encoding="utf-8")
+            written.append(path)
+    return written
+
+
+def _add_legend(figure: Figure, styles: Mapping[str, figures.Style]) -> None:
+    """Name the lines of a figure that stands alone, in room made for it."""
+    import matplotlib
+
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.25 + 0.2 * (-(-len(styles) // 3)))
+    with matplotlib.rc_context(figures.RC):
+        figures.name_lines(figure, styles)
+
+
+def board_figures(board: Board) -> Iterator[tuple[str, Figure, str]]:
+    """(name, figure, what it shows) of everything that a board's runs allow."""
+    condition = facts.headline(board.results)
+    strategies = list(dict.fromkeys(map(grid_figures.strategy, board.arms)))
+    if len(board.settings) > 2:
+        for chosen in strategies:
+            radar = (grid_figures.draw_radar, (board, condition, chosen))
+            drawn = figures.draw_panels([radar], size=(5.6, 4.6))
+            yield _name("radar", chosen), drawn, f"{board.metric} by setting"
+    for chosen in strategies:
+        for scenario, members in groupby(board.settings, key=lambda s: s.split("-")[0]):
+            panels = [
+                (grid_figures.draw_bands, (board, setting, condition, chosen))
+                for setting in members
+            ]
+            drawn = figures.draw_panels(panels, size=(max(4.8, 3.2 * len(panels)), 2.6))
+            about = f"{board.metric} over rounds, {scenario}"
+            yield _name(f"curves-{scenario}", chosen), drawn, about
+    found = grid_figures.drops(board, condition)
+    if found:
+        size = (6.0, 1.5 + 0.34 * len(found))
+        drawn = figures.draw_panels([(grid_figures.draw_drop, (board, condition))], size=size)
+        yield "drop", drawn, "Change of the metric from aligned data"
+    if any(arm.topology == "federated" for arm in board.arms):
+        drawn = figures.draw_panels([(grid_figures.draw_cost, (board, condition))], size=(6.0, 3.4))
+        yield "communication", drawn, f"{board.metric} against bytes"
+
+
+def _name(kind: str, strategy: str) -> str:
+    return f"{kind}-{strategy}" if strategy else kind
+
+
+def _board(board: Board, tables: Sequence[GridTable], key: str) -> dict[str, Any]:
+    styles = grid_figures.arm_styles(board)
+    swatches = {label: figures.swatch(style) for label, style in styles.items()}
+    drawn = [
+        (name, figures.inline(figure, f"{key}-{name}", about), about)
+        for name, figure, about in board_figures(board)
+    ]
+    first = board.results[0]
+    return {
+        "label": board.label,
+        "metric": board.metric,
+        "metric_help": METRIC_HELP.get(facts.metric_key(first), ""),
+        "settings": board.settings,
+        "swatches": swatches,
+        "tables": [_table(table, swatches) for table in tables if table.board == board.label],
+        "radars": [svg for name, svg, _ in drawn if name.startswith("radar")],
+        "curves": [svg for name, svg, _ in drawn if name.startswith("curves")],
+        "others": [svg for name, svg, _ in drawn if not name.startswith(("radar", "curves"))],
+        "parties": _parties(board),
+        "holdings": _holdings(board, key),
+    }
+
+
+def _table(table: GridTable, swatches: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "condition": facts.condition_name(table.condition),
+        "note": note(table),
+        "rows": [
+            (label, swatches[label], [row.get(setting) for setting in table.settings])
+            for label, row in table.cells.items()
+        ],
+    }
+
+
+def _parties(board: Board) -> list[tuple[str, ...]]:
+    """Of each arm and setting: mean over parties, spread, worst party, averaged over seeds.
+
+    For local arms each party's own adapter on the common test set; for all arms that held samples
+    out, the final adapter on each party's own (the accuracy, where some party's few samples have
+    no value of the metric).
+    """
+    condition = facts.headline(board.results)
+    rows = []
+    for arm in board.arms:
+        for setting in board.settings:
+            runs = list(arm.runs.get(setting, {}).values())
+            common = [facts.spread(run, condition) for run in runs]
+            own = [facts.held_out_spread(run) for run in runs]
+            for samples, spreads in (("the test set", common), ("its own", own)):
+                found = [spread for spread in spreads if spread]
+                if found:
+                    means = [_mean(s.get(k) for s in found) for k in ("mean", "std", "min")]
+                    rows.append((arm.label, setting, samples, *map(facts.format_score, means)))
+    return rows
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _holdings(board: Board, key: str) -> list[tuple[str, str]]:
+    """Who holds what in each setting, for the first seed: a picture a setting."""
+    pictures = []
+    for i, setting in enumerate(board.settings):
+        run = next(filter(None, (_a_run(arm, setting) for arm in board.arms)), None)
+        if run is None:
+            continue
+        panels: list[figures.Panel] = [(figures.draw_modalities, (run,))]
+        if figures.has_classes(run):
+            panels.append((figures.draw_classes, (run,)))
+        size = (figures.HALF[0] * len(panels), figures.holdings_height(run))
+        drawn = figures.draw_panels(panels, size=size)
+        label = f"{setting}, seed {run.get('seed')}"
+        pictures.append(
+            (label, figures.inline(drawn, f"{key}-held{i}", f"Who holds what: {label}"))
+        )
+    return pictures
+
+
+def _a_run(arm: Arm, setting: str) -> Result | None:
+    """A federated run of this very setting."""
+    if arm.topology != "federated":
+        return None
+    runs = arm.runs.get(setting, {})
+    return next((runs[seed] for seed in sorted(runs) if facts.clients(runs[seed])), None)
+
+
+def _rows(board: Board, folder: Path) -> Iterator[dict[str, Any]]:
+    """A line a run, with its file."""
+    arms = {
+        id(run): arm.label
+        for arm in board.arms
+        for runs in arm.runs.values()
+        for run in runs.values()
+    }
+    order = {arm.label: i for i, arm in enumerate(board.arms)}
+    runs = [run for run in board.results if id(run) in arms]  # the others are repeated
+    settings = {setting: i for i, setting in enumerate(board.settings)}
+    runs.sort(key=lambda r: (settings.get(setting_of(r), -1), order[arms[id(r)]], r.get("seed")))
+    for run in runs:
+        everywhere = facts.topology(run) == "zero-shot"
+        amount = facts.lookup(run, "bytes") or {}
+        both = (amount.get("up") or 0) + (amount.get("down") or 0)
+        yield {
+            "name": run["name"],
+            "task": board.label,
+            "setting": "every setting" if everywhere else setting_of(run),
+            "arm": arms[id(run)],
+            "seed": str(run.get("seed")),
+            "scores": {c: facts.score(run, c) for c in facts.conditions(board.results)},
+            "worst": facts.spread(run, facts.headline(board.results)).get("min"),
+            "unparsable": _unparsable(run),
+            "megabytes": both / 1e6,
+            "seconds": facts.lookup(run, "time", "total_seconds"),
+            "speed": facts.lookup(run, "samples", "trained_per_second"),
+            "memory": (run.get("peak_memory_bytes") or 0) / 1e6 or None,
+            "link": link(run, folder),
+        }
+
+
+def _unparsable(run: Result) -> float | None:
+    found = [scores.get("unparsable") for scores in run["metrics"].values()]
+    known = [count for count in found if count is not None]
+    return sum(known) if known else None

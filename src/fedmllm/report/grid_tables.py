@@ -1,0 +1,262 @@
+"""Tables over seeds: a row an arm, a column a setting, in Markdown, LaTeX and CSV.
+
+A cell is the mean over seeds ± half of its 95 % confidence interval (Student's t). The best
+federated arm of a column is bold. A star: it is better than the next best, by a paired t-test over
+seeds at the 5 % level, with Holm's correction for all comparisons of a best arm with another in
+the table. With fewer than five seeds nothing is called significant.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fedmllm.report import facts
+from fedmllm.report.arms import Arm, Board, boards
+from fedmllm.report.loading import Result
+from fedmllm.report.statistics import ENOUGH, LEVEL, holm, mean_and_half, paired_p
+
+STAR = "*"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """One cell. half: of the 95 % interval, None for a single seed. p: of the difference to the
+    next best, corrected; only for the best, and None where there are too few seeds.
+    files: the results that were averaged."""
+
+    mean: float
+    half: float | None
+    seeds: int
+    best: bool = False
+    p: float | None = None
+    files: tuple[str, ...] = ()
+
+    @property
+    def significant(self) -> bool:
+        """Whether it may be called better than the next best."""
+        return self.p is not None and self.p < LEVEL
+
+
+@dataclass(frozen=True)
+class GridTable:
+    """A board under one test condition. cells: arm's label -> setting -> mean. seedless: arms
+    that train nothing, so that a seed changes nothing."""
+
+    board: str
+    metric: str
+    condition: str
+    settings: tuple[str, ...]
+    cells: Mapping[str, Mapping[str, Mean]]
+    comparisons: int
+    seedless: tuple[str, ...] = ()
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """The least and the greatest number of seeds of a cell; of arms that train, if any do."""
+        counts = {label: [cell.seeds for cell in row.values()] for label, row in self.cells.items()}
+        trained = [n for label, ns in counts.items() if label not in self.seedless for n in ns]
+        every = trained or [n for ns in counts.values() for n in ns] or [0]
+        return min(every), max(every)
+
+
+def grid_tables(
+    results: Sequence[Result], conditions: Sequence[str] = ("both",)
+) -> tuple[list[GridTable], list[str]]:
+    """A table for each board and condition that was measured; and what was left out and why."""
+    found, problems = boards(results)
+    tables = [
+        _table(board, condition)
+        for board in found
+        for condition in conditions
+        if condition in facts.conditions(board.results)
+    ]
+    return tables, problems
+
+
+def _table(board: Board, condition: str) -> GridTable:
+    cells = {
+        arm.label: {s: cell for s in board.settings if (cell := _mean(arm, s, condition))}
+        for arm in board.arms
+    }
+    comparisons = _mark(board, condition, cells)
+    shown = {label: row for label, row in cells.items() if row}
+    still = tuple(arm.label for arm in board.arms if arm.topology == "zero-shot")
+    place = (board.label, board.metric, condition, board.settings)
+    return GridTable(*place, shown, comparisons, still)
+
+
+def _mean(arm: Arm, setting: str, condition: str) -> Mean | None:
+    scores = arm.scores(setting, condition)
+    if not scores:
+        return None
+    mean, half = mean_and_half(list(scores.values()))
+    runs = arm.runs[setting]
+    return Mean(mean, half, len(scores), files=tuple(str(runs[s].get("_path", "")) for s in scores))
+
+
+def _mark(board: Board, condition: str, cells: dict[str, dict[str, Mean]]) -> int:
+    """Mark the best federated arm of each column and test it; how many comparisons were made."""
+    up = facts.higher_is_better(board.results[0])
+    pairs: list[tuple[str, str, bool, float]] = []  # setting, best arm, with the next?, p
+    for setting in board.settings:
+        arms = [a for a in board.arms if a.topology == "federated" and setting in cells[a.label]]
+        ranked = sorted(
+            arms,
+            key=lambda a: -cells[a.label][setting].mean if up else cells[a.label][setting].mean,
+        )
+        if condition == "neither" or not ranked:
+            continue  # shown nothing, no arm can lead
+        best = ranked[0]
+        top = facts.format_score(cells[best.label][setting].mean)
+        for arm in ranked:  # equal in print is equal
+            cell = cells[arm.label][setting]
+            if facts.format_score(cell.mean) == top:
+                cells[arm.label][setting] = replace(cell, best=True)
+        for i, other in enumerate(ranked[1:]):
+            p = paired_p(best.scores(setting, condition), other.scores(setting, condition))
+            if p is not None:
+                pairs.append((setting, best.label, i == 0, p))
+    adjusted = holm([p for *_, p in pairs])
+    for (setting, label, to_next, _), p in zip(pairs, adjusted, strict=True):
+        if to_next:
+            cells[label][setting] = replace(cells[label][setting], p=p)
+    return len(pairs)
+
+
+def note(table: GridTable) -> str:
+    """What the numbers are and what the marks claim."""
+    low, high = table.seeds
+    seeds = f"{high} seed{'s' * (high > 1)}" if low == high else f"{low} to {high} seeds"
+    words = f"Test {table.metric}, {facts.condition_name(table.condition)}: mean over {seeds}"
+    words += " ± half of the 95 % interval" if high > 1 else ""
+    words += " (what trains nothing has no seed)." if table.seedless and high > 1 else "."
+    if table.condition == "neither":
+        return f"{words} Shown nothing, no arm can lead."
+    words += " Bold: best federated."
+    if not table.comparisons:
+        return f"{words} Fewer than {ENOUGH} seeds: no difference is called significant."
+    return (
+        f"{words} {STAR}: better than the next best, paired t-test over seeds, 5 % level, Holm's "
+        f"correction for {table.comparisons} comparisons."
+    )
+
+
+# -- Markdown ----------------------------------------------------------------------------------
+
+
+def markdown_grid(tables: Sequence[GridTable]) -> str:
+    """All tables, each under a heading."""
+    return "\n".join(_markdown(table) for table in tables)
+
+
+def _markdown(table: GridTable) -> str:
+    from fedmllm.report.tables import escape_markdown as escape
+
+    heads = ["arm", *table.settings]
+    lines = [f"### {escape(table.board)}, {facts.condition_name(table.condition)}", ""]
+    lines += [_row(heads), _row(["---"] + ["---:"] * len(table.settings))]
+    for label, row in table.cells.items():
+        lines.append(_row([escape(label), *(_markdown_cell(row.get(s)) for s in table.settings)]))
+    return "\n".join([*lines, "", escape(note(table)), ""])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _markdown_cell(cell: Mean | None) -> str:
+    if cell is None:
+        return facts.DASH
+    text = facts.format_pair(cell.mean, cell.half)
+    return (f"**{text}**" if cell.best else text) + ("\\" + STAR if cell.significant else "")
+
+
+# -- LaTeX -------------------------------------------------------------------------------------
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "±": r"$\pm$",
+    "–": "--",
+}
+
+
+def latex_grid(tables: Sequence[GridTable]) -> str:
+    """Tables for a paper: needs the packages booktabs and graphicx."""
+    head = "% \\usepackage{booktabs,graphicx}\n"
+    return head + "\n".join(_latex(table, i) for i, table in enumerate(tables))
+
+
+def tex(text: str) -> str:
+    """A text as LaTeX prints it."""
+    return "".join(_TEX.get(c, c) for c in text)
+
+
+def _latex(table: GridTable, number: int) -> str:
+    groups = [
+        (name, len(list(members)))
+        for name, members in itertools.groupby(table.settings, key=lambda s: s.split("-")[0])
+    ]
+    spans, rules, column = [], [], 2
+    for name, width in groups:
+        spans.append(rf"\multicolumn{{{width}}}{{c}}{{{tex(name)}}}")
+        rules.append(rf"\cmidrule(lr){{{column}-{column + width - 1}}}")
+        column += width
+    heads = [tex(s.partition("-")[2] or s) for s in table.settings]
+    body = [
+        " & ".join([tex(label), *(_latex_cell(row.get(s)) for s in table.settings)]) + r" \\"
+        for label, row in table.cells.items()
+    ]
+    return "\n".join(
+        [
+            r"\begin{table*}",
+            r"\centering",
+            rf"\caption{{{tex(f'{table.board}. {note(table)}')}}}",
+            rf"\label{{tab:fedmllm-{number}}}",
+            r"\resizebox{\textwidth}{!}{%",
+            rf"\begin{{tabular}}{{l{'r' * len(table.settings)}}}",
+            r"\toprule",
+            " & ".join(["", *spans]) + r" \\",
+            " ".join(rules),
+            " & ".join(["", *heads]) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}}",
+            r"\end{table*}",
+            "",
+        ]
+    )
+
+
+def _latex_cell(cell: Mean | None) -> str:
+    if cell is None:
+        return "--"
+    text = facts.format_score(cell.mean)
+    text = rf"\textbf{{{text}}}" if cell.best else text
+    half = "" if cell.half is None else rf"{{\scriptsize$\,\pm\,${facts.format_score(cell.half)}}}"
+    return text + half + (r"$^{*}$" if cell.significant else "")
+
+
+# -- CSV ---------------------------------------------------------------------------------------
+
+
+def csv_grid(tables: Sequence[GridTable]) -> str:
+    """One row a cell, numbers in full precision; which files it is the mean of."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    heads = ["task", "metric", "condition", "setting", "arm", "seeds", "mean", "ci95_half"]
+    writer.writerow([*heads, "best", "p_to_next_holm", "comparisons", "files"])
+    for table in tables:
+        for label, row in table.cells.items():
+            for setting, cell in row.items():
+                place = [table.board, table.metric, table.condition, setting, label]
+                numbers = [cell.seeds, cell.mean, cell.half, int(cell.best), cell.p]
+                writer.writerow([*place, *numbers, table.comparisons, " ".join(cell.files)])
+    return out.getvalue()

@@ -1,0 +1,36 @@
+"""Revisions of the code that makes numbers, by part.
+
+A result states the revisions of the parts that it passed through; the benchmark runs a cell
+again if one of them has moved. A commit is too coarse for that (a new line in the docs would make
+every result stale) and a hash of the source is too (so would a new comment). So a person says it:
+whoever changes what a part computes raises its number here, and only the cells that use the part
+become stale. `tests/test_revisions.py` holds the numbers of small runs through every part and
+fails when they change; it is then for a person to say whether they were meant to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Part -> revision; a part that is not listed is at 1. Parts: core (model, client, loop,
+# evaluation, metrics, partition), data:NAME, algorithm:NAME, scenario:NAME, topology:NAME,
+# prompt:NAME.
+REVISIONS: dict[str, int] = {}
+
+
+def revisions_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """The parts that a run of this config passes through, with their revisions."""
+    topology = config.get("topology", "federated")
+    parts = ["core", f"topology:{topology}", f"data:{_name(config, 'data', 'memes')}"]
+    parts.append(f"prompt:{config.get('prompt', 'plain')}")
+    if topology != "zero-shot":
+        parts.append(f"scenario:{_name(config, 'scenario', 'aligned')}")
+        parts.append(f"algorithm:{_name(config, 'algorithm', 'fedavg')}")
+    return {part: REVISIONS.get(part, 1) for part in parts}
+
+
+def _name(config: Mapping[str, Any], section: str, default: str) -> str:
+    found = config.get(section)
+    name = found.get("name", default) if isinstance(found, Mapping) else found
+    return str(name or default)

@@ -1,0 +1,127 @@
+"""What differs between two runs, and whether a run made again gives the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic_grid import result, write
+
+from fedmllm import experiment
+from fedmllm.cli import main
+from fedmllm.config import make_config
+from fedmllm.errors import UserError
+from fedmllm.models.mllm import Mllm
+from fedmllm.report.compare import agreement_lines, compare_lines, load_one
+
+SMALL = {
+    "data": {"name": "memes", "train": 16, "test": 12},
+    "partition": {"clients": 2},
+    "training": {"rounds": 1},
+    "evaluation": {"every": 0, "conditions": ["both"]},
+}
+
+
+def with_path(found: dict, path: str = "p") -> dict:
+    return {**found, "_path": path}
+
+
+def test_config_environment_and_metrics_are_told_apart() -> None:
+    a = with_path(result("fedavg", "aligned-a0.5", 0, value=0.70), "one")
+    b = with_path(result("fedyogi", "missing-b0.5", 1, value=0.80), "two")
+    b["versions"] = {"python": "3.11.7", "torch": "2.10.0"}
+    lines = list(compare_lines(a, b))
+    assert lines[:2] == ["A  one", "B  two"]
+    parts = "\n".join(lines).split("\n\n")
+    assert parts[1].splitlines() == [
+        "config",
+        "  seed: 0 -> 1",
+        "  scenario.name: aligned -> missing",
+        "  algorithm.name: fedavg -> fedyogi",
+        "  scenario.beta: – -> 0.5",
+    ]
+    assert parts[2].splitlines()[:2] == ["environment", "  versions.torch: 2.9.0 -> 2.10.0"]
+    assert "  AUC, image + text: 0.700 ± 0.020  0.800 ± 0.020  +0.100" in parts[3]
+
+
+def test_the_same_run_differs_in_nothing() -> None:
+    one = with_path(result("fedavg", "aligned-a0.5", 0))
+    lines = list(compare_lines(one, one))
+    assert "config: the same" in lines
+    assert "environment: the same" in lines
+    assert lines[-1].endswith("+0.000")
+
+
+def test_other_tasks_are_not_subtracted() -> None:
+    a, b = (with_path(result("fedavg", "aligned-a0.5", 0, task=t)) for t in ("memes", "crisis"))
+    assert list(compare_lines(a, b))[-1] == "  the tasks differ: their metrics cannot be compared"
+
+
+def test_agreement_to_the_last_digit_within_and_beyond() -> None:
+    old = result("fedavg", "aligned-a0.5", 0)
+    agree, lines = agreement_lines(old, copy.deepcopy(old), 0.0)
+    assert agree
+    assert lines[0].startswith("the same: all ")
+    new = copy.deepcopy(old)
+    new["history"][3]["loss"] += 1e-4
+    new["versions"]["torch"] = "2.10.0"
+    agree, lines = agreement_lines(old, new, 1e-3)
+    assert agree
+    assert "in round 4 loss" in lines[0]
+    assert lines[1:] == ["the environment differs:", "  versions.torch: 2.9.0 -> 2.10.0"]
+    agree, lines = agreement_lines(old, new, 1e-6)
+    assert not agree
+    assert lines[0].startswith(
+        "they do not agree: more than 1e-06: the largest difference is 0.0001"
+    )
+    new["metrics"]["both"]["auc"] = None
+    assert not agreement_lines(old, new, 1.0)[0]  # a number that is gone is no agreement
+    new["manifest"]["sha256"] = "other"
+    assert agreement_lines(old, new, 1.0)[1][0].startswith("different data")
+
+
+def test_one_result_is_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, [result("fedavg", "aligned-a0.5", seed) for seed in (0, 1)])
+    with pytest.raises(UserError, match="holds 2 results: give one"):
+        load_one(tmp_path)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, mllm: Mllm):
+    """`fedmllm words…` in this process, on the model that is loaded."""
+    monkeypatch.setattr(experiment, "load_model", lambda config: mllm)
+
+    def call(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fedmllm", *map(str, words)])
+        try:
+            main()
+        except SystemExit as stopped:
+            return int(stopped.code or 0), capsys.readouterr().out
+        return 0, capsys.readouterr().out
+
+    return call
+
+
+def test_rerun_from_the_result_alone(tmp_path: Path, command, mllm: Mllm) -> None:
+    config = make_config({"name": "x", **SMALL})
+    experiment.run(config, out=tmp_path / "x", mllm=mllm)
+    file = tmp_path / "x" / "result.json"
+    kept = tmp_path / "kept.json"
+    kept.write_bytes(file.read_bytes())
+    code, out = command("rerun", kept, "--out", tmp_path / "again")
+    assert code == 0
+    assert "the same: all " in out
+    code, out = command("compare", kept, tmp_path / "again")
+    assert code == 0
+    assert "config: the same" in out
+    other = json.loads(kept.read_text())
+    other["metrics"]["both"]["auc"] += 0.1
+    del other["result_sha256"]  # as a forger would
+    kept.write_text(json.dumps(other))
+    code, out = command("rerun", kept, "--out", tmp_path / "third")
+    assert code == 1
+    assert "they do not agree" in out
+    assert "metrics both auc" in out

@@ -1,0 +1,413 @@
+"""Tables over seeds: worked by hand and against scipy; figures and page; what is left out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from scipy import stats
+from synthetic_grid import METHODS, auc, grid, result, write
+
+from fedmllm.errors import UserError
+from fedmllm.report import is_grid, load_results, write_figures, write_grid_report, write_tables
+from fedmllm.report.arms import boards, setting_of, stands_for
+from fedmllm.report.grid_figures import _mean_by_round, _over_bytes, _rings, drops
+from fedmllm.report.grid_page import _parties
+from fedmllm.report.grid_tables import csv_grid, grid_tables, latex_grid, markdown_grid, note, tex
+from fedmllm.report.statistics import holm, mean_and_half, paired_p
+from fedmllm.scenarios import SETTINGS
+
+TWO = ("aligned-a0.5", "missing-b0.5")
+
+
+def seeds(method: str, values, setting: str = "aligned-a0.5", prompt: str = "plain"):
+    """One arm in one setting, a value a seed."""
+    return [
+        result(method, setting, i, prompt=prompt, value=value) for i, value in enumerate(values)
+    ]
+
+
+def table(results):
+    (found,), problems = grid_tables(results)
+    assert problems == []
+    return found
+
+
+# -- statistics --------------------------------------------------------------------------------
+
+
+def test_the_interval_by_hand() -> None:
+    """Mean of 1, 2, 3 is 2, deviation 1; Student's t for two degrees at .975 is 4.303."""
+    mean, half = mean_and_half([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert mean_and_half([0.5]) == (0.5, None)
+
+
+def test_the_paired_test_against_scipy_and_its_edges() -> None:
+    a = dict(enumerate([0.71, 0.74, 0.69, 0.77, 0.73]))
+    b = dict(enumerate([0.70, 0.71, 0.70, 0.72, 0.71]))
+    assert paired_p(a, b) == pytest.approx(
+        stats.ttest_rel(list(a.values()), list(b.values())).pvalue
+    )
+    shuffled = {seed: b[seed] for seed in (3, 1, 4, 0, 2)}
+    assert paired_p(a, shuffled) == paired_p(a, b)  # by seed, not by order
+    del b[2]
+    assert paired_p(a, b) is None  # four pairs
+    assert paired_p(a, {seed: value - 0.1 for seed, value in a.items()}) == 0.0
+    assert paired_p(a, a) == 1.0
+
+
+def test_holm_by_hand() -> None:
+    """.01 × 4 = .04; .02 × 3 = .06; .03 × 2 = .06; .5 × 1 = .5: never below an earlier one."""
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+# -- tables ------------------------------------------------------------------------------------
+
+
+def test_means_best_and_the_star() -> None:
+    better = [0.80, 0.82, 0.81, 0.83, 0.80]
+    found = table([*seeds("fedavg", [v - 0.05 for v in better]), *seeds("fedyogi", better)])
+    cell = found.cells["FedYogi"]["aligned-a0.5"]
+    assert cell.mean == pytest.approx(0.812)
+    assert cell.half == pytest.approx(mean_and_half(better)[1])
+    assert (cell.seeds, cell.best, cell.significant) == (5, True, True)
+    assert not found.cells["FedAvg"]["aligned-a0.5"].best
+    assert found.comparisons == 1
+    assert "for 1 comparisons" in note(found)
+
+
+def test_no_claim_with_fewer_than_five_seeds() -> None:
+    found = table([*seeds("fedavg", [0.5] * 4), *seeds("fedyogi", [0.9, 0.91, 0.9, 0.91])])
+    cell = found.cells["FedYogi"]["aligned-a0.5"]
+    assert cell.best
+    assert cell.half is not None
+    assert cell.p is None
+    assert not cell.significant
+    assert "Fewer than 5 seeds: no difference is called significant" in note(found)
+    assert "\\*" not in markdown_grid([found])
+
+
+def test_many_comparisons_take_a_star_away() -> None:
+    """p of one comparison is below 5 %; with eleven more that are not, it is not."""
+    a, b = [0.72, 0.75, 0.71, 0.74, 0.76], [0.70, 0.71, 0.70, 0.73, 0.71]
+    p = stats.ttest_rel(a, b).pvalue
+    assert 0.05 / 12 < p < 0.05
+    alone = [*seeds("fedyogi", a), *seeds("fedavg", b)]
+    assert table(alone).cells["FedYogi"]["aligned-a0.5"].significant
+    noise = [0.70, 0.72, 0.71, 0.73, 0.70]
+    for setting in set(SETTINGS) - {"aligned-a0.5"}:
+        alone += seeds("fedyogi", noise, setting) + seeds("fedavg", noise[::-1], setting)
+    cell = table(alone).cells["FedYogi"]["aligned-a0.5"]
+    assert cell.p == pytest.approx(12 * p)
+    assert not cell.significant
+
+
+def test_a_centralised_run_is_never_the_best_federated() -> None:
+    found = table([*seeds("centralised", [0.99] * 5), *seeds("fedavg", [0.7] * 5)])
+    assert not found.cells["Centralised"]["aligned-a0.5"].best
+    assert found.cells["FedAvg"]["aligned-a0.5"].best
+
+
+def test_shown_nothing_no_arm_leads_and_none_is_called_untested() -> None:
+    results = [*seeds("fedavg", [0.7] * 5), *seeds("fedyogi", [0.8, 0.81, 0.8, 0.82, 0.8])]
+    (found,), _ = grid_tables(results, ["neither"])
+    assert not any(cell.best for row in found.cells.values() for cell in row.values())
+    assert note(found).endswith("Shown nothing, no arm can lead.")
+
+
+def test_equal_in_print_is_equally_best() -> None:
+    found = table([*seeds("fedavg", [0.7001] * 2), *seeds("fedadam", [0.70012] * 2)])
+    assert [row["aligned-a0.5"].best for row in found.cells.values()] == [True, True]
+
+
+def test_zero_shot_stands_in_every_column() -> None:
+    found = table([result("zero-shot", "hybrid-p0.6", 0), *grid(seeds=2, settings=TWO)[1:]])
+    assert found.settings == TWO
+    assert {s: c.mean for s, c in found.cells["Zero-shot"].items()} == dict.fromkeys(TWO, 0.52)
+    assert found.seeds == (2, 2)
+    assert next(iter(found.cells)) == "Zero-shot"
+    assert list(found.cells)[-1] == "Centralised + prompt"
+
+
+def test_what_a_run_stands_for() -> None:
+    pooled, apart = result("centralised", "aligned-a5.0", 0), result("fedavg", "aligned-a5.0", 0)
+    assert stands_for(pooled, "aligned-a0.5")
+    assert not stands_for(apart, "aligned-a0.5")
+    assert not stands_for(pooled, "missing-b0.5")
+    apart["config"]["partition"]["name"] = "even"
+    assert stands_for(apart, "aligned-a0.5")
+    assert [setting_of(result("fedavg", s, 0)) for s in SETTINGS] == list(SETTINGS)
+
+
+def test_few_runs_are_read_one_by_one() -> None:
+    demo = load_results([Path(__file__).resolve().parent.parent / "results" / "demo"])[0]
+    assert not is_grid(demo)
+    assert is_grid(seeds("fedavg", [0.6, 0.7]))
+    assert is_grid([result("fedavg", setting, 0) for setting in list(SETTINGS)[:4]])
+    assert not is_grid([result("fedavg", setting, 0) for setting in list(SETTINGS)[:3]])
+
+
+def test_a_repeated_run_counts_once(tmp_path) -> None:
+    write(tmp_path / "a", seeds("fedavg", [0.6, 0.7]))
+    write(tmp_path / "b", seeds("fedavg", [0.9]))
+    found, _ = load_results([tmp_path])
+    (made,), problems = grid_tables(found)
+    assert made.cells["FedAvg"]["aligned-a0.5"].mean == pytest.approx(0.65)
+    assert len(problems) == 1
+    assert "repeats" in problems[0]
+    assert str(tmp_path / "b") in problems[0]
+
+
+def test_a_tampered_result_is_named_and_left_out(tmp_path) -> None:
+    write(tmp_path, seeds("fedavg", [0.6, 0.7, 0.8]))
+    file = next(tmp_path.glob("*-s2/result.json"))
+    changed = json.loads(file.read_text())
+    changed["metrics"]["both"]["auc"] = 0.99
+    file.write_text(json.dumps(changed))
+    found, problems = load_results([tmp_path])
+    assert table(found).cells["FedAvg"]["aligned-a0.5"].mean == pytest.approx(0.65)
+    assert problems == [
+        f"{file}: was changed after it was written: it does not match its result_sha256"
+    ]
+
+
+def test_arms_of_one_name_are_told_apart() -> None:
+    slow, fast = seeds("fedavg", [0.6, 0.6]), seeds("fedavg", [0.7, 0.7])
+    for one in fast:
+        one["config"]["training"]["lr"] = 0.01
+    found = table(slow + fast)
+    assert list(found.cells) == ["FedAvg (lr 0.001)", "FedAvg (lr 0.01)"]
+
+
+def test_sizes_of_data_do_not_mix() -> None:
+    small, large = seeds("fedavg", [0.6]), seeds("fedavg", [0.7])
+    large[0]["config"]["data"]["train"] = 4000
+    made, problems = boards(small + large)
+    assert [board.label for board in made] == ["memes (train 400)", "memes (train 4000)"]
+    assert problems == []
+
+
+def test_markdown_latex_and_csv_say_the_same() -> None:
+    results = grid(seeds=5, settings=TWO)
+    found = table(results)
+    lines = [line for line in markdown_grid([found]).splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(found.cells)
+    assert {line.count("|") for line in lines} == {2 + len(TWO)}
+    mean = sum(auc("fedyogi", "missing-b0.5", "agnostic", s) for s in range(5)) / 5
+    text = f"{mean:.3f}"
+    assert re.search(rf"FedYogi \+ prompt .*\*\*{text} ± ", markdown_grid([found]))
+    latex = latex_grid([found])
+    body = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    assert len(body) == len(found.cells)
+    assert {line.count(" & ") for line in body} == {len(TWO)}
+    assert rf"\textbf{{{text}}}" in latex
+    assert latex.count("{") == latex.count("}")
+    rows = list(csv.DictReader(io.StringIO(csv_grid([found]))))
+    row = next(r for r in rows if (r["arm"], r["setting"]) == ("FedYogi + prompt", "missing-b0.5"))
+    assert float(row["mean"]) == pytest.approx(mean, abs=1e-15)
+    assert row["best"] == "1"
+    assert len(rows) == len(found.cells) * len(TWO)
+
+
+def test_latex_specials_are_printed_as_themselves() -> None:
+    assert tex("a_b & 5 % {x} ~ ^ \\ #$ ±") == (
+        r"a\_b \& 5 \% \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \#\$ $\pm$"
+    )
+
+
+# -- figures and page --------------------------------------------------------------------------
+
+
+def test_rings_are_round_and_hold_all() -> None:
+    assert _rings(0.52, 0.87) == [0.5, 0.6, 0.7, 0.8, 0.9]
+    assert _rings(0.5, 0.5) == [0.49, 0.5, 0.51]
+
+
+def test_the_drop_is_paired_by_seed() -> None:
+    whole = seeds("fedavg", [0.80, 0.84])
+    less = seeds("fedavg", [0.70, 0.78], "missing-b0.5")
+    lesser = seeds("fedavg", [0.60, 0.70], "missing-b0.3")
+    ((board,), _) = boards(whole + less + lesser)
+    mean, half = drops(board, "both")["FedAvg"]["missing"]
+    assert mean == pytest.approx((-0.15 - 0.10) / 2)
+    assert half == pytest.approx(mean_and_half([-0.15, -0.10])[1])
+
+
+def test_the_cost_curve_is_bytes_so_far_by_round() -> None:
+    run = result("fedavg", "aligned-a0.5", 0, value=0.9)
+    found = _over_bytes(run, "both")  # 0.4 MB up and down a round, measured every second one
+    assert {number: x for number, (x, _) in found.items()} == pytest.approx(
+        {2: 1.6, 4: 3.2, 6: 4.8}
+    )
+    assert found[6][1] == pytest.approx(0.9)
+    other = {2: (2.6, 0.5), 6: (5.8, 0.7)}
+    assert _mean_by_round([found, other]) == [
+        (pytest.approx(2.1), pytest.approx((found[2][1] + 0.5) / 2), 0.0),
+        (pytest.approx(5.3), pytest.approx(0.8), 0.0),
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """The page of a grid with a result that was cut off."""
+    folder = tmp_path_factory.mktemp("grid")
+    write(folder / "runs", grid(seeds=2, settings=("aligned-a0.5", "missing-b0.5", "cross-i5t5")))
+    (folder / "runs" / "cut").mkdir()
+    (folder / "runs" / "cut" / "result.json").write_text('{"schema": 1,')
+    found, problems = load_results([folder / "runs"])
+    assert is_grid(found)
+    return write_grid_report(found, folder / "report.html", problems=problems)
+
+
+class Links(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.loads: list[str] = []
+        self.rows = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs) -> None:
+        given = dict(attrs)
+        self.rows += tag == "tr" and "data-seed" in given
+        if tag == "a":
+            self.targets.append(given["href"])
+        self.loads += [given[k] for k in ("src",) if k in given]
+        self.loads += [given["href"] for _ in [0] if tag == "link"]
+
+
+def test_the_page_traces_every_run_to_its_file_and_loads_nothing(page) -> None:
+    text = page.read_text()
+    found = Links(text)
+    files = {target for target in found.targets if target.endswith("result.json")}
+    assert found.rows == len(files) == 1 + (len(METHODS) - 1) * 3 * 2 * 2
+    assert all((page.parent / file).is_file() for file in files)
+    assert found.loads == ["data:,"]
+    assert "is not valid JSON" in text  # the cut file is named
+    assert text.count("<svg") > 10
+    assert not re.search(r"url\(\s*['\"]?https?:|@import|fetch\(|XMLHttp", text)
+
+
+def test_parties_by_what_they_were_tested_on() -> None:
+    (local,), (fed,) = seeds("local", [0.7]), seeds("fedavg", [0.8])
+    own = {"mean": 0.6, "std": 0.1, "min": 0.4, "max": 0.9}
+    per_client = {"a": {"auc": 0.99, "accuracy": 0.9}, "b": {"auc": None, "accuracy": 0.4}}
+    best = {"mean": 0.99, "std": 0.0, "min": 0.99, "max": 0.99}  # of the one party that has both
+    fed["held_out"] = {"per_client": per_client, "spread": {"accuracy": own, "auc": best}}
+    ((board,), _) = boards([local, fed])
+    assert _parties(board) == [
+        ("Local", "aligned-a0.5", "the test set", "0.700", "0.040", "0.640"),
+        ("FedAvg", "aligned-a0.5", "its own", "0.600", "0.100", "0.400"),
+    ]
+
+
+def test_figures_as_files(page, tmp_path) -> None:
+    found, _ = load_results([page.parent / "runs"])
+    few = [r for r in found if r["seed"] == 0 and r["config"]["prompt"] == "plain"]
+    files = write_figures(few, tmp_path / "svg")
+    names = [file.name for file in files]
+    assert names == [
+        "memes-radar.svg",
+        "memes-curves-aligned.svg",
+        "memes-curves-missing.svg",
+        "memes-curves-cross.svg",
+        "memes-drop.svg",
+        "memes-communication.svg",
+    ]
+    for file in files:
+        ET.parse(file)
+    assert " FedYogi" in (tmp_path / "svg" / "memes-radar.svg").read_text()  # the legend
+    again = write_figures(few, tmp_path / "again")
+    assert [f.read_bytes() for f in files] == [f.read_bytes() for f in again]
+
+
+def test_forms_by_suffix(page, tmp_path) -> None:
+    found, _ = load_results([page.parent / "runs"])
+    one = found[:1]
+    assert not is_grid(one)
+    for name in ("t.md", "t.tex", "t.csv"):
+        assert write_tables(found, tmp_path / name, title="t").read_text()
+    text = (tmp_path / "t.csv").read_text()
+    write_tables(found, tmp_path / "t.csv", title="t", per_run=True)
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 1 + len(found)
+    assert text.startswith("task,metric,condition")
+    page_of_one = write_tables(one, tmp_path / "one.html", title="t")
+    assert "runs-table" not in page_of_one.read_text()
+    with pytest.raises(UserError, match=r"must end in \.html, \.md, \.tex or \.csv"):
+        write_tables(found, tmp_path / "t.pdf", title="t")
+
+
+TRY = """
+<script>
+window.addEventListener("load", function () {
+  var out = [], table = document.getElementById("runs-table");
+  function shown() { return Array.from(table.tBodies[0].rows).filter(r => !r.hidden); }
+  function column(i) { return shown().map(r => +r.cells[i].dataset.value); }
+  function ordered(a, sign) { return a.every((v, i) => !i || sign * (v - a[i - 1]) >= 0); }
+  out.push("all " + shown().length);
+  var head = table.tHead.rows[0].cells[4];
+  head.querySelector("button").click();
+  out.push("up " + ordered(column(4), 1) + " " + head.getAttribute("aria-sort"));
+  head.querySelector("button").click();
+  out.push("down " + ordered(column(4), -1) + " " + head.getAttribute("aria-sort"));
+  var select = document.querySelector("select[data-filter=arm]");
+  select.value = "FedYogi"; select.dispatchEvent(new Event("change"));
+  out.push("arm " + shown().length + " " + shown().every(r => r.dataset.arm === "FedYogi"));
+  var search = document.getElementById("search");
+  search.value = "missing"; search.dispatchEvent(new Event("input"));
+  out.push("words " + shown().length);
+  document.getElementById("clear").click();
+  out.push("clear " + shown().length + " " + document.getElementById("count").textContent);
+  document.querySelector("a[data-arm='FedAvg'][data-setting='cross-i5t5']").click();
+  out.push("mean " + shown().length + " " + shown()[0].dataset.setting);
+  document.querySelector("a[data-arm='Zero-shot'][data-setting='cross-i5t5']").click();
+  out.push("zero " + shown().length);
+  out.push("wide " + (document.documentElement.scrollWidth > innerWidth));
+  out.push("errors " + window.faults.length + " " + window.faults.join(";"));
+  document.title = out.join("|");
+});
+</script></body>"""
+WATCH = """<head><script>window.faults = [];
+window.addEventListener("error", e => window.faults.push(e.message), true);
+console.error = console.warn = (...words) => window.faults.push(words.join(" "));</script>"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1400, 390])
+def test_the_page_in_chromium(page, tmp_path, width) -> None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    assert program, f"none of {', '.join(names)} is here: install Chromium for these tests"
+    text = page.read_text().replace("<head>", WATCH).replace("</body>", TRY)
+    copy = page.parent / f"try-{width}.html"
+    copy.write_text(text)
+    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
+    words += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", copy.as_uri()]
+    done = subprocess.run([program, *words], capture_output=True, text=True, timeout=120)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr[-2000:]
+    assert title[1].split("|") == [
+        "all 73",
+        "up true ascending",
+        "down true descending",
+        "arm 6 true",
+        "words 2",
+        "clear 73 73 of 73 runs",
+        "mean 2 cross-i5t5",
+        "zero 1",
+        "wide false",
+        "errors 0 ",
+    ]
