@@ -179,6 +179,11 @@ def test_the_store_is_off_where_the_tower_trains(idefics, pictures, home) -> Non
     assert not home.exists()
 
 
+def test_an_unknown_place_is_refused(idefics) -> None:
+    with pytest.raises(UserError, match=r"unknown feature cache 'dsk'.*memory"):
+        load(idefics, FROZEN, "dsk")
+
+
 def test_drawings_stay_in_memory(idefics, home) -> None:
     mllm = load(idefics, FROZEN)
     found = mllm.image_features(WIDE)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedmllm.data.sample import ImageSource, Sample
-from fedmllm.errors import UserError
+from fedmllm.errors import UserError, unknown
 from fedmllm.models.components import (
     Policy,
     add_adapter,
@@ -49,6 +49,7 @@ from fedmllm.models.tower import to_device, to_file
 from fedmllm.prompts import IMAGE, Prompted, shortened
 from fedmllm.rng import stream_seed
 
+FEATURE_CACHES = ("memory", "disk")
 _MARK = "ANSWER"  # stands for an answer while a chat template is read
 
 
@@ -131,6 +132,8 @@ class Mllm:
         cache folder, at most `feature_cache_gb` times 10^9 bytes for all models.
         Raises `UserError` if the model or a component to train cannot be had.
         """
+        if feature_cache not in FEATURE_CACHES:
+            raise UserError(unknown("feature cache", feature_cache, FEATURE_CACHES))
         base, processor = load_base(
             path, dtype=dtype, device=device, quantization=quantization, remote_code=remote_code
         )
