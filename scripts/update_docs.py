@@ -19,7 +19,13 @@ from fedmllm.report import figures, load_results, markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-DOCS = ("README.md", "docs/embedded-model.md", "docs/embedded-tasks.md", "docs/memory.md")
+DOCS = (
+    "README.md",
+    "docs/architecture.md",
+    "docs/embedded-model.md",
+    "docs/embedded-tasks.md",
+    "docs/memory.md",
+)
 PICTURE = ROOT / "docs" / "img" / "demo.svg"
 NONE = "*Not measured yet.*"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -167,9 +173,33 @@ def memory() -> str:
     return "\n".join([*lines, "", about])
 
 
+def features() -> str:
+    """What kept image features save, a line a model and policy."""
+    file = RESULTS / "features.json"
+    if not file.exists():
+        return NONE
+    facts = json.loads(file.read_text())
+    lines = ["| tower | trained | in memory | and written to disk | second run, from disk |"]
+    lines.append("|---|---|---:|---:|---:|")
+    for case in facts["cases"]:
+        shown = [
+            f"{case['pixels_over'][f'wall_{way}']:.2f} ({case['pixels_over'][f'cpu_{way}']:.2f})"
+            for way in ("memory", "cold", "warm")
+        ]
+        lines.append(f"| {case['model']} | {case['trained']} | {' | '.join(shown)} |")
+    case, machine = facts["cases"][0], facts["hardware"]
+    about = (
+        f"{case['images']} images, {case['samples_trained']} samples trained, medians of "
+        f"{len(case['runs']['pixels'])}; {machine['cpu']}, one thread, torch "
+        f"{facts['versions']['torch']}."
+    )
+    return "\n".join([*lines, "", about])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": lambda: runs("demo"),
     "easy-vqa": lambda: levels("easy-vqa") + "\n\n" + level_gaps("easy-vqa"),
+    "features": features,
     "gate": gate,
     "memory": memory,
     "levels": lambda: levels(*EMBEDDED),

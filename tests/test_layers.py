@@ -17,7 +17,7 @@ import fedmllm
 
 ROOT = Path(fedmllm.__file__).parent
 LAYERS = [
-    {"errors", "rng"},
+    {"errors", "rng", "folders"},
     {"data", "prompts", "metrics"},
     {"partition", "scenarios", "manifest", "export"},
     {"models"},
@@ -30,6 +30,7 @@ LAYERS = [
         "report",
         "cli",
         "cli_data",
+        "cli_cache",
         "demo",
         "listing",
         "parallel",

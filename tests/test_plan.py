@@ -22,7 +22,14 @@ from fedmllm.errors import UserError
 from fedmllm.experiment import run
 from fedmllm.plan import make_plan, parse_size
 from fedmllm.plan.build import TOLERANCE
-from fedmllm.plan.memory import Load, Shapes, activations, feature_cache, saved_per_token
+from fedmllm.plan.memory import (
+    Load,
+    Shapes,
+    activations,
+    feature_cache,
+    saved_per_token,
+    seen_in_training,
+)
 from fedmllm.plan.structure import build_skeleton, weight_bytes
 from fedmllm.plan.timing import tested_samples as count_tested
 
@@ -407,7 +414,20 @@ def test_features_stay_within_the_caches_budget() -> None:
     load = Load(tokens=1, slices=1, batch=1, test_batch=1, rank=1, dropout=0.0)
     assert feature_cache(SHAPES, load) == 512 * 2**20
     assert feature_cache(SHAPES, replace(load, images=10**9)) == 512 * 2**20
-    assert feature_cache(SHAPES, replace(load, images=3, slices=2)) == 3 * 2 * 4 * 96 * 4
+    few = replace(load, images=3, slices=2)
+    assert feature_cache(SHAPES, few) == 3 * 2 * 4 * 96 * 4
+    patches = 3 * 2 * SHAPES.N
+    tower = replace(few, connector=True)  # its output
+    assert feature_cache(SHAPES, tower) == patches * SHAPES.E * 4
+    assert feature_cache(SHAPES, replace(tower, itemsize=2)) == patches * SHAPES.E * 2
+    assert feature_cache(SHAPES, replace(tower, vision=True)) == patches * 3 * 14 * 14 * 4
+
+
+def test_a_trained_connector_pays_for_itself_and_a_trained_tower_for_all() -> None:
+    load = Load(tokens=1, slices=2, batch=3, test_batch=1, rank=1, dropout=0.0, connector=True)
+    kept = 4 * (SHAPES.E + 5 * SHAPES.D) + 4 * SHAPES.E
+    assert seen_in_training(SHAPES, load) == 3 * 2 * SHAPES.N * kept
+    assert seen_in_training(SHAPES, replace(load, vision=True)) > 2 * seen_in_training(SHAPES, load)
 
 
 def test_the_committed_measurements_are_within_the_tolerance() -> None:

@@ -1,5 +1,5 @@
 """The command line: `fedmllm run | plan | bench | ls | data | predict | report | compare | rerun |
-demo`.
+cache | demo`.
 
 Heavy modules are imported inside the commands, so that `--help` answers at once. A `UserError`
 is printed without a traceback and exits with code 2.
@@ -291,6 +291,17 @@ def rerun(
         print(line)
     if not agree:
         raise typer.Exit(1)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all that it lists.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Show or clear the image features that model.feature_cache=disk has kept."""
+    from fedmllm import cli_cache
+
+    cli_cache.clear() if clear else cli_cache.show(as_json=json_)
 
 
 @app.command()

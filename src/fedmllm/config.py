@@ -64,6 +64,9 @@ class ModelSection(_Section):
     quantization: nf4 reads the decoder's linear layers in 4 bit (QLoRA; package bitsandbytes).
     gradient_checkpointing: less memory for more time, same numbers. remote_code: the path again,
     word for word, of a model whose own code may be run.
+    feature_cache: disk keeps what the frozen tower makes of image files for later runs, below the
+    user's cache folder, at most feature_cache_gb (10^9 bytes) for all models. drop_tower: all
+    images pass the frozen tower first, and it leaves memory.
     """
 
     name: str = "embedded"
@@ -73,6 +76,9 @@ class ModelSection(_Section):
     quantization: Literal["none", "nf4"] = "none"
     gradient_checkpointing: bool = False
     remote_code: str | None = None
+    feature_cache: Literal["memory", "disk"] = "memory"
+    feature_cache_gb: float = Field(20.0, gt=0)
+    drop_tower: bool = False
 
 
 class LoraSection(_Section):

@@ -193,6 +193,9 @@ def run(
         copied_modules=model.copied_modules(),
         steps=sum(federation.rounds for federation in found),
     )
+    if config.model.drop_tower:
+        trained = [s for party in found for held_ in party.samples.values() for s in held_]
+        model.drop_tower([*trained, *dataset.test])
     outcomes = [run_federation(session, federation) for federation in found]
     _save_adapter(session, outcomes)
     result = _result(session, held, outcomes, time.perf_counter() - began)
@@ -286,6 +289,8 @@ def load_model(config: Config) -> Mllm:
         gradient_checkpointing=config.model.gradient_checkpointing,
         remote_code=config.model.remote_code,
         policy=make_policy(config.trained["name"], **options_of(config.trained)),
+        feature_cache=config.model.feature_cache,
+        feature_cache_gb=config.model.feature_cache_gb,
     )
 
 

@@ -23,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from fedmllm import folders
 from fedmllm.errors import UserError
 
 MAX_MEMBER = 512 * 2**20
@@ -90,10 +91,8 @@ def unpacked(archive: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/fedmllm/archives``, by default below ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME") or ""
-    root = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    return root / "fedmllm" / "archives"
+    """Where archives are unpacked: ``$XDG_CACHE_HOME/fedmllm/archives``."""
+    return folders.cache_folder("archives")
 
 
 def _unpack(stream: tarfile.TarFile, folder: Path, archive: Path) -> None:

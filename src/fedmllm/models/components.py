@@ -50,6 +50,13 @@ class Policy:
         """Whether training changes what the language model is given of an image."""
         return self.connector != "frozen" or self.vision != "frozen"
 
+    @property
+    def keeps(self) -> str:
+        """What can be kept of an image: see `features.py`."""
+        if self.vision != "frozen":
+            return "pixels"
+        return "tower" if self.connector != "frozen" else "features"
+
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "connector": ("frozen", "full"),

@@ -1,8 +1,11 @@
 """Vision features: what the frozen tower makes of an image, computed once and kept.
 
-The language model is then given `mm_encoder_outputs` in place of pixels, with the same result to
-the last bit: the features are those after the connector, where that is frozen as well. Where
-tower or connector are trained, the pixels are kept and the features computed anew.
+The language model is given `mm_encoder_outputs` in place of pixels, with the same result to the
+last bit. What is kept of an image (`Policy.keeps`):
+
+    features   what the connector gives, where tower and connector are frozen
+    tower      what the tower gives, where the connector is trained: it alone runs in every step
+    pixels     where the tower is trained: nothing of it can be kept
 
 Shapes: N image tokens of one image (any number: an image may be cut into slices), D hidden width.
 """
@@ -13,13 +16,26 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fedmllm.models.families import Family
+from fedmllm.models.replay import (
+    Blank,
+    Calls,
+    NotRecordedError,
+    blank_floats,
+    filled,
+    playing,
+    pruned,
+    recording,
+    tensors_of,
+)
+
+Parts = Sequence[torch.nn.Module]
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,8 @@ class ImageFeatures:
     kind, listed: the class of the tower's output, and whether it lists the images' features one
     by one or holds them in one tensor; the language model wants them back in the same form.
     pixels: what the tower takes, where features are not final; `features` then has N rows of
-    width 0.
+    width 0. recorded: what the frozen tower gave (`replay.py`); of the pixels then only what its
+    surroundings need, shapes at least.
     """
 
     words: str
@@ -42,30 +59,52 @@ class ImageFeatures:
     kind: type = BaseModelOutputWithPooling
     listed: bool = True
     pixels: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Calls = ()
 
     @property
     def nbytes(self) -> int:
-        held = (self.features, *self.deepstack, *self.pixels.values())
-        return sum(part.nbytes for part in held if isinstance(part, torch.Tensor))
+        plain = (self.features, *self.deepstack, *self.pixels.values())
+        held = [part for part in plain if isinstance(part, torch.Tensor)]
+        return sum(part.nbytes for part in [*held, *tensors_of(self.recorded)])
+
+
+class Store(Protocol):
+    """Where features outlive the process; keys as of `FeatureCache`."""
+
+    def get(self, key: str) -> ImageFeatures | None: ...
+    def put(self, key: str, value: ImageFeatures) -> None: ...
 
 
 class FeatureCache:
-    """Vision features by image key, kept in memory; the frozen tower sees an image once.
+    """What is kept of images, by image key: in memory within a budget, and in a store if given.
 
-    Bounded by bytes; when full, the oldest entries leave first.
+    When the budget is full, the entries that were not used for longest leave memory first; the
+    entry that came last always stays. Without a store what left is computed anew.
     """
 
-    def __init__(self, budget_bytes: int = 512 * 2**20) -> None:
+    def __init__(self, budget_bytes: int = 512 * 2**20, store: Store | None = None) -> None:
         self.budget_bytes = budget_bytes
+        self.store = store
         self._entries: dict[str, ImageFeatures] = {}
         self._bytes = 0
 
     def get(self, key: str) -> ImageFeatures | None:
-        return self._entries.get(key)
+        if key in self._entries:
+            self._entries[key] = self._entries.pop(key)  # the last is the one used last
+            return self._entries[key]
+        found = self.store.get(key) if self.store is not None else None
+        if found is not None:
+            self._keep(key, found)
+        return found
 
     def put(self, key: str, value: ImageFeatures) -> None:
         if key in self._entries:
             return
+        self._keep(key, value)
+        if self.store is not None:
+            self.store.put(key, value)
+
+    def _keep(self, key: str, value: ImageFeatures) -> None:
         self._entries[key] = value
         self._bytes += value.nbytes
         while self._bytes > self.budget_bytes and len(self._entries) > 1:
@@ -75,32 +114,74 @@ class FeatureCache:
 
 @torch.no_grad()
 def see(
-    base: Any, processor: Any, family: Family, picture: Image.Image, *, trained: bool = False
+    base: Any,
+    processor: Any,
+    family: Family,
+    picture: Image.Image,
+    *,
+    keeps: str = "features",
+    parts: Parts = (),
 ) -> ImageFeatures:
     """Pass one picture through processor, vision tower and connector.
 
-    trained: keep the pixels in place of the features, for `look`.
+    keeps: ``features``, ``tower`` or ``pixels``, see the module. parts: of the frozen tower, for
+    ``tower``; where its output cannot be played back, the pixels are kept.
     """
     words, inputs = family.read(processor, picture)
     kept = {name: torch.as_tensor(inputs[name]) for name in family.image_inputs}
     wanted = inspect.signature(_tower(base)).parameters
     pixels = {name: value for name, value in inputs.items() if name in wanted}
+    image = ImageFeatures(words, torch.empty(0), inputs=kept, pixels=pixels)
     with _evaluating(base):
-        found = look(base, ImageFeatures(words, torch.empty(0), inputs=kept, pixels=pixels))
-    if trained:
-        return replace(found, features=found.features[:, :0].cpu(), deepstack=(), pixels=pixels)
+        if keeps == "tower":
+            return _with_tower_output(base, image, parts)
+        found = look(base, image)
+    if keeps == "pixels":
+        return _without_features(found, pixels)
     deepstack = tuple(part.cpu() for part in found.deepstack)
     return replace(found, features=found.features.cpu(), deepstack=deepstack, pixels={})
 
 
-def look(base: Any, image: ImageFeatures) -> ImageFeatures:
-    """The features of an image whose pixels are kept, on the model's device, with gradients."""
-    device = next(base.parameters()).device
-    pixels = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in image.pixels.items()
-    }
-    output = _tower(base)(**pixels)
+def _with_tower_output(base: Any, image: ImageFeatures, parts: Parts) -> ImageFeatures:
+    """An image with the tower's output in place of its pixels, if the features come out alike."""
+    with recording(parts) as calls:
+        found = look(base, image)
+    bare = _without_features(found, image.pixels)
+
+    def features() -> tuple[torch.Tensor, ...]:
+        seen = look(base, image)
+        return (seen.features, *seen.deepstack)
+
+    with contextlib.suppress(NotRecordedError, RuntimeError, ValueError):
+        recorded = pruned(parts, calls, features, device_of(base))
+        for pixels in (blank_floats(image.pixels), image.pixels):
+            played = replace(bare, pixels=pixels, recorded=recorded)
+            with contextlib.suppress(NotRecordedError, RuntimeError, ValueError):
+                if _same(look(base, played, parts), found):
+                    return played
+    return bare
+
+
+def _without_features(found: ImageFeatures, pixels: Mapping[str, Any]) -> ImageFeatures:
+    none = torch.empty((len(found.features), 0), dtype=found.features.dtype)
+    return replace(found, features=none, deepstack=(), pixels=pixels)
+
+
+def _same(a: ImageFeatures, b: ImageFeatures) -> bool:
+    """Whether the features are the same bits."""
+    return len(a.deepstack) == len(b.deepstack) and all(
+        torch.equal(x, y)
+        for x, y in zip((a.features, *a.deepstack), (b.features, *b.deepstack), strict=True)
+    )
+
+
+def look(base: Any, image: ImageFeatures, parts: Parts = ()) -> ImageFeatures:
+    """The features of an image whose pixels, or whose tower's output, are kept: on the model's
+    device, with gradients. parts: of the frozen tower, which play a recording back."""
+    device = device_of(base)
+    pixels = {name: _on(device, value) for name, value in image.pixels.items()}
+    with playing(parts if image.recorded else (), image.recorded, device):
+        output = _tower(base)(**pixels)
     return replace(
         image,
         features=_rows(output.pooler_output),
@@ -108,6 +189,19 @@ def look(base: Any, image: ImageFeatures) -> ImageFeatures:
         kind=type(output),
         listed=isinstance(output.pooler_output, (list, tuple)),
     )
+
+
+def device_of(base: Any) -> torch.device:
+    """Where the language model lies; the tower may have left."""
+    return base.get_input_embeddings().weight.device
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, Blank):
+        return filled(value, device)
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return [_on(device, each) for each in value] if isinstance(value, list) else value
 
 
 def _tower(base: Any) -> Any:

@@ -13,18 +13,19 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from fedmllm.data.sample import ImageSource
-from fedmllm.errors import UserError
+from fedmllm.data.sample import ImageSource, Sample
+from fedmllm.errors import UserError, unknown
 from fedmllm.models.components import (
     Policy,
     add_adapter,
@@ -33,6 +34,7 @@ from fedmllm.models.components import (
     originals,
     train_only_what_is_trained,
 )
+from fedmllm.models.feature_store import store_for
 from fedmllm.models.features import FeatureCache, ImageFeatures, feature_inputs, look, see
 from fedmllm.models.loading import family, load_base
 from fedmllm.models.lora import (
@@ -42,9 +44,12 @@ from fedmllm.models.lora import (
     layers_of,
     shared_names,
 )
+from fedmllm.models.replay import frozen_parts
+from fedmllm.models.tower import to_device, to_file
 from fedmllm.prompts import IMAGE, Prompted, shortened
 from fedmllm.rng import stream_seed
 
+FEATURE_CACHES = ("memory", "disk")
 _MARK = "ANSWER"  # stands for an answer while a chat template is read
 
 
@@ -88,6 +93,7 @@ class Mllm:
         self.family = family(self.base.config)
         self.device = next(model.parameters()).device
         self.features = FeatureCache()
+        self._parts = [part for _, part in frozen_parts(self.base, self.family)]
         self.trainable = adapter_parameters(model)
         self.component_of = components_of(model, self.trainable)
         self.layer_of, self.num_layers = layers_of(self.base, self.trainable)
@@ -114,14 +120,20 @@ class Mllm:
         gradient_checkpointing: bool = False,
         remote_code: str | None = None,
         policy: Policy | None = None,
+        feature_cache: str = "memory",
+        feature_cache_gb: float = 20.0,
     ) -> Mllm:
         """Load a base from a folder or hub name and add a fresh adapter (B = 0: the base itself).
 
         gradient_checkpointing: compute a layer's activations again when they are needed, which
         saves memory for time and changes no gradient. quantization, remote_code: see `load_base`.
         policy: what is trained beside LoRA on the language model's attention; by default nothing.
+        feature_cache: ``disk`` keeps what the frozen tower makes of image files also in the user's
+        cache folder, at most `feature_cache_gb` times 10^9 bytes for all models.
         Raises `UserError` if the model or a component to train cannot be had.
         """
+        if feature_cache not in FEATURE_CACHES:
+            raise UserError(unknown("feature cache", feature_cache, FEATURE_CACHES))
         base, processor = load_base(
             path, dtype=dtype, device=device, quantization=quantization, remote_code=remote_code
         )
@@ -131,7 +143,12 @@ class Mllm:
             base.activation_checkpointing_enable({"use_reentrant": False})
             base.disable_input_require_grads()  # the frozen embeddings need no gradient
         model.peft_config["default"].base_model_name_or_path = name  # not a path of this machine
-        return cls(name, model.eval(), processor, policy)
+        mllm = cls(name, model.eval(), processor, policy)
+        if feature_cache == "disk":
+            limit = int(feature_cache_gb * 1e9)
+            facts = (mllm.base, processor, entry, policy.keeps)
+            mllm.features = FeatureCache(store=store_for(*facts, name=name, limit_bytes=limit))
+        return mllm
 
     # -- the adapter -------------------------------------------------------------------------
 
@@ -333,9 +350,33 @@ class Mllm:
             self.features.put(source.key, found)
         return found
 
+    def drop_tower(self, samples: Iterable[Sample] = ()) -> int:
+        """Free the memory of the frozen vision tower; returns its bytes, 0 where it stays.
+
+        samples: those still needed; their images pass the tower first. An image that turns up
+        later brings the tower back (on an accelerator) or reads it where it lies (`tower.py`). It
+        stays where it is trained, and on an accelerator where the connector is, whose
+        surroundings ask the tower for its device. Raises `UserError` if there is no room for the
+        weights in TMPDIR, or if an image cannot be read.
+        """
+        keeps = self.policy.keeps
+        if keeps == "pixels" or (keeps == "tower" and self.device.type != "cpu"):
+            return 0
+        for sample in samples:
+            if sample.image is not None:
+                self._image_of(sample.id, sample.image)
+        try:
+            return to_file(self._parts)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the vision tower of {self.name} cannot leave memory: {error}; TMPDIR chooses "
+                "another place for it"
+            ) from error
+
     def _see(self, source: ImageSource) -> ImageFeatures:
-        trained = self.policy.sees
-        return see(self.base, self.processor, self.family, source.open(), trained=trained)
+        to_device(self._parts, self.device)
+        picture, keeps = source.open(), self.policy.keeps
+        return see(self.base, self.processor, self.family, picture, keeps=keeps, parts=self._parts)
 
     # -- forward -----------------------------------------------------------------------------
 
@@ -503,7 +544,7 @@ class Mllm:
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         seen = [self.image_features(item.image) for item in batch if item.image is not None]
         if self.policy.sees:
-            seen = [look(self.base, image) for image in seen]
+            seen = [look(self.base, image, self._parts) for image in seen]
         return inputs | feature_inputs(seen, self.device)
 
     @contextlib.contextmanager

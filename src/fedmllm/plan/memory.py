@@ -10,8 +10,9 @@ a Llama or Qwen2 layer on a CPU, to the byte (tested against autograd). The rest
 rules of thumb, and the sum is an estimate: allocators keep more than they are asked for.
 
 Training keeps no key-value cache. A frozen tower sees an image once, without gradient, and its
-features are kept in main memory: in the training phase it takes nothing. Where tower or connector
-are trained, pixels are kept instead, and the tower runs in every step.
+features are kept in main memory: in the training phase it takes nothing. Where the connector is
+trained, the tower's output is kept and the connector runs in every step; where the tower is
+trained, pixels are kept and all of it runs.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Load:
 
     @property
     def sees(self) -> bool:
-        """Whether the tower runs in every step."""
+        """Whether tower or connector run in every step."""
         return self.connector or self.vision
 
 
@@ -227,18 +228,19 @@ def tower(shapes: Shapes, load: Load) -> int:
 
 
 def seen_in_training(shapes: Shapes, load: Load) -> int:
-    """What a step keeps of B images where tower or connector are trained, beside one image's
-    forward pass: of the connector 4 (E + 5 D) a patch; of the tower with LoRA as much as
-    `saved_per_token` says of a decoder layer, with its own widths and an MLP of two matrices, a
-    patch and layer. A rule of thumb: it was compared with no measurement."""
+    """What a step keeps of B images where tower or connector are trained: of the connector
+    4 (E + 5 D) a patch and its input, b E. Of a tower with LoRA, beside one image's forward pass
+    and the pixels, as much as `saved_per_token` says of a decoder layer, with its own widths and an
+    MLP of two matrices, a patch and layer. A rule of thumb: it was compared with no measurement."""
     patches = load.batch * load.slices * shapes.N
     kept = 4 * (shapes.E + 5 * shapes.D)
-    if load.vision:
-        mask = 1 if load.cuda else 4
-        layer = load.itemsize * (4 * shapes.E + 2 * shapes.G) + 8 * shapes.E
-        layer += (4 + mask) * 4 * shapes.E if load.dropout else 16 * shapes.E
-        inputs = load.itemsize * shapes.E * shapes.M
-        kept += inputs + layer if load.checkpointing else shapes.M * layer
+    if not load.vision:
+        return patches * (kept + load.itemsize * shapes.E)
+    mask = 1 if load.cuda else 4
+    layer = load.itemsize * (4 * shapes.E + 2 * shapes.G) + 8 * shapes.E
+    layer += (4 + mask) * 4 * shapes.E if load.dropout else 16 * shapes.E
+    inputs = load.itemsize * shapes.E * shapes.M
+    kept += inputs + layer if load.checkpointing else shapes.M * layer
     return patches * (kept + PIXELS) + tower(shapes, load)
 
 
@@ -260,11 +262,14 @@ def testing(shapes: Shapes, load: Load) -> dict[str, int]:
 
 
 def feature_cache(shapes: Shapes, load: Load) -> int:
-    """Features of all images in float32, or their pixels, at most the cache's budget."""
+    """Of all images features in float32, the tower's output, b E a patch, where the connector is
+    trained, or pixels where the tower is; at most the cache's budget."""
     if load.images is None:
         return FEATURE_BUDGET
     one = 4 * load.slices * shapes.image_tokens * shapes.D
-    if load.sees:
+    if load.connector:
+        one = load.slices * shapes.N * load.itemsize * shapes.E
+    if load.vision:
         one = load.slices * shapes.N * PIXELS
     return min(max(FEATURE_BUDGET, one), load.images * one)
 

@@ -28,7 +28,13 @@ HOLDINGS = ("image_text", "image", "text", "neither")
 # config keys that cannot change a run's numbers, by section; "" is the top
 NO_NUMBERS: dict[str, tuple[str, ...]] = {
     "": ("name", "title", "threads"),
-    "model": ("gradient_checkpointing", "remote_code"),
+    "model": (
+        "gradient_checkpointing",
+        "remote_code",
+        "feature_cache",
+        "feature_cache_gb",
+        "drop_tower",
+    ),
 }
 # keys that came later, with what runs did before them: so a hash means the same before and after
 LATER: dict[str, dict[str, Any]] = {
