@@ -82,6 +82,36 @@ def test_mixed_batch_scores_and_learns_like_single_samples(trained: Mllm, memes)
     torch.testing.assert_close(loss, single, atol=1e-4, rtol=1e-5)
 
 
+def test_a_question_asked_twice_is_read_once(trained: Mllm, memes, monkeypatch) -> None:
+    """The same words with another picture, or with other options, are another question."""
+    encoded = [trained.encode(render(s, memes.task)) for s in memes.train[:8]]
+    first = encoded[0]
+    others = (e for e in encoded if e.image.key != first.image.key and e.prompt != first.prompt)
+    second = next(others)
+    repainted = replace(first, id="r", image=second.image)
+    turned = replace(first, id="t", options=first.options[::-1])
+    again = [replace(item, id=f"{item.id}-again") for item in (first, second)]
+    asked = [first, repainted, second, turned, *again, first]
+    rows: list[int] = []
+    inputs = Mllm._inputs
+
+    def counted(self, batch, *args, **kwargs):
+        rows.append(len(batch))
+        return inputs(self, batch, *args, **kwargs)
+
+    monkeypatch.setattr(Mllm, "_inputs", counted)
+    scores = trained.score_options(asked)
+    assert sum(rows) == 4
+    alone = torch.cat([trained.score_options([item]) for item in asked])
+    torch.testing.assert_close(scores, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(scores[3], scores[0].flip(0), atol=1e-5, rtol=1e-4)
+    assert not torch.equal(scores[0], scores[1])
+    rows.clear()
+    answers = trained.generate(asked, max_new_tokens=3)
+    assert sum(rows) == 4
+    assert answers == [trained.generate([item], max_new_tokens=3)[0] for item in asked]
+
+
 def test_scores_are_what_plain_transformers_gives(trained: Mllm, memes) -> None:
     """Oracle: the processor's own path with pixels, one sample, logits after ' ('."""
     processor = trained.processor

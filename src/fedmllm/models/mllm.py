@@ -416,16 +416,18 @@ class Mllm:
 
         Where the options differ at one token, as "(A) …" and "(B) …" do at the letter, the prompt
         and the shared beginning are read once and the letter's probabilities are compared.
-        Otherwise each option is read in full and its summed log-probability compared.
+        Otherwise each option is read in full and its summed log-probability compared. Questions
+        that are the same to the model, as all are with both modalities withheld, are read once.
         """
         self.model.eval()
-        scored: list[torch.Tensor] = [torch.empty(0)] * len(items)
-        for chunk in by_length(items, batch_size):
-            shared = _shared_length(items[chunk[0]].options)
+        asked, place = _distinct(items)
+        scored: list[torch.Tensor] = [torch.empty(0)] * len(asked)
+        for chunk in by_length(asked, batch_size):
+            shared = _shared_length(asked[chunk[0]].options)
             score = self._score_letters if shared is not None else self._score_full
-            for index, row in zip(chunk, score([items[i] for i in chunk]), strict=True):
+            for index, row in zip(chunk, score([asked[i] for i in chunk]), strict=True):
                 scored[index] = row.softmax(-1).cpu()
-        return torch.stack(scored)
+        return torch.stack([scored[i] for i in place])
 
     def _score_letters(self, batch: list[Encoded]) -> list[torch.Tensor]:
         rows, letters = [], []
@@ -466,12 +468,14 @@ class Mllm:
     def generate(
         self, items: Sequence[Encoded], *, max_new_tokens: int = 16, batch_size: int = 64
     ) -> list[str]:
-        """Greedy answers. Batches are padded on the left, as generation needs."""
+        """Greedy answers, each distinct question once. Batches are padded on the left, as
+        generation needs."""
         self.model.eval()
-        answers = [""] * len(items)
+        asked, place = _distinct(items)
+        answers = [""] * len(asked)
         stop = self.answer_ids("")[-1]
-        for chunk in by_length(items, batch_size):
-            batch = [items[i] for i in chunk]
+        for chunk in by_length(asked, batch_size):
+            batch = [asked[i] for i in chunk]
             inputs = self._inputs(batch, [item.prompt for item in batch], left=True)
             made = self.base.generate(
                 **inputs,
@@ -484,7 +488,7 @@ class Mllm:
             texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
             for index, text in zip(chunk, texts, strict=True):
                 answers[index] = text.strip()
-        return answers
+        return [answers[i] for i in place]
 
     def _logits(
         self,
@@ -568,6 +572,19 @@ def by_length(items: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(items)), key=lambda i: (len(items[i].prompt), i))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def _distinct(items: Sequence[Encoded]) -> tuple[list[Encoded], list[int]]:
+    """The items that differ to the model, in their order, and for each item where its like is."""
+    asked: list[Encoded] = []
+    place, seen = [], {}
+    for item in items:
+        question = (item.prompt, item.options, None if item.image is None else item.image.key)
+        if question not in seen:
+            seen[question] = len(asked)
+            asked.append(item)
+        place.append(seen[question])
+    return asked, place
 
 
 def _messages(turns: Sequence[tuple[str, str]], *, closed: bool = False) -> list[dict[str, Any]]:
