@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,35 @@ def test_the_head_runs_over_the_positions_that_count(tiny: Mllm) -> None:
     hook = head.register_forward_hook(lambda module, hidden, out: shapes.append(out.shape[:2]))
     tiny.score_options(choices(tiny))
     hook.remove()
-    assert shapes == [(3, 3)]  # three prompts end at three places
+    assert shapes == [(1, 3)]  # one place of each prompt
+
+
+def test_the_last_feed_forward_block_runs_where_it_counts(tiny: Mllm, monkeypatch) -> None:
+    """Every family has one, and what is left out of it is felt nowhere."""
+    block, items = tiny._last_block, encoded(tiny)
+    assert block is not None
+    tokens = []
+    hook = block.register_forward_hook(lambda module, hidden, out: tokens.append(hidden[0].shape))
+    fast = gradients(tiny), tiny.score_options(choices(tiny))
+    hook.remove()
+    monkeypatch.setattr(tiny, "_last_block", None)
+    plain = gradients(tiny), tiny.score_options(choices(tiny))
+    assert tokens[0][1] == sum(len(item.answer) for item in items)
+    torch.testing.assert_close(fast[1], plain[1], atol=1e-6, rtol=1e-5)
+    for name, gradient in plain[0].items():
+        torch.testing.assert_close(fast[0][name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_options_on_one_prompts_cache_are_scored_like_whole_rows(tiny: Mllm) -> None:
+    """Options of one, two and three words, none of which a single token tells apart."""
+    for item in encoded(tiny):
+        words = ("red", "red star", "red star shape", "red")
+        options = tuple(tiny.answer_ids(word) for word in words)
+        bare = replace(item, options=options)
+        plain = tiny._score_alone(bare)
+        assert plain.std() > 1e-3
+        torch.testing.assert_close(tiny._score_after_prompt(bare), plain, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(tiny.score_options([bare])[0], plain.softmax(-1))
 
 
 def test_generation_is_that_of_plain_transformers(tiny: Mllm) -> None:
@@ -236,7 +265,8 @@ def gradients(mllm: Mllm) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_gradient_checkpointing_changes_no_gradient(tiny: Mllm, folders) -> None:
+def test_gradient_checkpointing_changes_no_gradient(tiny: Mllm, folders, monkeypatch) -> None:
+    monkeypatch.setattr(tiny, "_last_block", None)  # whole in both: a layer is run again later
     frugal = Mllm.load(tiny.name, folders[tiny.name], rank=2, gradient_checkpointing=True)
     frugal.set_adapter(adapter(frugal))
     assert not frugal.model.training  # dropout belongs to training
@@ -438,6 +468,7 @@ def test_what_cannot_be_had_is_refused_before_weights_are_read(
 
 
 REMOTE = """
+from dataclasses import replace
 from pathlib import Path
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 Path({mark!r}).touch()

@@ -35,6 +35,19 @@ def decoder_of(base: Any) -> Any:
     return decoder
 
 
+def last_feed_forward(base: Any) -> nn.Module | None:
+    """The feed-forward block of the decoder's last layer, which takes each token by itself; None
+    where it is not one of linear layers only (a mixture of experts)."""
+    layer = decoder_of(base).layers[-1]
+    block = getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None)
+    if block is None:
+        return None
+    own = [
+        part for part in block.modules() if next(part.parameters(recurse=False), None) is not None
+    ]
+    return block if own and all(isinstance(part, nn.Linear) for part in own) else None
+
+
 def lora_targets(base: Any) -> str:
     """A regular expression for the attention projections of the language model, and only those.
 

@@ -11,7 +11,6 @@ Shapes: B samples, T tokens, V vocabulary, N image tokens of one image, D hidden
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from fedmllm.data.sample import ImageSource, Sample
 from fedmllm.errors import UserError, unknown
@@ -41,6 +41,7 @@ from fedmllm.models.lora import (
     adapted_modules,
     adapter_parameters,
     check_adapter,
+    last_feed_forward,
     layers_of,
     shared_names,
 )
@@ -101,6 +102,7 @@ class Mllm:
         self._answers: dict[str, tuple[int, ...]] = {}
         self._image_id: int = self.base.config.image_token_id
         self._lead = _lead(self.tokenizer)
+        self._last_block = last_feed_forward(self.base)
         self._rows: int = self.base.get_input_embeddings().weight.shape[0]
         pad = self.tokenizer.pad_token_id
         self._pad_id: int = self.tokenizer.eos_token_id if pad is None else pad  # masked out
@@ -396,13 +398,8 @@ class Mllm:
             for b, item in enumerate(batch)
             for j in range(len(item.answer))
         ]
-        row, column = torch.tensor(places, device=self.device).T
-        head = self.base.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][row, column][None],))
-        try:
+        with self._only_at(places):
             logits_1NV = self.model(**self._inputs(batch, rows), use_cache=False).logits
-        finally:
-            hook.remove()
         parts = logits_1NV[0].split([len(item.answer) for item in batch])
         losses = []
         for item, logits_TV in zip(batch, parts, strict=True):
@@ -444,25 +441,45 @@ class Mllm:
         ]
 
     def _score_full(self, batch: list[Encoded]) -> list[torch.Tensor]:
-        scores = []
-        for item in batch:
-            copies = [Encoded(item.id, item.prompt, option, item.image) for option in item.options]
-            rows = [copy.prompt + copy.answer for copy in copies]
-            starts = [len(copy.prompt) - 1 for copy in copies]
-            logits = self._logits(copies, rows, starts, [len(copy.answer) for copy in copies])
-            scores.append(
-                torch.stack(
-                    [
-                        -nn.functional.cross_entropy(
-                            values.float(),
-                            torch.tensor(copy.answer, device=self.device),
-                            reduction="sum",
-                        )
-                        for values, copy in zip(logits, copies, strict=True)
-                    ]
-                )
-            )
-        return scores
+        return [self._score_after_prompt(item) for item in batch]
+
+    def _score_after_prompt(self, item: Encoded) -> torch.Tensor:
+        """Log-probability of each option [options]: the prompt once, then all on its cache."""
+        core: Any = getattr(self.base, "model", self.base)
+        if hasattr(core, "rope_deltas"):
+            core.rope_deltas = None  # the Qwen families', of an earlier prompt with an image
+        with self._only_at([(0, len(item.prompt) - 1)]):
+            first = self.model(**self._inputs([item], [item.prompt]), use_cache=True)
+        cache = first.past_key_values
+        if not _repeatable(cache):
+            return self._score_alone(item)
+        cache.batch_repeat_interleave(len(item.options))
+        rows = [option[:-1] for option in item.options]
+        width = max(map(len, rows))
+        logits_OTV = first.logits.expand(len(rows), -1, -1)
+        if width:
+            # no mask: every token sees all before it, and padding comes last
+            ids_OT = self._padded(rows)["input_ids"]
+            rest = self.model(input_ids=ids_OT, past_key_values=cache, use_cache=True).logits
+            logits_OTV = torch.cat([logits_OTV, rest], 1)
+        scores = zip(logits_OTV, item.options, strict=True)
+        return torch.stack([-self._nll(values, option) for values, option in scores])
+
+    def _score_alone(self, item: Encoded) -> torch.Tensor:
+        """The same with the prompt read anew for each option, for models whose layers keep more
+        than keys and values (convolutions, linear attention)."""
+        copies = [Encoded(item.id, item.prompt, option, item.image) for option in item.options]
+        rows = [copy.prompt + copy.answer for copy in copies]
+        starts = [len(copy.prompt) - 1 for copy in copies]
+        logits = self._logits(copies, rows, starts, [len(copy.answer) for copy in copies])
+        scores = zip(logits, item.options, strict=True)
+        return torch.stack([-self._nll(values, option) for values, option in scores])
+
+    def _nll(self, logits_TV: torch.Tensor, tokens: tuple[int, ...]) -> torch.Tensor:
+        """Summed negative log-probability of `tokens`; logits beyond their number are padding."""
+        target = torch.tensor(tokens, device=self.device)
+        picked = logits_TV[: len(tokens)].float()
+        return nn.functional.cross_entropy(picked, target, reduction="sum")
 
     @torch.no_grad()
     def generate(
@@ -499,57 +516,76 @@ class Mllm:
     ) -> list[torch.Tensor]:
         """Logits of each row at positions start .. start + length - 1, as [length, V] each.
 
-        The language model's head runs only over positions that some row needs.
+        The language model's head runs over these positions only.
         """
-        wanted = sorted({s + j for s, n in zip(starts, lengths, strict=True) for j in range(n)})
-        place = {position: i for i, position in enumerate(wanted)}
-        keep = torch.tensor(wanted, device=self.device)
-        with self._head_over(keep) as options:
-            logits_BKV = self.model(**self._inputs(batch, rows), **options, use_cache=False).logits
-        return [
-            logits_BKV[b, [place[start + j] for j in range(length)]]
+        places = [
+            (b, start + j)
             for b, (start, length) in enumerate(zip(starts, lengths, strict=True))
+            for j in range(length)
         ]
+        with self._only_at(places):
+            logits_1NV = self.model(**self._inputs(batch, rows), use_cache=False).logits
+        return list(logits_1NV[0].split(list(lengths)))
 
     @contextlib.contextmanager
-    def _head_over(self, keep: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
-        """What to pass so that the head runs over the positions `keep` only.
+    def _only_at(self, places: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """The head runs at `places` (row, position) only, N in all, and gives [1, N, V]: at all
+        positions a vocabulary of 250,000 would not fit into memory.
 
-        A model that takes no such argument (MiniCPM-V-4.6) has them picked before its head: all
-        positions of a batch times a vocabulary of 250,000 would not fit into memory.
+        So does the last layer's feed-forward block, whose output elsewhere nobody reads; but for
+        gradient checkpointing, which runs the layer again when this is over.
         """
-        if "logits_to_keep" in inspect.signature(self.base.forward).parameters:
-            yield {"logits_to_keep": keep}
-            return
-        head = self.base.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, keep],))
+        row, column = torch.tensor(places, device=self.device).T
+        kept: list[torch.Tensor] = []
+
+        def pick(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            return (args[0][row, column][None],)
+
+        def pick_and_keep(block: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            kept.append(args[0])
+            return pick(block, args)
+
+        def spread(_: nn.Module, __: Any, made_1ND: torch.Tensor) -> torch.Tensor:
+            return made_1ND.new_zeros(kept.pop().shape).index_put((row, column), made_1ND[0])
+
+        hooks = [self.base.get_output_embeddings().register_forward_pre_hook(pick)]
+        if self._last_block is not None and not self.base.is_activation_checkpointing:
+            hooks.append(self._last_block.register_forward_pre_hook(pick_and_keep))
+            hooks.append(self._last_block.register_forward_hook(spread))
         try:
-            yield {}
+            yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def _inputs(
         self, batch: Sequence[Encoded], rows: Sequence[tuple[int, ...]], *, left: bool = False
     ) -> dict[str, Any]:
         """Padded ids and mask [B, T] with the features of the images that the batch has."""
-        width = max(map(len, rows))
-        ids_BT = torch.full((len(rows), width), self._pad_id, dtype=torch.long)
-        mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
-        answer_BT = torch.zeros((len(rows), width), dtype=torch.bool)
-        for b, (item, row) in enumerate(zip(batch, rows, strict=True)):
-            first = width - len(row) if left else 0
-            ids_BT[b, first : first + len(row)] = torch.tensor(row)
-            mask_BT[b, first : first + len(row)] = 1
-            answer_BT[b, first + len(item.prompt) : first + len(row)] = True
-        inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT}
+        inputs = self._padded(rows, left=left)
+        ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
         if self.family.token_types is not None:
             name, types = self.family.token_types
+            lengths = torch.tensor([len(item.prompt) for item in batch], device=self.device)
+            answer_BT = (mask_BT.cumsum(1) > lengths[:, None]) & mask_BT.bool()
             inputs[name] = types(ids_BT, answer_BT, self._image_id)
-        inputs = {name: value.to(self.device) for name, value in inputs.items()}
         seen = [self.image_features(item.image) for item in batch if item.image is not None]
         if self.policy.sees:
             seen = [look(self.base, image, self._parts) for image in seen]
         return inputs | feature_inputs(seen, self.device)
+
+    def _padded(
+        self, rows: Sequence[tuple[int, ...]], *, left: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Token ids and attention mask [B, T]."""
+        width = max(map(len, rows))
+        ids_BT = torch.full((len(rows), width), self._pad_id, dtype=torch.long)
+        mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
+        for b, row in enumerate(rows):
+            first = width - len(row) if left else 0
+            ids_BT[b, first : first + len(row)] = torch.tensor(row, dtype=torch.long)
+            mask_BT[b, first : first + len(row)] = 1
+        return {"input_ids": ids_BT.to(self.device), "attention_mask": mask_BT.to(self.device)}
 
     @contextlib.contextmanager
     def training(self, seed: int) -> Iterator[None]:
@@ -612,6 +648,12 @@ def _shared_length(options: Sequence[tuple[int, ...]]) -> int | None:
         if len(tokens) > 1:
             return None
     return None
+
+
+def _repeatable(cache: Any) -> bool:
+    """Whether a cache holds nothing but keys and values, so that its rows can be repeated."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return isinstance(cache, DynamicCache) and all(type(layer) in plain for layer in cache.layers)
 
 
 def _base(model: PeftModel) -> Any:
