@@ -129,45 +129,43 @@ class WeightedSum:
     """
 
     def __init__(self) -> None:
-        self.near: Params = {}  # float32, of this group
-        self._far: Params = {}  # float64, of the groups before it
+        self.near: Params = {}  # of this group
+        self._far: Params = {}  # of the groups before it
         self._terms = 0
         self._unit = self._total = 0.0
 
     def add(self, values: Params, weight: float) -> None:
         """Add a term; its tensors stay the caller's."""
-        if not self._terms:
-            self._unit = weight
-            self.near = {n: value.to(torch.float32, copy=True) for n, value in values.items()}
-        else:
+        if self._terms:
             for name, value in values.items():
                 self.near[name].add_(value, alpha=weight / self._unit)
+        else:
+            self._unit = weight
+            self.near = in_one_piece(values, torch.float32)
+            for name, value in values.items():
+                self.near[name].copy_(value)
         self._terms += 1
         self._total += weight
         if self._terms % GROUP == 0:
             self._flush()
 
     def _flush(self) -> None:
+        self._far = self._far or in_one_piece(self.near, torch.float64)
         for name, value in self.near.items():
-            if name not in self._far:
-                self._far[name] = torch.zeros_like(value, dtype=torch.float64)
             self._far[name].add_(value)
             value.zero_()
 
     def take(self) -> Params:
-        """sum_k w_k x_k / sum_k w_k, float32; the sums are freed as it is made, so only once.
+        """sum_k w_k x_k / sum_k w_k, float32; the sums are freed by it, so only once.
 
         Raises ValueError without terms.
         """
         if not self._terms:
             raise ValueError("there is no mean of no updates, and a mean is taken only once")
-        share, self._terms = self._unit / self._total, 0
-        mean = {}
-        for name in sorted(self.near):
-            total = self.near.pop(name)
-            if name in self._far:
-                total = self._far.pop(name).add_(total)
-            mean[name] = total.mul_(share).float()
+        share, mean, far = self._unit / self._total, self.near, self._far
+        for name, value in mean.items():
+            value.copy_(far[name].add_(value).mul_(share) if far else value.mul_(share))
+        self.near, self._far, self._terms = {}, {}, 0
         return mean
 
 
@@ -208,6 +206,19 @@ class Algorithm:
 def zeros_like(params: Params) -> Params:
     """Zeros of the same names and shapes."""
     return {name: torch.zeros_like(value) for name, value in params.items()}
+
+
+def in_one_piece(like: Params, dtype: torch.dtype) -> Params:
+    """Zeros of these names (sorted) and shapes in one piece of memory.
+
+    It goes back to the system as one; hundreds of small pieces leave holes, of which the next
+    round's tensors do not make use.
+    """
+    names = sorted(like)
+    pieces = torch.zeros(sum(v.numel() for v in like.values()), dtype=dtype).split(
+        [like[name].numel() for name in names]
+    )
+    return {n: piece.view(like[n].shape) for n, piece in zip(names, pieces, strict=True)}
 
 
 def check_layout(expected: Params, given: Params, what: str) -> None:

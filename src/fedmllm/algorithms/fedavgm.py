@@ -43,7 +43,8 @@ def fedavgm(
             m = beta * m + gain * d
             return theta + eta * m, m
 
-        theta, m = map_together(move, state.params, slot_of(state, "m"), mean.delta())
+        d = mean.delta()
+        theta, m = map_together(move, state.params, slot_of(state, "m"), d, spare=d)
         return ServerState(state.round + 1, theta, {"m": m})
 
     return Algorithm("fedavgm", weighting, functools.partial(first_state, slots={"m": 0.0}), step)

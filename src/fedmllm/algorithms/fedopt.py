@@ -142,7 +142,8 @@ def _adaptive(
             return theta + eta * (m / (v.sqrt() + tau)), m, v
 
         slots = slot_of(state, "m"), slot_of(state, "v")
-        theta, m, v = map_together(move, state.params, *slots, mean.delta())
+        d = mean.delta()
+        theta, m, v = map_together(move, state.params, *slots, d, spare=d)
         return ServerState(state.round + 1, theta, {"m": m, "v": v})
 
     init = functools.partial(first_state, slots={"m": 0.0, "v": start})
