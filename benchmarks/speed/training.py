@@ -7,8 +7,9 @@ and a second model (it sets the adapter on the one that is there). Both see the 
 the same order and make the same optimiser steps, on one thread, with the same dropout rate. The
 second case of each pair has the batch of the project's default on both sides.
 
-Ours is timed as a run does it: `run_round` with its defaults. `rounds`: what a round takes once
-every image was seen; `with_start`: the first use of the images included, theirs likewise.
+Ours is timed as a run does it: `run_round` with its defaults, every image seen before; what comes
+before the rounds (tokenising, for ours the images through the tower) stands apart as
+`start_seconds`, of both.
 A check beforehand, without dropout: the losses of a round must agree.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -204,40 +206,62 @@ def check(made: dict[str, list[Prompted]], clients: int) -> dict[str, Any]:
     return {"loss_ours": ours, "loss_theirs": theirs, "tolerance": AGREE}
 
 
+@dataclass(frozen=True)
+class Pair:
+    """One repetition of a case: seconds of the rounds, of what comes before them, and losses."""
+
+    rounds: dict[str, Took]
+    start: dict[str, Took]
+    losses: dict[str, list[float]]
+
+
+def pair(
+    mllm: Mllm,
+    made: dict[str, list[Prompted]],
+    cohorts: list[list[str]],
+    *,
+    batch: int,
+    micro: int,
+    steps: int,
+) -> Pair:
+    """Ours, then theirs, from samples in words."""
+    used = sorted({client for cohort in cohorts for client in cohort})
+    mllm.features = FeatureCache()  # no image was seen yet
+    here, start_here = timed(lambda: {c: [mllm.encode(p) for p in made[c]] for c in used})
+    there, start_there = timed(lambda: {c: tensors(mllm, made[c]) for c in used})
+    held = {c: here.get(c, []) for c in made}
+    rows = {c: there.get(c, []) for c in made}
+    ours, seconds = timed(lambda: rounds_here(mllm, held, cohorts, batch=batch))
+    theirs, slower = timed(lambda: rounds_there(mllm, rows, cohorts, micro=micro, steps=steps))
+    return Pair(
+        {"ours": seconds, "trainer": slower},
+        {"ours": start_here, "trainer": start_there},
+        {"ours": ours, "trainer": theirs},
+    )
+
+
 def measure(
     mllm: Mllm, made: dict[str, list[Prompted]], *, sampled: int, rounds: int, repeats: int
 ) -> list[dict[str, Any]]:
     """Both batches of one size of cohort."""
     cohorts = [cohort_of(list(made), sampled, seed=SEED, round_=r + 1) for r in range(rounds)]
-    used = sorted({client for cohort in cohorts for client in cohort})
     count = sum(len(made[client]) for cohort in cohorts for client in cohort)
     cases = []
     for batch, micro, steps, goal in ((4, 1, 4, 10.0), (8, 8, 1, 3.0)):
-        tries: list[dict[str, Took]] = []
-        starts: list[dict[str, Took]] = []
-        losses: dict[str, list[float]] = {}
-        for _ in range(repeats):
-            mllm.features = FeatureCache()  # nothing seen yet
-            here, start_here = timed(lambda: {c: [mllm.encode(p) for p in made[c]] for c in used})
-            there, start_there = timed(lambda: {c: tensors(mllm, made[c]) for c in used})
-            held = {c: here.get(c, []) for c in made}
-            losses["ours"], ours = timed(lambda: rounds_here(mllm, held, cohorts, batch=batch))
-            rows = {c: there.get(c, []) for c in made}
-            losses["trainer"], theirs = timed(
-                lambda: rounds_there(mllm, rows, cohorts, micro=micro, steps=steps)
-            )
-            tries.append({"ours": ours, "trainer": theirs})
-            starts.append({"ours": start_here, "trainer": start_there})
-        name = f"{sampled} of 10 clients, theirs {micro} × {steps}"
+        tries = [
+            pair(mllm, made, cohorts, batch=batch, micro=micro, steps=steps) for _ in range(repeats)
+        ]
         cases.append(
             compare(
-                name,
-                tries,
+                f"{sampled} of 10 clients, theirs {micro} × {steps}",
+                [one.rounds for one in tries],
                 count=count,
                 unit="samples",
                 goals={"trainer": goal},
-                start_seconds={w: [s[w].wall for s in starts] for w in starts[0]},
-                losses=losses,
+                start_seconds={
+                    way: [one.start[way].wall for one in tries] for way in tries[0].start
+                },
+                losses=tries[0].losses,
                 rounds=rounds,
             )
         )
