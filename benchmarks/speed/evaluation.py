@@ -125,7 +125,7 @@ def measure(count: int, repeats: int) -> list[dict[str, Any]]:
 def main(quick: bool) -> None:
     """Both cases."""
     torch.set_num_threads(1)
-    cases = measure(64 if quick else 400, 1 if quick else 3)
+    cases = measure(64 if quick else 200, 1 if quick else 3)
     for case in cases:
         tell(case)
     write("evaluation", cases, what=__doc__ or "", quick=quick)

@@ -2,8 +2,9 @@
 
 Ten clients, two a round, FedAvg, missing modalities; both sides train a client by our own function,
 so that the difference is the engine's. Ours is one process with one thread. Flower's simulator has
-one actor of one thread, or two, which train both clients of a round at the same time. Cohorts are drawn by each side's own rule. Measured from outside, start-up
-included, and from the second round's beginning to the end.
+one actor of one thread, or two, which train both clients of a round at the same time. Cohorts are
+drawn by each side's own rule. Measured from outside with start-up, and from the second round's
+beginning to the end.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def config(rounds: int) -> Config:
     return make_config(
         {
             "name": "engine",
-            "data": {"name": "memes", "train": 400, "test": 8},
+            "data": {"name": "memes", "train": 250, "test": 8},
             "setting": "missing-b0.5",
             "partition": {"clients": CLIENTS},
             "training": {"rounds": rounds, "clients_per_round": 2},
