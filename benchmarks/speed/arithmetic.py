@@ -33,11 +33,18 @@ from fedmllm.prompts import render
 
 @dataclass(frozen=True)
 class Sizes:
-    """linear: weights of the decoder's frozen matrices; lora: of its adapters; heads x width: of
-    attention; head: width times vocabulary; tower and connector likewise, with patches."""
+    """Weights and widths.
+
+    linear: of the decoder's frozen matrices, without `last`, the feed-forward block of the last
+    layer, which is needed at the answer's tokens only. lora: of its adapters. attention: layers
+    times heads times their width. head: width times vocabulary. Tower and connector likewise, with
+    patches of a picture and features that the connector makes of them; slices: pictures that the
+    processor makes of one.
+    """
 
     layers: int
     linear: int
+    last: int
     lora: int
     attention: int
     head: int
@@ -59,12 +66,14 @@ def sizes_of(mllm: Mllm, slices: int) -> Sizes:
     """Of an Idefics3 model. slices: pictures that the processor makes of one."""
     text, vision = mllm.base.config.text_config, mllm.base.config.vision_config
     inner = mllm.base.base_model
+    last = linear_weights(inner.text_model.layers[-1].mlp)
     head = mllm.base.get_output_embeddings().weight.numel()
     patches = (vision.image_size // vision.patch_size) ** 2
     convolution = 3 * vision.patch_size**2 * vision.hidden_size
     return Sizes(
         layers=text.num_hidden_layers,
-        linear=linear_weights(inner.text_model),
+        linear=linear_weights(inner.text_model) - last,
+        last=last,
         lora=sum(v.numel() for n, v in mllm.trainable.items() if "lora_" in n),
         attention=text.num_hidden_layers * text.num_attention_heads * text.head_dim,
         head=head,
@@ -85,16 +94,16 @@ def see(sizes: Sizes) -> int:
 
 
 def forward(sizes: Sizes, tokens: int, answer: int) -> int:
-    """The decoder over T tokens, its head over A: 2 T (w + r) + 4 T^2 d L + 2 A D V."""
+    """The decoder over T tokens, what follows over A: 2 T (w + r) + 4 T^2 d L + 2 A (f + D V)."""
     matrices = 2 * tokens * (sizes.linear + sizes.lora)
-    return matrices + 4 * tokens**2 * sizes.attention + 2 * answer * sizes.head
+    return matrices + 4 * tokens**2 * sizes.attention + 2 * answer * (sizes.last + sizes.head)
 
 
 def train(sizes: Sizes, tokens: int, answer: int) -> int:
     """Forward, and backward: to the inputs as much again, attention twice as much, and to the
     adapters' weights. The first layer's inputs need no gradient; that is not taken off."""
     backward = 2 * tokens * (sizes.linear + 2 * sizes.lora) + 8 * tokens**2 * sizes.attention
-    return forward(sizes, tokens, answer) + backward + 2 * answer * sizes.head
+    return forward(sizes, tokens, answer) + backward + 2 * answer * (sizes.last + sizes.head)
 
 
 def rate(rows: int, inner: int, columns: int, repeats: int = 30) -> float:
@@ -175,7 +184,7 @@ def main(quick: bool) -> None:
     trained = mean([train(sizes, len(item), len(item.answer)) for item in memes])
     tested = mean([forward(sizes, len(item.prompt) + 1, 1) for item in crisis])
     # each step reads the base twice, and writes and reads what backward needs; here: the weights
-    weights = 4 * (sizes.linear + sizes.head)
+    weights = 4 * (sizes.linear + sizes.last + sizes.head)
     cases = [
         stage("an image through the tower", see(sizes), per_image, square),
         stage("training on a sample", trained, training.wall / len(memes), square),

@@ -209,15 +209,15 @@ def zeros_like(params: Params) -> Params:
 
 
 def in_one_piece(like: Params, dtype: torch.dtype) -> Params:
-    """Zeros of these names (sorted) and shapes in one piece of memory.
+    """Zeros of these names (sorted), shapes and device in one piece of memory.
 
     It goes back to the system as one; hundreds of small pieces leave holes, of which the next
     round's tensors do not make use.
     """
     names = sorted(like)
-    pieces = torch.zeros(sum(v.numel() for v in like.values()), dtype=dtype).split(
-        [like[name].numel() for name in names]
-    )
+    counts = [like[name].numel() for name in names]
+    device = like[names[0]].device if names else None  # a plan's tensors are on the meta device
+    pieces = torch.zeros(sum(counts), dtype=dtype, device=device).split(counts)
     return {n: piece.view(like[n].shape) for n, piece in zip(names, pieces, strict=True)}
 
 
