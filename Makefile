@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-browser lint clean help
+.PHONY: demo test test-slow test-browser bench-speed lint clean help
 help:
 	@echo "make demo       six federated runs and their report, about five minutes on two cores"
 	@echo "make test       style, types and tests"
 	@echo "make test-slow  the long tests"
 	@echo "make test-browser  the report in Chromium, which must be there"
+	@echo "make bench-speed  what is faster than what (docs/performance.md); wants a quiet machine"
 	@echo "make clean      remove the virtual environment and the runs"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -37,6 +38,19 @@ test-slow: $(STAMP)
 
 test-browser: $(STAMP)
 	$(BIN)/python -m pytest -m browser
+
+# Flower pins its dependencies tightly: an environment of its own, which sees ours as well.
+FLOWER := runs/flower
+$(FLOWER)/.installed: $(STAMP)
+	$(BIN)/python -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check 'flwr[simulation]==1.41.0'
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(FLOWER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth"
+	@touch $@
+
+bench-speed: $(STAMP) $(FLOWER)/.installed
+	FLOWER_PYTHON=$(CURDIR)/$(FLOWER)/bin/python $(BIN)/python benchmarks/speed $(ROWS)
+	$(BIN)/python scripts/update_docs.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -25,6 +25,7 @@ DOCS = (
     "docs/embedded-model.md",
     "docs/embedded-tasks.md",
     "docs/memory.md",
+    "docs/performance.md",
 )
 PICTURE = ROOT / "docs" / "img" / "demo.svg"
 NONE = "*Not measured yet.*"
@@ -196,7 +197,145 @@ def features() -> str:
     return "\n".join([*lines, "", about])
 
 
+SPEED = {  # row of benchmarks/speed -> what it is about
+    "training": "training against a loop in the authors' manner",
+    "evaluation": "scoring options against one `generate` call a question",
+    "server": "server step against Flower's",
+    "flower_run": "25 rounds against Flower's simulator",
+    "grid": "36 runs against the same commands before",
+}
+
+
+def speed_facts(row: str) -> dict | None:
+    """What a row of the speed benchmark measured, None if it was not run."""
+    file = RESULTS / "speed" / f"{row}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def speed_rows() -> str:
+    """Ratios, a line a case and alternative; rows that are not there are named."""
+    head = "| case | ours | against | its | times faster | goal | reached |"
+    tables = []
+    for row, about in SPEED.items():
+        facts = speed_facts(row)
+        if facts is None:
+            tables.append(f"**`{row}`**: {about}. {NONE}")
+            continue
+        lines = [f"**`{row}`**: {about}.", "", head, "|---|---:|---|---:|---:|---:|---|"]
+        lines += [line for case in facts["cases"] for line in _speed_lines(case)]
+        tables.append("\n".join([*lines, "", _speed_about(facts)]))
+    return "\n\n".join(tables)
+
+
+def _speed_lines(case: dict) -> list[str]:
+    unit, rates = case["unit"], case["per_second"]
+    ours = f"{_short(rates['ours'])} {unit}/s"
+    lines = []
+    for way, found in case["ratio"].items():
+        goal = found["goal"]
+        reached = "" if goal is None else "yes" if found["wall"] >= goal else "no"
+        asked = "" if goal is None else f"{goal:g}"
+        lines.append(
+            f"| {case['case']} | {ours} | {way} | {_short(rates[way])} {unit}/s "
+            f"| {found['wall']:.1f} | {asked} | {reached} |"
+        )
+    if not lines:
+        why = case.get("not_measured") or "nothing to compare with"
+        lines.append(f"| {case['case']} | {ours} | not measured: {why} | | | | |")
+    return lines
+
+
+def _short(rate: float) -> str:
+    """A rate in three digits."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def _speed_about(facts: dict) -> str:
+    machine = facts["hardware"]
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, torch {facts['versions']['torch']}; load of "
+        f"the machine before: {facts['load_before']:.1f}; commit {facts['commit']}."
+    )
+
+
+def speed_memory() -> str:
+    """The server's peak memory, in adapters."""
+    facts = speed_facts("server")
+    if facts is None:
+        return NONE
+    lines = ["| case | ours | Flower | goal |", "|---|---:|---:|---:|"]
+    for case in facts["cases"]:
+        peak = case["peak_adapters"]
+        other = f"{peak['Flower']:.1f}" if "Flower" in peak else "not measured"
+        lines.append(f"| {case['case']} | {peak['ours']:.1f} | {other} | 4 |")
+    return "\n".join(lines)
+
+
+def speed_clients() -> str:
+    """Seconds a round and memory by the number of simulated clients."""
+    facts = speed_facts("clients")
+    if facts is None:
+        return NONE
+    lines = ["| clients | s a round, images new | over ten | s a round, images kept | over ten "]
+    lines[0] += "| peak MB | over ten |"
+    lines.append("|---:" * 7 + "|")
+    for case in facts["cases"]:
+        over = case["over_ten"]
+        lines.append(
+            f"| {case['clients']:,} | {case['median']['cold']:.2f} | {over['cold']:.2f} "
+            f"| {case['median']['warm']:.2f} | {over['warm']:.2f} "
+            f"| {case['peak_bytes'] / 1e6:,.0f} | {over['peak']:.2f} |"
+        )
+    goal = facts["cases"][0]["goal"]
+    return "\n".join([*lines, "", f"Goal: at most {goal:g}. {_speed_about(facts)}"])
+
+
+def speed_startup() -> str:
+    """Seconds to the end of `--help` and to the first step."""
+    facts = speed_facts("startup")
+    if facts is None:
+        return NONE
+    lines = ["| what | s | goal |", "|---|---:|---:|"]
+    lines += [f"| {c['case']} | {c['median']:.2f} | {c['goal']:g} |" for c in facts["cases"]]
+    return "\n".join([*lines, "", _speed_about(facts)])
+
+
+def speed_arithmetic() -> str:
+    """What each stage computes and moves."""
+    facts = speed_facts("arithmetic")
+    if facts is None:
+        return NONE
+    found = facts["cases"][0]
+    lines = [
+        "| stage | GFLOP | ms | GFLOP/s | share of the matrix rate |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for stage in found["stages"]:
+        lines.append(
+            f"| {stage['stage']} | {stage['flops'] / 1e9:.3f} | {stage['seconds'] * 1e3:.1f} "
+            f"| {stage['flops_per_second'] / 1e9:.1f} | {stage['share_of_rate']:.0%} |"
+        )
+    tokens, read = found["tokens"], found["read_bytes_per_second"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Matrix rate of one thread: {found['rate_square'] / 1e9:.0f} GFLOP/s on 1,024 x 1,024,"
+            f" {found['rate_own_layers'] / 1e9:.0f} on the tokens of a batch by the model's own"
+            f" width. Memory is read at {read / 1e9:.1f} GB/s. Samples have"
+            f" {tokens['memes']:.0f} tokens (memes) and {tokens['crisis']:.0f} (crisis); the"
+            f" decoder's weights are {found['weight_bytes'] / 1e6:.1f} MB, an update is"
+            f" {found['update_bytes']['up'] / 1e6:.2f} MB each way. {_speed_about(facts)}",
+        ]
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "speed-rows": speed_rows,
+    "speed-memory": speed_memory,
+    "speed-clients": speed_clients,
+    "speed-startup": speed_startup,
+    "speed-arithmetic": speed_arithmetic,
     "demo": lambda: runs("demo"),
     "easy-vqa": lambda: levels("easy-vqa") + "\n\n" + level_gaps("easy-vqa"),
     "features": features,

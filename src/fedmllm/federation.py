@@ -72,6 +72,7 @@ def run_round(
         mean.fold(update)
         loss += update.metrics.get("loss", 0.0) / len(cohort)
         up += payload(update.delta, *update.extra.values())
+        del update  # its memory is for the step, or for the next one
     sent = payload(state.params, *(state.slots[slot] for slot in algorithm.broadcast))
     record = RoundRecord(
         round=state.round + 1,

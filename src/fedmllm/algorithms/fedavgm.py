@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 
+import torch
+
 from fedmllm.algorithms.base import Algorithm, ServerState, StreamingMean
 from fedmllm.algorithms.options import (
     FORMS,
@@ -16,7 +18,7 @@ from fedmllm.algorithms.options import (
     check_positive,
     check_weighting,
 )
-from fedmllm.algorithms.state import advance, first_state, map_params, slot_of
+from fedmllm.algorithms.state import first_state, map_together, slot_of
 
 
 def fedavgm(
@@ -36,7 +38,13 @@ def fedavgm(
 
     def step(state: ServerState, mean: StreamingMean) -> ServerState:
         gain = 1.0 if form == "paper" or state.round == 0 else 1 - beta
-        momentum = map_params(lambda m, d: beta * m + gain * d, slot_of(state, "m"), mean.delta())
-        return advance(state, momentum, eta, {"m": momentum})
+
+        def move(theta: torch.Tensor, m: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            m = beta * m + gain * d
+            return theta + eta * m, m
+
+        d = mean.delta()
+        theta, m = map_together(move, state.params, slot_of(state, "m"), d, spare=d)
+        return ServerState(state.round + 1, theta, {"m": m})
 
     return Algorithm("fedavgm", weighting, functools.partial(first_state, slots={"m": 0.0}), step)

@@ -24,7 +24,7 @@ from fedmllm.algorithms.options import (
     check_positive,
     check_weighting,
 )
-from fedmllm.algorithms.state import advance, first_state, map_params, slot_of
+from fedmllm.algorithms.state import first_state, map_together, slot_of
 
 SecondMoment = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(v, g) -> the next v; g is d in the paper's form, m in the reference's (the same for Adagrad)."""
@@ -132,12 +132,19 @@ def _adaptive(
     check_weighting(weighting)
 
     def step(state: ServerState, mean: StreamingMean) -> ServerState:
-        d = mean.delta()
         decay = 0.0 if form == "reference" and state.round == 0 else beta1
-        m = map_params(lambda m, d: decay * m + (1 - decay) * d, slot_of(state, "m"), d)
-        v = map_params(second_moment, slot_of(state, "v"), m if form == "reference" else d)
-        direction = map_params(lambda m, v: m / (v.sqrt() + tau), m, v)
-        return advance(state, direction, eta, {"m": m, "v": v})
+
+        def move(
+            theta: torch.Tensor, m: torch.Tensor, v: torch.Tensor, d: torch.Tensor
+        ) -> tuple[torch.Tensor, ...]:
+            m = decay * m + (1 - decay) * d
+            v = second_moment(v, m if form == "reference" else d)
+            return theta + eta * (m / (v.sqrt() + tau)), m, v
+
+        slots = slot_of(state, "m"), slot_of(state, "v")
+        d = mean.delta()
+        theta, m, v = map_together(move, state.params, *slots, d, spare=d)
+        return ServerState(state.round + 1, theta, {"m": m, "v": v})
 
     init = functools.partial(first_state, slots={"m": 0.0, "v": start})
     return Algorithm(name, weighting, init, step)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
 
-from fedmllm.algorithms.base import Params, ServerState, check_layout
+from fedmllm.algorithms.base import Params, ServerState, check_layout, in_one_piece
 from fedmllm.errors import UserError
 
 
@@ -15,9 +16,9 @@ def first_state(params: Params, slots: Mapping[str, float] | None = None) -> Ser
 
     `slots` maps a slot's name to the value of all its entries, e.g. ``{"m": 0, "v": tau**2}``.
     """
-    copied = {name: params[name].detach().clone() for name in sorted(params)}
+    copied = map_params(lambda value: value.detach(), params)
     filled = {
-        slot: {name: torch.full_like(value, number) for name, value in copied.items()}
+        slot: map_params(functools.partial(torch.full_like, fill_value=number), copied)
         for slot, number in (slots or {}).items()
     }
     return ServerState(0, copied, filled)
@@ -30,9 +31,32 @@ def map_params(function: Callable[..., torch.Tensor], first: Params, *others: Pa
     shapes differ, e.g. when a checkpoint of another adapter rank is resumed: without the check,
     broadcasting would hide it.
     """
+    return map_together(lambda *tensors: (function(*tensors),), first, *others)[0] if first else {}
+
+
+def map_together(
+    function: Callable[..., tuple[torch.Tensor, ...]],
+    first: Params,
+    *others: Params,
+    spare: Params | None = None,
+) -> list[Params]:
+    """Like `map_params` for a function that gives several tensors: as many `Params`, in new memory.
+
+    Tensor by tensor, what lies between stays in the processor's cache and takes no memory.
+    spare: float32 tensors that nobody needs afterwards, sorted by name; the first result takes
+    their place.
+    """
     for other in others:
         check_layout(first, other, "an update or a slot of the server's state")
-    return {name: function(first[name], *(o[name] for o in others)) for name in sorted(first)}
+    made: list[Params] = []
+    for name in sorted(first):
+        tensors = function(first[name], *(o[name] for o in others))
+        if not made:
+            made = [in_one_piece(first, tensor.dtype) for tensor in tensors[bool(spare) :]]
+            made = [spare, *made] if spare else made
+        for tree, tensor in zip(made, tensors, strict=True):
+            tree[name].copy_(tensor)
+    return made
 
 
 def slot_of(state: ServerState, slot: str) -> Params:

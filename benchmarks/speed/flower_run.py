@@ -1,0 +1,112 @@
+"""Row `flower_run`: 25 rounds of the embedded memes, against the same job in Flower's simulator.
+
+Ten clients, two a round, FedAvg, missing modalities; both sides train a client by our own function,
+so that the difference is the engine's. Ours is one process with one thread. Flower's simulator has
+one actor of one thread, or two, which train both clients of a round at the same time. Cohorts are
+drawn by each side's own rule. Measured from outside with start-up, and from the second round's
+beginning to the end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, Took, compare, tell, write
+
+from fedmllm.config import Config, make_config
+
+CLIENTS = 10
+
+
+def config(rounds: int) -> Config:
+    """The job. Eight samples are tested at the end, since a run tests something."""
+    return make_config(
+        {
+            "name": "engine",
+            "data": {"name": "memes", "train": 250, "test": 8},
+            "setting": "missing-b0.5",
+            "partition": {"clients": CLIENTS},
+            "training": {"rounds": rounds, "clients_per_round": 2},
+            "evaluation": {"every": 0, "limit": 8, "conditions": ["both"]},
+        }
+    )
+
+
+def ours(rounds: int) -> dict[str, Any]:
+    """A run in this process."""
+    from fedmllm.experiment import run
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(config(rounds), out=Path(folder) / "run")
+    lines = result["history"]
+    later = sum(line["seconds"] for line in lines[1:])
+    return {"later": later, "rounds": len(lines), "losses": [line["loss"] for line in lines]}
+
+
+def outside(*command: str) -> dict[str, Any]:
+    """A process, timed from outside."""
+    source = os.pathsep.join([str(ROOT / "src"), str(Path(__file__).parent)])
+    known = {
+        **os.environ,
+        "PYTHONPATH": source,
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=known)
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(command)} failed\n{done.stderr[-4000:]}")
+    whole = time.perf_counter() - began
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return {"whole": whole, **json.loads(lines[-1])}
+
+
+def main(quick: bool, *words: str) -> None:
+    """Both sides, or ours in this process."""
+    if words:
+        print(json.dumps(ours(int(words[1]))))
+        return
+    if "FLOWER_PYTHON" not in os.environ:
+        print("flower_run: left out, FLOWER_PYTHON is not given", flush=True)
+        return
+    rounds = 3 if quick else 25
+    here = str(Path(__file__).parent)
+    app = str(Path(__file__).with_name("flower_run_app.py"))
+    tries = []
+    for _ in range(1 if quick else 2):
+        found = {
+            "ours": outside(sys.executable, here, "flower_run", "--here", "part", str(rounds)),
+            "Flower, one actor": outside(os.environ["FLOWER_PYTHON"], app, str(rounds), "1"),
+            "Flower, two actors": outside(os.environ["FLOWER_PYTHON"], app, str(rounds), "2"),
+        }
+        if any(one["rounds"] != rounds for one in found.values()):
+            raise SystemExit(f"error: {rounds} rounds were asked for: {found}")
+        tries.append(found)
+    cases = []
+    for name, key, count in (
+        (f"{rounds} rounds, start-up included", "whole", rounds),
+        (f"rounds 2 to {rounds}", "later", rounds - 1),
+    ):
+        took = [{w: Took(f[key], math.nan) for w, f in each.items()} for each in tries]
+        cases.append(
+            compare(
+                name,
+                took,
+                count=count,
+                unit="rounds",
+                goals={w: 3.0 for w in tries[0] if w != "ours"},
+                mean_loss={w: statistics.fmean(f["losses"]) for w, f in tries[0].items()},
+                flwr=tries[0]["Flower, one actor"]["flwr"],
+            )
+        )
+        tell(cases[-1])
+    write("flower_run", cases, what=__doc__ or "", quick=quick)
