@@ -1,5 +1,5 @@
-"""The command line: `fedmllm run | plan | bench | ls | data | predict | report | compare | rerun |
-cache | demo`.
+"""The command line: `fedmllm run | plan | bench | ls | data | predict | judge | report | compare |
+rerun | cache | demo`.
 
 Heavy modules are imported inside the commands, so that `--help` answers at once. A `UserError`
 is printed without a traceback and exits with code 2.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmllm import cli_data
+from fedmllm import cli_data, cli_judge
 from fedmllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -201,6 +201,9 @@ def predict(
     console.print(f"[bold]{answer_}[/bold]", highlight=False)
     for option, probability in options:
         console.print(f"  {probability:.3f}  {option}", highlight=False)
+
+
+app.command()(cli_judge.judge)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
     draft.write_text(text + "\n", encoding="utf-8")
     os.replace(draft, path)
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> str:
+    """Write JSON lines, whole or not at all; the file's SHA-256."""
+    draft = path.with_suffix(path.suffix + ".draft")
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    draft.write_bytes(content)
+    os.replace(draft, path)
+    return hashlib.sha256(content).hexdigest()
 
 
 def versions() -> dict[str, str]:

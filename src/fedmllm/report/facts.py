@@ -6,6 +6,7 @@ None for what the file does not hold; `DASH` is how that is printed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -95,6 +96,27 @@ def held_out_spread(result: Result) -> dict[str, float]:
     parties = (lookup(result, "held_out", "per_client") or {}).values()
     everywhere = all(scores.get(key) is not None for scores in parties)
     return (found.get(key) if everywhere else None) or found.get("accuracy") or {}
+
+
+def judge_of(result: Result) -> str:
+    """The language model that marked the answers, with the start of a digest of how it was asked;
+    empty for none. Marks of one judge may be compared."""
+    marks = result.get("_judged")
+    if not marks:
+        return ""
+    text = json.dumps(marks.get("scheme"), sort_keys=True)
+    return f"{marks.get('judge')} ({hashlib.sha256(text.encode()).hexdigest()[:6]})"
+
+
+def judged(result: Result, condition: str) -> dict[str, Any]:
+    """The judge's marks under a condition: accuracy, its standard error, n, unparsable, …"""
+    return lookup(result, "_judged", "conditions", condition) or {}
+
+
+def judged_conditions(results: Iterable[Result]) -> list[str]:
+    """The test conditions whose answers some judge has marked, the known ones first."""
+    found = {key for result in results for key in lookup(result, "_judged", "conditions") or {}}
+    return [key for key in CONDITIONS if key in found]
 
 
 def party_scores(result: Result, condition: str) -> dict[str, float]:

@@ -141,7 +141,7 @@ def _board(board: Board, tables: Sequence[GridTable], key: str) -> dict[str, Any
 
 def _table(table: GridTable, swatches: Mapping[str, str]) -> dict[str, Any]:
     return {
-        "condition": facts.condition_name(table.condition),
+        "title": f"{table.metric}, {table.title.removeprefix(f'{table.board}, ')}",
         "note": note(table),
         "rows": [
             (label, swatches[label], [row.get(setting) for setting in table.settings])

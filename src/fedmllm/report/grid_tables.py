@@ -44,7 +44,8 @@ class Mean:
 @dataclass(frozen=True)
 class GridTable:
     """A board under one test condition. cells: arm's label -> setting -> mean. seedless: arms
-    that train nothing, so that a seed changes nothing."""
+    that train nothing, so that a seed changes nothing. judge: whose marks the cells are, empty for
+    the task's own metric; lost: how many of its verdicts could not be read."""
 
     board: str
     metric: str
@@ -53,6 +54,14 @@ class GridTable:
     cells: Mapping[str, Mapping[str, Mean]]
     comparisons: int
     seedless: tuple[str, ...] = ()
+    judge: str = ""
+    lost: int = 0
+
+    @property
+    def title(self) -> str:
+        """``memes, image + text``."""
+        words = f"{self.board}, {facts.condition_name(self.condition)}"
+        return f"{words}, judged by {self.judge}" if self.judge else words
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -66,31 +75,36 @@ class GridTable:
 def grid_tables(
     results: Sequence[Result], conditions: Sequence[str] = ("both",)
 ) -> tuple[list[GridTable], list[str]]:
-    """A table for each board and condition that was measured; and what was left out and why."""
+    """A table for each board and condition that was measured, one more for each judge of its
+    answers; and what was left out and why."""
     found, problems = boards(results)
-    tables = [
-        _table(board, condition)
-        for board in found
-        for condition in conditions
-        if condition in facts.conditions(board.results)
-    ]
+    tables = []
+    for board in found:
+        judges = sorted({name for run in board.results if (name := facts.judge_of(run))})
+        for condition in conditions:
+            if condition in facts.conditions(board.results):
+                tables.append(_table(board, condition))
+            if condition in facts.judged_conditions(board.results):
+                tables += [_table(board, condition, judge) for judge in judges]
     return tables, problems
 
 
-def _table(board: Board, condition: str) -> GridTable:
+def _table(board: Board, condition: str, judge: str = "") -> GridTable:
     cells = {
-        arm.label: {s: cell for s in board.settings if (cell := _mean(arm, s, condition))}
+        arm.label: {s: cell for s in board.settings if (cell := _mean(arm, s, condition, judge))}
         for arm in board.arms
     }
-    comparisons = _mark(board, condition, cells)
+    comparisons = _mark(board, condition, cells, judge)
     shown = {label: row for label, row in cells.items() if row}
     still = tuple(arm.label for arm in board.arms if arm.topology == "zero-shot")
     place = (board.label, board.metric, condition, board.settings)
-    return GridTable(*place, shown, comparisons, still)
+    marked = [facts.judged(run, condition) for run in board.results if facts.judge_of(run) == judge]
+    lost = sum(marks.get("unparsable", 0) for marks in marked) if judge else 0
+    return GridTable(*place, shown, comparisons, still, judge, lost)
 
 
-def _mean(arm: Arm, setting: str, condition: str) -> Mean | None:
-    scores = arm.scores(setting, condition)
+def _mean(arm: Arm, setting: str, condition: str, judge: str = "") -> Mean | None:
+    scores = arm.scores(setting, condition, judge)
     if not scores:
         return None
     mean, half = mean_and_half(list(scores.values()))
@@ -98,7 +112,7 @@ def _mean(arm: Arm, setting: str, condition: str) -> Mean | None:
     return Mean(mean, half, len(scores), files=tuple(str(runs[s].get("_path", "")) for s in scores))
 
 
-def _mark(board: Board, condition: str, cells: dict[str, dict[str, Mean]]) -> int:
+def _mark(board: Board, condition: str, cells: dict[str, dict[str, Mean]], judge: str = "") -> int:
     """Mark the best federated arm of each column and test it; how many comparisons were made."""
     up = facts.higher_is_better(board.results[0])
     pairs: list[tuple[str, str, bool, float]] = []  # setting, best arm, with the next?, p
@@ -117,7 +131,8 @@ def _mark(board: Board, condition: str, cells: dict[str, dict[str, Mean]]) -> in
             if facts.format_score(cell.mean) == top:
                 cells[arm.label][setting] = replace(cell, best=True)
         for i, other in enumerate(ranked[1:]):
-            p = paired_p(best.scores(setting, condition), other.scores(setting, condition))
+            one, two = (arm.scores(setting, condition, judge) for arm in (best, other))
+            p = paired_p(one, two)
             if p is not None:
                 pairs.append((setting, best.label, i == 0, p))
     adjusted = holm([p for *_, p in pairs])
@@ -132,8 +147,13 @@ def note(table: GridTable) -> str:
     low, high = table.seeds
     seeds = f"{high} seed{'s' * (high > 1)}" if low == high else f"{low} to {high} seeds"
     words = f"Test {table.metric}, {facts.condition_name(table.condition)}: mean over {seeds}"
+    if table.judge:
+        words = f"Accuracy judged by {table.judge}, {facts.condition_name(table.condition)}: "
+        words += f"mean over {seeds}"
     words += " ± half of the 95 % interval" if high > 1 else ""
     words += " (what trains nothing has no seed)." if table.seedless and high > 1 else "."
+    if table.judge:
+        words += f" Verdicts that could not be read, and do not count: {table.lost:,}."
     if table.condition == "neither":
         return f"{words} Shown nothing, no arm can lead."
     words += " Bold: best federated."
@@ -157,7 +177,7 @@ def _markdown(table: GridTable) -> str:
     from fedmllm.report.tables import escape_markdown as escape
 
     heads = ["arm", *table.settings]
-    lines = [f"### {escape(table.board)}, {facts.condition_name(table.condition)}", ""]
+    lines = [f"### {escape(table.title)}", ""]
     lines += [_row(heads), _row(["---"] + ["---:"] * len(table.settings))]
     for label, row in table.cells.items():
         lines.append(_row([escape(label), *(_markdown_cell(row.get(s)) for s in table.settings)]))
@@ -252,11 +272,12 @@ def csv_grid(tables: Sequence[GridTable]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     heads = ["task", "metric", "condition", "setting", "arm", "seeds", "mean", "ci95_half"]
-    writer.writerow([*heads, "best", "p_to_next_holm", "comparisons", "files"])
+    writer.writerow([*heads, "best", "p_to_next_holm", "comparisons", "files", "judge"])
     for table in tables:
         for label, row in table.cells.items():
             for setting, cell in row.items():
                 place = [table.board, table.metric, table.condition, setting, label]
                 numbers = [cell.seeds, cell.mean, cell.half, int(cell.best), cell.p]
-                writer.writerow([*place, *numbers, table.comparisons, " ".join(cell.files)])
+                files = " ".join(cell.files)
+                writer.writerow([*place, *numbers, table.comparisons, files, table.judge])
     return out.getvalue()

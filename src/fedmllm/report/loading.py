@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from fedmllm.errors import UserError
+from fedmllm.report.judged import read_judged
 
 Result = dict[str, Any]
 
@@ -50,6 +51,7 @@ LATER: dict[str, dict[str, Any]] = {
     "evaluation": {"held_out": 0.0},
     "training": {"long_text": "refuse", "clients_at_once": 1},
 }
+_LOADED = ("_path", "_judged")  # what `load_results` adds
 _BOUNDED = ("auc", "macro_f1", "accuracy")
 _TASK = ("name", "metric")
 _SECTIONS = ("metrics", "spread", "per_client", "bytes", "parameters", "time", "versions")
@@ -59,7 +61,8 @@ def load_results(paths: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
     """Read result files; return the good ones in reading order and a line for each fault.
 
     paths: result files, run folders, or folders with run folders anywhere below.
-    Each result gains the key ``_path``. Raises `UserError` if nothing readable remains.
+    Each result gains the key ``_path``, and ``_judged``: its judged.json or None.
+    Raises `UserError` if nothing readable remains.
     """
     results: list[Result] = []
     problems: list[str] = []
@@ -67,7 +70,9 @@ def load_results(paths: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
         data, faults = _read(path)
         problems += [f"{path}: {fault}" for fault in faults]
         if data is not None:
-            results.append({**data, "_path": str(path)})
+            marks, fault = read_judged(path, result_digest(data))
+            problems += [fault] if fault else []
+            results.append({**data, "_path": str(path), "_judged": marks})
     if not results:
         seen = "\n  ".join(problems) or "no path was given"
         raise UserError(f"no readable result.json: run an experiment first\n  {seen}")
@@ -133,7 +138,7 @@ def _faults(data: Any) -> Iterator[str]:
 def result_digest(data: Mapping[str, Any]) -> str:
     """SHA-256 of all that a result says (older ones state none). A guard against slips of the
     hand and cut files, not against a forger, who can compute it as well."""
-    facts = {k: _as_written(v) for k, v in data.items() if k not in ("result_sha256", "_path")}
+    facts = {k: _as_written(v) for k, v in data.items() if k not in ("result_sha256", *_LOADED)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

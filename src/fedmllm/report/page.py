@@ -165,6 +165,7 @@ def _task(group: Sequence[Result], results: Sequence[Result], number: int) -> di
         "cards": _cards(group),
         "finding": _finding(group),
         "groups": _groups(rows, facts.headline(group)),
+        "judged": _judged(rows),
         "overview": _overview(group, f"t{number}"),
         "curves": _curves(group, f"t{number}"),
         "parties": _parties(group, rows, f"t{number}"),
@@ -185,6 +186,29 @@ def _groups(rows: Sequence[tables.Row], condition: str) -> dict[str, Any]:
             if found
         },
     }
+
+
+def _judged(rows: Sequence[tables.Row]) -> list[dict[str, Any]]:
+    """A line for each run and condition whose open answers a language model has marked."""
+    lines = []
+    for row in rows:
+        for condition in facts.judged_conditions([row.result]):
+            marks = facts.judged(row.result, condition)
+            twice = facts.lookup(row.result, "_judged", "second") or {}
+            lines.append(
+                {
+                    "run": row.label,
+                    "condition": facts.condition_name(condition),
+                    "judge": facts.judge_of(row.result),
+                    "exact": facts.format_score(marks.get("exact_match")),
+                    "judged": facts.format_pair(marks.get("accuracy"), marks.get("accuracy_se")),
+                    "n": facts.format_count(marks.get("n")),
+                    "lost": facts.format_count(marks.get("unparsable")),
+                    "agree": f"{twice.get('same')} of {twice.get('read')}",
+                    "kappa": facts.format_score(twice.get("kappa")),
+                }
+            )
+    return lines
 
 
 def _cards(group: Sequence[Result]) -> list[dict[str, Any]]:
