@@ -119,11 +119,18 @@ _MEANS = ("accuracy", "least", "most", "exact_match")
 
 def mean_of_parties(parties: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """A local run's scores: counts of all parties, means over the parties, and each party's own."""
-    found: dict[str, Any] = {name: sum(s[name] for s in parties.values()) for name in _SUMS}
+    every = list(parties.values())
+    names = dict.fromkeys(name for scores in every for name in scores["groups"])
+    groups = {name: _mean_of([s["groups"][name] for s in every]) for name in names}
+    return {**_mean_of(every), "groups": groups, "per_party": dict(parties)}
+
+
+def _mean_of(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {name: sum(scores[name] for scores in every) for name in _SUMS}
     for name in _MEANS:
-        known = [s[name] for s in parties.values() if s[name] is not None]
+        known = [scores[name] for scores in every if scores[name] is not None]
         found[name] = math.fsum(known) / len(known) if known else None
-    return {**found, "per_party": dict(parties)}
+    return found
 
 
 def agreement(pairs: Sequence[tuple[bool | None, bool | None]]) -> dict[str, Any]:

@@ -143,8 +143,10 @@ def _table(table: GridTable, swatches: Mapping[str, str]) -> dict[str, Any]:
     return {
         "title": f"{table.metric}, {table.title.removeprefix(f'{table.board}, ')}",
         "note": note(table),
+        "settings": table.settings,
+        "published": table.published,
         "rows": [
-            (label, swatches[label], [row.get(setting) for setting in table.settings])
+            (label, swatches.get(label, ""), [row.get(setting) for setting in table.settings])
             for label, row in table.cells.items()
         ],
     }

@@ -14,10 +14,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedmllm.report import facts
+from fedmllm.report import facts, published
 from fedmllm.report.arms import Arm, Board, boards
 from fedmllm.report.loading import Result
 from fedmllm.report.statistics import ENOUGH, LEVEL, holm, mean_and_half, paired_p
+from fedmllm.scenarios import SETTINGS
 
 STAR = "*"
 
@@ -45,7 +46,8 @@ class Mean:
 class GridTable:
     """A board under one test condition. cells: arm's label -> setting -> mean. seedless: arms
     that train nothing, so that a seed changes nothing. judge: whose marks the cells are, empty for
-    the task's own metric; lost: how many of its verdicts could not be read."""
+    the task's own metric; lost: how many of its verdicts could not be read. about: what a table
+    beside published figures compares; published: the labels of their rows; words: its note."""
 
     board: str
     metric: str
@@ -56,12 +58,22 @@ class GridTable:
     seedless: tuple[str, ...] = ()
     judge: str = ""
     lost: int = 0
+    about: str = ""
+    published: tuple[str, ...] = ()
+    words: str = ""
 
     @property
     def title(self) -> str:
         """``memes, image + text``."""
         words = f"{self.board}, {facts.condition_name(self.condition)}"
+        if self.about:
+            return f"{words}, {self.about}: published figures and ours"
         return f"{words}, judged by {self.judge}" if self.judge else words
+
+    @property
+    def caption(self) -> str:
+        """What a table in print is called; its note says the rest."""
+        return self.title if self.about else self.board
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -76,7 +88,8 @@ def grid_tables(
     results: Sequence[Result], conditions: Sequence[str] = ("both",)
 ) -> tuple[list[GridTable], list[str]]:
     """A table for each board and condition that was measured, one more for each judge of its
-    answers; and what was left out and why."""
+    answers, and for the real datasets those beside published figures; and what was left out and
+    why."""
     found, problems = boards(results)
     tables = []
     for board in found:
@@ -86,7 +99,42 @@ def grid_tables(
                 tables.append(_table(board, condition))
             if condition in facts.judged_conditions(board.results):
                 tables += [_table(board, condition, judge) for judge in judges]
+        if "both" in conditions:
+            tables += published_tables(board)
     return tables, problems
+
+
+def published_tables(board: Board) -> list[GridTable]:
+    """Published figures beside ours, for a board of a real dataset; nothing is marked as best."""
+    tables = []
+    for about, given, ours in published.comparisons(board):
+        settings = [s for s in SETTINGS if any(s in row for row in given.values())]
+        settings = [*settings, *(s for s in board.settings if s not in settings)]
+        cells = {label: _cells_of(row) for label, row in ours.items()}
+        labels = {method: f"{method}, published" for method in given}
+        for method, row in given.items():
+            cells[labels[method]] = {s: Mean(value, None, 1) for s, value in row.items()}
+        tables.append(
+            GridTable(
+                board=board.label,
+                metric=about,
+                condition="both",
+                settings=tuple(settings),
+                cells=cells,
+                comparisons=0,
+                about=about,
+                published=tuple(labels.values()),
+                words=published.note(board),
+            )
+        )
+    return tables
+
+
+def _cells_of(row: published.Row) -> dict[str, Mean]:
+    return {
+        setting: Mean(*mean_and_half(values), len(values), files=files)
+        for setting, (values, files) in row.items()
+    }
 
 
 def _table(board: Board, condition: str, judge: str = "") -> GridTable:
@@ -144,6 +192,8 @@ def _mark(board: Board, condition: str, cells: dict[str, dict[str, Mean]], judge
 
 def note(table: GridTable) -> str:
     """What the numbers are and what the marks claim."""
+    if table.words:
+        return table.words
     low, high = table.seeds
     seeds = f"{high} seed{'s' * (high > 1)}" if low == high else f"{low} to {high} seeds"
     words = f"Test {table.metric}, {facts.condition_name(table.condition)}: mean over {seeds}"
@@ -237,7 +287,7 @@ def _latex(table: GridTable, number: int) -> str:
         [
             r"\begin{table*}",
             r"\centering",
-            rf"\caption{{{tex(f'{table.board}. {note(table)}')}}}",
+            rf"\caption{{{tex(f'{table.caption}. {note(table)}')}}}",
             rf"\label{{tab:fedmllm-{number}}}",
             r"\resizebox{\textwidth}{!}{%",
             rf"\begin{{tabular}}{{l{'r' * len(table.settings)}}}",

@@ -16,6 +16,8 @@ from urllib.parse import quote
 
 from fedmllm.errors import UserError
 from fedmllm.report import facts, figures, tables
+from fedmllm.report.arms import boards
+from fedmllm.report.grid_tables import GridTable, note, published_tables
 from fedmllm.report.loading import HOLDINGS, Result
 from fedmllm.scenarios import SCENARIOS
 
@@ -166,6 +168,7 @@ def _task(group: Sequence[Result], results: Sequence[Result], number: int) -> di
         "finding": _finding(group),
         "groups": _groups(rows, facts.headline(group)),
         "judged": _judged(rows),
+        "published": _published(group),
         "overview": _overview(group, f"t{number}"),
         "curves": _curves(group, f"t{number}"),
         "parties": _parties(group, rows, f"t{number}"),
@@ -209,6 +212,12 @@ def _judged(rows: Sequence[tables.Row]) -> list[dict[str, Any]]:
                 }
             )
     return lines
+
+
+def _published(group: Sequence[Result]) -> list[tuple[GridTable, str]]:
+    """Published figures beside ours, each table with its note."""
+    found = [table for board in boards(group)[0] for table in published_tables(board)]
+    return [(table, note(table)) for table in found]
 
 
 def _cards(group: Sequence[Result]) -> list[dict[str, Any]]:
