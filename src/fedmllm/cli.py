@@ -221,12 +221,12 @@ def report(
         bool, typer.Option("--per-run", help="A row a run, not means over seeds.")
     ] = False,
     figures: Annotated[
-        Path | None, typer.Option(help="A folder for the figures of a grid as SVG files.")
+        Path | None, typer.Option(help="A folder for all figures as SVG files.")
     ] = None,
-    png: Annotated[bool, typer.Option("--png", help="Figures as PNG files.")] = False,
+    png: Annotated[bool, typer.Option("--png", help="Figures as PNG files too.")] = False,
 ) -> None:
     """Make tables, figures and an HTML page from result files (no model is loaded)."""
-    from fedmllm.report import is_grid, load_results, summary_table, write_figures, write_tables
+    from fedmllm.report import load_results, summary_table, write_figures, write_tables
     from fedmllm.report.arms import boards
     from fedmllm.report.write import check_conditions, check_suffix
 
@@ -252,8 +252,6 @@ def report(
         )
         console.print(f"report  {path}", soft_wrap=True)
     if figures is not None:
-        if not is_grid(found):
-            raise UserError("these runs are no grid (several seeds or settings of a method)")
         for path in write_figures(found, figures, png=png):
             console.print(f"figure  {path}", soft_wrap=True)
 

@@ -133,7 +133,8 @@ def mean_history(histories: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def holdings(held: manifest.Manifest) -> dict[str, Any]:
-    """Who holds what, in numbers: per client the samples by modality and by label."""
+    """Who holds what, in numbers: per client the samples by modality, by label, and by both
+    (`kept`)."""
     clients = []
     for summary in manifest.holdings(held):
         totals = {
@@ -149,6 +150,10 @@ def holdings(held: manifest.Manifest) -> dict[str, Any]:
                 "text": totals["text"],
                 "neither": totals["neither"],
                 "labels": {label: sum(by.values()) for label, by in summary.counts.items()},
+                "kept": {
+                    label: {key: count for key, count in by.items() if count}
+                    for label, by in summary.counts.items()
+                },
             }
         )
     return {"sha256": held.sha256, "clients": clients, "notes": list(held.notes)}

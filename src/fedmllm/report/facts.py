@@ -83,6 +83,13 @@ def group_scores(result: Result, condition: str) -> dict[str, float]:
     return found if metric_key(result) == "accuracy" else {}
 
 
+def unparsable(result: Result) -> float | None:
+    """Answers to open questions that could not be read, of all test conditions."""
+    found = [scores.get("unparsable") for scores in result["metrics"].values()]
+    known = [n for n in found if isinstance(n, int | float) and not isinstance(n, bool)]
+    return sum(known) if known else None
+
+
 def spread(result: Result, condition: str) -> dict[str, float]:
     """Mean, standard deviation, least and greatest over the parties of a local run."""
     values = (result.get("spread") or {}).get(condition) or {}

@@ -265,7 +265,7 @@ def latex_grid(tables: Sequence[GridTable]) -> str:
 
 def tex(text: str) -> str:
     """A text as LaTeX prints it."""
-    return "".join(_TEX.get(c, c) for c in text)
+    return "".join(_TEX.get(c, c) for c in text).replace(r" \%", r"~\%")
 
 
 def _latex(table: GridTable, number: int) -> str:
@@ -289,7 +289,7 @@ def _latex(table: GridTable, number: int) -> str:
             r"\centering",
             rf"\caption{{{tex(f'{table.caption}. {note(table)}')}}}",
             rf"\label{{tab:fedmllm-{number}}}",
-            r"\resizebox{\textwidth}{!}{%",
+            r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{l{'r' * len(table.settings)}}}",
             r"\toprule",
             " & ".join(["", *spans]) + r" \\",

@@ -415,6 +415,9 @@ def _origin(result: Result) -> dict[str, str]:
         "config SHA-256": _short(result.get("config_sha256")),
         "manifest SHA-256": _short(facts.lookup(result, "manifest", "sha256")),
         "test samples": _test_samples(result),
+        "samples a second, trained": _speed(result, "trained_per_second"),
+        "samples a second, tested": _speed(result, "tested_per_second"),
+        "unparsable answers": _unparsable(result),
         "peak memory": None if peak is None else f"{facts.format_megabytes(peak)} MB",
         **{f"{k}": v for k, v in (result.get("hardware") or {}).items()},
         **{f"{k}": v for k, v in (result.get("versions") or {}).items()},
@@ -424,6 +427,17 @@ def _origin(result: Result) -> dict[str, str]:
 
 def _short(digest: object) -> str | None:
     return str(digest)[:12] if digest else None
+
+
+def _speed(result: Result, key: str) -> str | None:
+    value = facts.lookup(result, "samples", key)
+    return None if value is None else f"{value:.1f}"
+
+
+def _unparsable(result: Result) -> str | None:
+    """Of all test conditions; None for a task of choices, where each answer is a letter."""
+    total = facts.unparsable(result)
+    return None if total is None else facts.format_count(total)
 
 
 def _test_samples(result: Result) -> str | None:
