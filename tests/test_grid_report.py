@@ -407,8 +407,8 @@ def test_what_a_party_sends_by_component(tmp_path) -> None:
         run["bytes"]["per_client_round"] = {"lora": 98_304, "connector": 1_500_000}
     ((board,), _) = boards(made)
     assert _payload(board) == {
-        "heads": ["lora", "connector"],
-        "rows": {"FedAvg": ["0.10", "1.50"]},
+        "heads": ["lora", "connector", "all, up", "all, down"],
+        "rows": {"FedAvg": ["0.10", "1.50", "0.20", "0.20"]},  # two clients a round, 0.4 MB
     }
 
 

@@ -151,6 +151,14 @@ def curve(result: Result, condition: str) -> list[tuple[int, float]]:
     return [(number, float(value)) for number, value in points if value is not None]
 
 
+def per_party(result: Result, key: str) -> float | None:
+    """``bytes_up`` or ``bytes_down`` of one party in one round, from the first round."""
+    first = next(iter(history(result)), {})
+    count = len(first.get("clients") or [])
+    amount = first.get(key)
+    return amount / count if count and isinstance(amount, int | float) else None
+
+
 def losses(result: Result) -> list[tuple[int, float]]:
     """(round, training loss); NaN where the file holds none."""
     values = [(entry["round"], entry.get("loss")) for entry in history(result)]

@@ -120,7 +120,7 @@ def board_figures(board: Board) -> Iterator[tuple[str, Figure, str, list[str]]]:
         size = (6.0, 1.5 + 0.34 * len(found))
         drawn = figures.draw_panels([(grid_figures.draw_drop, (board, condition))], size=size)
         yield "drop", drawn, "Change of the metric from aligned data", []
-    if any(arm.topology == "federated" for arm in board.arms):
+    if any(facts.topology(r) == "federated" and facts.history(r) for r in board.results):
         drawn = figures.draw_panels([(grid_figures.draw_cost, (board, condition))], size=(6.0, 3.4))
         every = [arm.label for arm in board.arms]
         yield "communication", drawn, f"{board.metric} against bytes", every
@@ -160,7 +160,7 @@ def _board(board: Board, tables: Sequence[GridTable], key: str) -> dict[str, Any
 
 def _table(table: GridTable, swatches: Mapping[str, str]) -> dict[str, Any]:
     return {
-        "title": f"{table.metric}, {table.title.removeprefix(f'{table.board}, ')}",
+        "title": _title(table),
         "note": note(table),
         "settings": table.settings,
         "published": table.published,
@@ -193,15 +193,27 @@ def _parties(board: Board) -> list[tuple[str, ...]]:
     return rows
 
 
+def _title(table: GridTable) -> str:
+    """A table's name on the page, where the task is the heading."""
+    if table.about:
+        return f"{table.about}: published figures and ours"
+    return f"{table.metric}, {table.title.removeprefix(f'{table.board}, ')}"
+
+
 def _payload(board: Board) -> dict[str, Any]:
-    """What one party sends in one round, in MB by component, of each federated arm."""
+    """What one party sends and receives in one round, in MB, of each federated arm: the trained
+    parts by component, and all of it (an algorithm may send more than what is trained)."""
     rows = {}
     for arm in board.arms:
         runs = [run for found in arm.runs.values() for run in found.values()]
-        parts = [facts.lookup(run, "bytes", "per_client_round") for run in runs]
-        known = [part for part in parts if part]
+        known = [run for run in runs if facts.lookup(run, "bytes", "per_client_round")]
         if arm.topology == "federated" and known:
-            rows[arm.label] = known[0]
+            up, down = (
+                facts.per_party(known[0], "bytes_up"),
+                facts.per_party(known[0], "bytes_down"),
+            )
+            parts = known[0]["bytes"]["per_client_round"]
+            rows[arm.label] = {**parts, "all, up": up, "all, down": down}
     heads = list(dict.fromkeys(name for part in rows.values() for name in part))
     return {
         "heads": heads,
