@@ -11,9 +11,11 @@ from pathlib import Path
 
 
 def keep(run: Path, target: Path) -> Path:
-    """Copy one run's result.json to target/NAME/result.json."""
+    """Copy one run's result.json, and judged.json if there is one, to target/NAME."""
     folder = target / run.name
     folder.mkdir(parents=True, exist_ok=True)
+    if (run / "judged.json").exists():
+        shutil.copy(run / "judged.json", folder)
     return Path(shutil.copy(run / "result.json", folder / "result.json"))
 
 

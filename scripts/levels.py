@@ -1,7 +1,7 @@
 """The levels that the embedded tasks must reach, over seeds: `python scripts/levels.py`.
 
-Runs what is missing in results/levels (a run whose config is unchanged is skipped) and copies
-each result.json there. The arms: zero-shot, local, FedAvg aligned, FedAvg with half of the
+Runs what is missing or stale in results/levels, by the benchmark's rule (docs/benchmark.md), and
+copies each result.json there. The arms: zero-shot, local, FedAvg aligned, FedAvg with half of the
 modalities missing, centralised; and centralised on one modality alone, which says how much that
 modality tells by itself (one seed: pooled data are the same for all). On easy-VQA: zero-shot,
 local and FedAvg with five of ten parties without the pictures.
@@ -10,15 +10,15 @@ local and FedAvg with five of ten parties without the pictures.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from keep_results import keep
 
-from fedmllm.config import Config, config_hash, make_config
-from fedmllm.models import model_path, weights_digest
+from fedmllm.bench import Cell
+from fedmllm.bench.state import Present, states
+from fedmllm.config import Config, make_config
 from fedmllm.parallel import run_many
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,14 +80,11 @@ def level_config(task: str, arm: str, seed: int) -> Config:
     return make_config(raw)
 
 
-def is_done(config: Config) -> bool:
-    """Whether the committed result is of this very config and base model."""
-    file = RESULTS / config.name / "result.json"
-    if not file.exists():
-        return False
-    result = json.loads(file.read_text())
-    base = weights_digest(model_path(config.model.name, config.model.path))
-    return result["config_sha256"] == config_hash(config) and result["base_sha256"] == base
+def left(configs: Sequence[Config]) -> list[Config]:
+    """Those whose committed result is missing or stale."""
+    cells = [Cell(config.name, config, ()) for config in configs]
+    found = states(cells, RESULTS, Present())
+    return [config for config in configs if found[config.name].kind != "done"]
 
 
 def listen(event: Mapping[str, Any], work: Path) -> None:
@@ -117,7 +114,7 @@ def main() -> None:
         for arm in ARMS_OF[task]
         if arm in given.arms and (seed == 0 or not arm.endswith("-alone"))
     ]
-    todo = [config for config in cells if not is_done(config)]
+    todo = left(cells)
     print(f"{len(todo)} of {len(cells)} cells to run", flush=True)
     if todo:
         run_many(

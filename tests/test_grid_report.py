@@ -20,9 +20,11 @@ from synthetic_grid import METHODS, auc, grid, result, write
 from fedmllm.errors import UserError
 from fedmllm.report import is_grid, load_results, write_figures, write_grid_report, write_tables
 from fedmllm.report.arms import boards, setting_of, stands_for
-from fedmllm.report.grid_figures import _mean_by_round, _over_bytes, _rings, drops
-from fedmllm.report.grid_page import _parties
+from fedmllm.report.grid_figures import _mean_by_round, _over_bytes, _rings, band, drops, shown
+from fedmllm.report.grid_page import _parties, _payload
 from fedmllm.report.grid_tables import csv_grid, grid_tables, latex_grid, markdown_grid, note, tex
+from fedmllm.report.loading import result_digest
+from fedmllm.report.split import summaries_of
 from fedmllm.report.statistics import holm, mean_and_half, paired_p
 from fedmllm.scenarios import SETTINGS
 
@@ -224,7 +226,7 @@ def test_markdown_latex_and_csv_say_the_same() -> None:
 
 def test_latex_specials_are_printed_as_themselves() -> None:
     assert tex("a_b & 5 % {x} ~ ^ \\ #$ ±") == (
-        r"a\_b \& 5 \% \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \#\$ $\pm$"
+        r"a\_b \& 5~\% \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \#\$ $\pm$"
     )
 
 
@@ -232,8 +234,10 @@ def test_latex_specials_are_printed_as_themselves() -> None:
 
 
 def test_rings_are_round_and_hold_all() -> None:
-    assert _rings(0.52, 0.87) == [0.5, 0.6, 0.7, 0.8, 0.9]
-    assert _rings(0.5, 0.5) == [0.49, 0.5, 0.51]
+    assert _rings(0.54, 0.87) == [0.5, 0.6, 0.7, 0.8, 0.9]
+    assert _rings(0.52, 0.87) == [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]  # 0.52 would lie on the middle
+    assert _rings(0.5, 0.5)[0] == 0.49
+    assert _rings(0.0, 0.01)[0] == 0.0
 
 
 def test_the_drop_is_paired_by_seed() -> None:
@@ -241,9 +245,30 @@ def test_the_drop_is_paired_by_seed() -> None:
     less = seeds("fedavg", [0.70, 0.78], "missing-b0.5")
     lesser = seeds("fedavg", [0.60, 0.70], "missing-b0.3")
     ((board,), _) = boards(whole + less + lesser)
-    mean, half = drops(board, "both")["FedAvg"]["missing"]
-    assert mean == pytest.approx((-0.15 - 0.10) / 2)
-    assert half == pytest.approx(mean_and_half([-0.15, -0.10])[1])
+    found = drops(board, "both")["FedAvg"]["missing"]
+    assert found == pytest.approx((-0.125, -0.15, -0.10))  # two seeds: their range
+
+
+def test_a_band_is_the_range_of_few_seeds_and_the_interval_of_many() -> None:
+    assert band([0.5]) == (0.5, 0.5, 0.5)
+    assert band([0.5, 0.9, 0.7, 0.6]) == pytest.approx((0.675, 0.5, 0.9))
+    values = [0.5, 0.9, 0.7, 0.6, 0.8]
+    half = mean_and_half(values)[1]
+    assert band(values) == pytest.approx((0.7, 0.7 - half, 0.7 + half))
+
+
+def test_a_strategy_is_drawn_beside_the_baselines() -> None:
+    ((board,), _) = boards(grid(seeds=1, settings=TWO, keep=lambda name: name == "fedavg"))
+    labels = [arm.label for arm in shown(board, "prompt")]
+    assert "Zero-shot" in labels  # which was not run with the strategy
+    assert "Local + prompt" in labels
+    assert not {"Local", "FedAvg", "Centralised"} & set(labels)
+    assert [arm.label for arm in shown(board, "")] == [
+        "Zero-shot",
+        "Local",
+        "FedAvg",
+        "Centralised",
+    ]
 
 
 def test_the_cost_curve_is_bytes_so_far_by_round() -> None:
@@ -255,8 +280,8 @@ def test_the_cost_curve_is_bytes_so_far_by_round() -> None:
     assert found[6][1] == pytest.approx(0.9)
     other = {2: (2.6, 0.5), 6: (5.8, 0.7)}
     assert _mean_by_round([found, other]) == [
-        (pytest.approx(2.1), pytest.approx((found[2][1] + 0.5) / 2), 0.0),
-        (pytest.approx(5.3), pytest.approx(0.8), 0.0),
+        (pytest.approx(2.1), pytest.approx(((found[2][1] + 0.5) / 2,) * 3)),
+        (pytest.approx(5.3), pytest.approx((0.8,) * 3)),
     ]
 
 
@@ -316,7 +341,7 @@ def test_parties_by_what_they_were_tested_on() -> None:
 
 def test_figures_as_files(page, tmp_path) -> None:
     found, _ = load_results([page.parent / "runs"])
-    few = [r for r in found if r["seed"] == 0 and r["config"]["prompt"] == "plain"]
+    few = [r for r in found if r["config"]["prompt"] == "plain"]
     files = write_figures(few, tmp_path / "svg")
     names = [file.name for file in files]
     assert names == [
@@ -326,12 +351,65 @@ def test_figures_as_files(page, tmp_path) -> None:
         "memes-curves-cross.svg",
         "memes-drop.svg",
         "memes-communication.svg",
+        "memes-held-aligned-a0.5.svg",
+        "memes-held-missing-b0.5.svg",
+        "memes-held-cross-i5t5.svg",
     ]
     for file in files:
         ET.parse(file)
     assert " FedYogi" in (tmp_path / "svg" / "memes-radar.svg").read_text()  # the legend
+    both = write_figures(found, tmp_path / "both", png=True)
+    assert [f.suffix for f in both] == [".svg", ".png"] * (len(both) // 2)
+    assert all(f.stat().st_size for f in both)
+    plain = (tmp_path / "both" / "memes-radar.svg").read_text()
+    assert "+ prompt" not in plain  # a legend names what is drawn
+    assert "FedYogi + prompt" in (tmp_path / "both" / "memes-radar-prompt.svg").read_text()
     again = write_figures(few, tmp_path / "again")
     assert [f.read_bytes() for f in files] == [f.read_bytes() for f in again]
+
+
+def test_figures_of_few_runs(tmp_path) -> None:
+    """The demo's six runs are no grid."""
+    found, _ = load_results([Path(__file__).resolve().parent.parent / "results" / "demo"])
+    names = [file.name for file in write_figures(found, tmp_path)]
+    assert names[:3] == ["memes-conditions.svg", "memes-curves.svg", "memes-parties-local.svg"]
+    held = [name for name in names if "held" in name]
+    manifests = {
+        r["manifest"]["sha256"] for r in found if r["name"] not in ("zero-shot", "centralised")
+    }
+    assert len(held) == len(manifests)
+
+
+def test_who_holds_what_by_class_and_modality(tmp_path) -> None:
+    """A result that says both is drawn with both; one that contradicts itself is refused."""
+    made = seeds("fedavg", [0.6, 0.7])
+    for run in made:
+        for client in run["manifest"]["clients"]:
+            no, yes = client["labels"].values()
+            client["kept"] = {"no": {"image+text": no}, "yes": {"image": yes}}
+        run["result_sha256"] = result_digest(run)
+    found, problems = load_results([write(tmp_path / "runs", made)])
+    assert problems == []
+    (summary, *_) = summaries_of(found[0])
+    assert summary.counts["yes"] == {"image+text": 0, "image": 80, "text": 0, "neither": 0}
+    text = write_grid_report(found, tmp_path / "r.html").read_text()
+    assert "no" in re.findall(r">([^<>]+)</text>", text)
+    assert summaries_of(seeds("fedavg", [0.6])[0]) == []
+    made[0]["manifest"]["clients"][0]["kept"]["no"]["image"] = 1
+    del made[0]["result_sha256"]
+    _, problems = load_results([write(tmp_path / "runs", made)])
+    assert "do not add up to its labels" in problems[0]
+
+
+def test_what_a_party_sends_by_component(tmp_path) -> None:
+    made = seeds("fedavg", [0.6, 0.7])
+    for run in made:
+        run["bytes"]["per_client_round"] = {"lora": 98_304, "connector": 1_500_000}
+    ((board,), _) = boards(made)
+    assert _payload(board) == {
+        "heads": ["lora", "connector", "all, up", "all, down"],
+        "rows": {"FedAvg": ["0.10", "1.50", "0.20", "0.20"]},  # two clients a round, 0.4 MB
+    }
 
 
 def test_forms_by_suffix(page, tmp_path) -> None:

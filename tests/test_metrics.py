@@ -82,6 +82,14 @@ def test_hard_letter_auc_counts_unreadable_answers_as_undecided():
     assert hard_letter_auc([1, 0], [-1, 1]) == 0.0
 
 
+def test_hard_letter_auc_as_the_reference_counts():
+    """Scores 1, 2 against 0, 2: the positive 1 beats 0 and not 2, the positive 2 beats 0 and ties
+    with 2: (1 + 0 + 1 + 0.5) / 4."""
+    found = hard_letter_auc([1, 1, 0, 0], [1, -1, 0, -1], without_letter=2.0)
+    assert found == pytest.approx(0.625)
+    assert hard_letter_auc([1, 0], [-1, 1], without_letter=2.0) == 1.0
+
+
 def test_macro_f1_by_hand():
     """Class 0: TP 1, FP 1, FN 1: ½. Class 1: TP 2, FP 0, FN 1: 4/5. Class 2: FP 1: 0."""
     labels, predictions = [0, 0, 1, 1, 1], [0, 2, 1, 1, 0]

@@ -52,7 +52,9 @@ def test_commands_parse_and_their_configs_are_good() -> None:
             assert load_grid(ROOT / words[1])
             continue
         if words[0] not in ("run", "plan"):
-            assert words[0] in ("ls", "data", "predict", "report", "compare", "rerun", "cache")
+            assert words[0] in (
+                *("ls", "data", "predict", "judge", "report", "compare", "rerun", "cache"),
+            )
             continue
         overrides = [w for w in words[2:] if "=" in w]
         assert load_config(ROOT / words[1], overrides)

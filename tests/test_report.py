@@ -34,6 +34,7 @@ from fedmllm.report import (
     summary_table,
     write_report,
 )
+from fedmllm.report.grid_tables import grid_tables
 from fedmllm.report.loading import config_digest
 from fedmllm.rng import stream
 
@@ -675,6 +676,7 @@ def test_any_value_replaced_by_any_kind_is_read_or_named(tmp_path: Path) -> None
             continue
         template.render(page._contents(results, tmp_path, "t", []))
         csv_table(results), markdown_table(results), summary_table(results)
+        grid_tables(results)
 
 
 def places(value: Any, keys: tuple[Any, ...] = ()) -> Any:

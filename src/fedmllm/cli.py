@@ -1,5 +1,5 @@
-"""The command line: `fedmllm run | plan | bench | ls | data | predict | report | compare | rerun |
-cache | demo`.
+"""The command line: `fedmllm run | plan | bench | ls | data | predict | judge | report | compare |
+rerun | cache | demo`.
 
 Heavy modules are imported inside the commands, so that `--help` answers at once. A `UserError`
 is printed without a traceback and exits with code 2.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmllm import cli_data
+from fedmllm import cli_data, cli_judge
 from fedmllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -203,6 +203,9 @@ def predict(
         console.print(f"  {probability:.3f}  {option}", highlight=False)
 
 
+app.command()(cli_judge.judge)
+
+
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, result files, or a parent.")],
@@ -218,12 +221,12 @@ def report(
         bool, typer.Option("--per-run", help="A row a run, not means over seeds.")
     ] = False,
     figures: Annotated[
-        Path | None, typer.Option(help="A folder for the figures of a grid as SVG files.")
+        Path | None, typer.Option(help="A folder for all figures as SVG files.")
     ] = None,
-    png: Annotated[bool, typer.Option("--png", help="Figures as PNG files.")] = False,
+    png: Annotated[bool, typer.Option("--png", help="Figures as PNG files too.")] = False,
 ) -> None:
     """Make tables, figures and an HTML page from result files (no model is loaded)."""
-    from fedmllm.report import is_grid, load_results, summary_table, write_figures, write_tables
+    from fedmllm.report import load_results, summary_table, write_figures, write_tables
     from fedmllm.report.arms import boards
     from fedmllm.report.write import check_conditions, check_suffix
 
@@ -249,8 +252,6 @@ def report(
         )
         console.print(f"report  {path}", soft_wrap=True)
     if figures is not None:
-        if not is_grid(found):
-            raise UserError("these runs are no grid (several seeds or settings of a method)")
         for path in write_figures(found, figures, png=png):
             console.print(f"figure  {path}", soft_wrap=True)
 

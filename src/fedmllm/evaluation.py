@@ -61,9 +61,17 @@ class TestSet:
         return {item.id for items in self._encoded.values() for item in items if item.shortened}
 
     def evaluate(
-        self, condition: str = "both", *, limit: int | None = None, batch_size: int = 64
+        self,
+        condition: str = "both",
+        *,
+        limit: int | None = None,
+        batch_size: int = 64,
+        given: list[str] | None = None,
     ) -> dict[str, float]:
-        """Metrics of the model's present adapter; `limit` takes the first so many samples."""
+        """Metrics of the model's present adapter; `limit` takes the first so many samples.
+
+        given: a list that gets the answers of an open task, in the order of the samples.
+        """
         items = self.encoded(condition, min(limit or len(self.samples), len(self.samples)))
         samples = self.samples[: len(items)]
         if self.task.kind == "choice":
@@ -71,6 +79,8 @@ class TestSet:
             return choice_metrics(scores, [int(s.label or 0) for s in samples], self.task)
         longest = max(16, *(len(item.answer) for item in items))
         answers = self.mllm.generate(items, batch_size=batch_size, max_new_tokens=longest)
+        if given is not None:
+            given.extend(answers)
         return open_metrics(answers, samples)
 
 

@@ -48,6 +48,7 @@ EVERYONE = ""  # the federation of all; a local run has one named after each cli
 ADAPTER_FACTS = "fedmllm.json"
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
+ANSWERS_FILE = "answers.jsonl"
 # what a run writes; a folder with anything else is never overwritten
 WRITTEN = (
     f"{CONFIG_FILE}*",
@@ -55,7 +56,10 @@ WRITTEN = (
     "metrics*.jsonl*",
     "state",
     "adapter",
+    "answers.jsonl*",
     "result.json*",
+    "judged.json*",
+    "verdicts.jsonl",
     "report.html",
 )
 
@@ -202,6 +206,8 @@ def run(
     if config.evaluation.held_out:
         result["held_out"] = _held_out(session, own_samples(config, dataset, held)[1], outcomes)
     result["data_sha256"] = data_digest(dataset)
+    if answers := [line for outcome in outcomes for line in outcome.answers]:
+        result["answers_sha256"] = results.write_lines(folder / ANSWERS_FILE, answers)
     result["result_sha256"] = result_digest(result)
     results.write_json(folder / "result.json", result)
     _tell(
@@ -372,13 +378,15 @@ def federations(config: Config, dataset: Dataset, held: manifest.Manifest) -> li
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished federation: its adapter, its rounds and its test metrics by condition."""
+    """A finished federation: its adapter, its rounds, its test metrics by condition, and what it
+    answered to open test questions."""
 
     name: str
     params: Params
     history: list[dict[str, Any]]
     metrics: dict[str, dict[str, float]]
     evaluate_seconds: float
+    answers: list[dict[str, str]] = field(default_factory=list)
 
 
 def run_federation(session: Session, federation: Federation) -> Outcome:
@@ -479,14 +487,39 @@ def _test(
     began = time.perf_counter()
     session.mllm.set_adapter(state.params)
     found: dict[str, dict[str, float]] = {}
+    answers: list[dict[str, str]] = []
     for condition in evaluation.conditions:
-        found[condition] = session.test.evaluate(condition, batch_size=evaluation.batch_size)
+        given: list[str] = []
+        found[condition] = session.test.evaluate(
+            condition, batch_size=evaluation.batch_size, given=given
+        )
+        answers += _answers(federation.name, condition, session.test.samples, given)
         _tell(session, "test", federation=federation.name, condition=condition)
     if history:
         history[-1] = {**history[-1], "metrics": found}
         _write_history(session.folder, federation.name, history)
     seconds = time.perf_counter() - began + sum(r["evaluate_seconds"] for r in history)
-    return Outcome(federation.name, state.params, history, found, seconds)
+    return Outcome(federation.name, state.params, history, found, seconds, answers)
+
+
+def _answers(
+    federation: str, condition: str, samples: Sequence[Sample], given: Sequence[str]
+) -> list[dict[str, str]]:
+    """A line an open test question: asked, expected, given. A choice task has none."""
+    if not given:
+        return []
+    place = {"federation": federation, "condition": condition}
+    return [
+        {
+            **place,
+            "id": sample.id,
+            "kind": sample.kind,
+            "question": sample.question,
+            "expected": sample.answer,
+            "given": answer,
+        }
+        for sample, answer in zip(samples, given, strict=True)
+    ]
 
 
 def _held_out(

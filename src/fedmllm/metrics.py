@@ -49,13 +49,17 @@ def auc_standard_error(labels: Sequence[int], scores: Sequence[float]) -> float:
     return float(np.sqrt(v10_M.var(ddof=1) / m + v01_N.var(ddof=1) / n))
 
 
-def hard_letter_auc(labels: Sequence[int], predictions: Sequence[int]) -> float:
+def hard_letter_auc(
+    labels: Sequence[int], predictions: Sequence[int], *, without_letter: float = 0.5
+) -> float:
     """AUC of hard answers, for comparison with published figures: the balanced accuracy.
 
     labels: 0 or 1. predictions: 0, 1, or -1 for an answer without a letter, which counts as
-    undecided, between the two (the reference counts it as a class above both).
+    `without_letter`: undecided, between the two, or 2.0 as the reference counts it, a class above
+    both. Where options are scored, as in every run here, each answer has a letter, and this is the
+    reference's figure too.
     """
-    score = {0: 0.0, 1: 1.0, -1: 0.5}
+    score = {0: 0.0, 1: 1.0, -1: without_letter}
     return auc(labels, [score[int(prediction)] for prediction in predictions])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
     draft.write_text(text + "\n", encoding="utf-8")
     os.replace(draft, path)
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> str:
+    """Write JSON lines, whole or not at all; the file's SHA-256."""
+    draft = path.with_suffix(path.suffix + ".draft")
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    draft.write_bytes(content)
+    os.replace(draft, path)
+    return hashlib.sha256(content).hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -123,7 +133,8 @@ def mean_history(histories: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def holdings(held: manifest.Manifest) -> dict[str, Any]:
-    """Who holds what, in numbers: per client the samples by modality and by label."""
+    """Who holds what, in numbers: per client the samples by modality, by label, and by both
+    (`kept`)."""
     clients = []
     for summary in manifest.holdings(held):
         totals = {
@@ -139,6 +150,10 @@ def holdings(held: manifest.Manifest) -> dict[str, Any]:
                 "text": totals["text"],
                 "neither": totals["neither"],
                 "labels": {label: sum(by.values()) for label, by in summary.counts.items()},
+                "kept": {
+                    label: {key: count for key, count in by.items() if count}
+                    for label, by in summary.counts.items()
+                },
             }
         )
     return {"sha256": held.sha256, "clients": clients, "notes": list(held.notes)}

@@ -32,9 +32,17 @@ class Arm:
     topology: str
     runs: Mapping[str, Mapping[int, Result]]
 
-    def scores(self, setting: str, condition: str) -> dict[int, float]:
-        """The headline metric by seed."""
-        found = {s: facts.score(r, condition) for s, r in self.runs.get(setting, {}).items()}
+    def scores(self, setting: str, condition: str, judge: str = "") -> dict[int, float]:
+        """The headline metric by seed, or the accuracy that a judge (`facts.judge_of`) gives."""
+        runs = self.runs.get(setting, {})
+        if judge:
+            found = {
+                seed: facts.judged(run, condition).get("accuracy")
+                for seed, run in runs.items()
+                if facts.judge_of(run) == judge
+            }
+        else:
+            found = {seed: facts.score(run, condition) for seed, run in runs.items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
 

@@ -6,6 +6,7 @@ None for what the file does not hold; `DASH` is how that is printed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,6 +83,13 @@ def group_scores(result: Result, condition: str) -> dict[str, float]:
     return found if metric_key(result) == "accuracy" else {}
 
 
+def unparsable(result: Result) -> float | None:
+    """Answers to open questions that could not be read, of all test conditions."""
+    found = [scores.get("unparsable") for scores in result["metrics"].values()]
+    known = [n for n in found if isinstance(n, int | float) and not isinstance(n, bool)]
+    return sum(known) if known else None
+
+
 def spread(result: Result, condition: str) -> dict[str, float]:
     """Mean, standard deviation, least and greatest over the parties of a local run."""
     values = (result.get("spread") or {}).get(condition) or {}
@@ -95,6 +103,27 @@ def held_out_spread(result: Result) -> dict[str, float]:
     parties = (lookup(result, "held_out", "per_client") or {}).values()
     everywhere = all(scores.get(key) is not None for scores in parties)
     return (found.get(key) if everywhere else None) or found.get("accuracy") or {}
+
+
+def judge_of(result: Result) -> str:
+    """The language model that marked the answers, with the start of a digest of how it was asked;
+    empty for none. Marks of one judge may be compared."""
+    marks = result.get("_judged")
+    if not marks:
+        return ""
+    text = json.dumps(marks.get("scheme"), sort_keys=True)
+    return f"{marks.get('judge')} ({hashlib.sha256(text.encode()).hexdigest()[:6]})"
+
+
+def judged(result: Result, condition: str) -> dict[str, Any]:
+    """The judge's marks under a condition: accuracy, its standard error, n, unparsable, …"""
+    return lookup(result, "_judged", "conditions", condition) or {}
+
+
+def judged_conditions(results: Iterable[Result]) -> list[str]:
+    """The test conditions whose answers some judge has marked, the known ones first."""
+    found = {key for result in results for key in lookup(result, "_judged", "conditions") or {}}
+    return [key for key in CONDITIONS if key in found]
 
 
 def party_scores(result: Result, condition: str) -> dict[str, float]:
@@ -120,6 +149,14 @@ def curve(result: Result, condition: str) -> list[tuple[int, float]]:
         for entry in history(result)
     ]
     return [(number, float(value)) for number, value in points if value is not None]
+
+
+def per_party(result: Result, key: str) -> float | None:
+    """``bytes_up`` or ``bytes_down`` of one party in one round, from the first round."""
+    first = next(iter(history(result)), {})
+    count = len(first.get("clients") or [])
+    amount = first.get(key)
+    return amount / count if count and isinstance(amount, int | float) else None
 
 
 def losses(result: Result) -> list[tuple[int, float]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -108,6 +108,23 @@ def parties(result: Result, others: Sequence[Result] = ()) -> Figure:
     """A local run: a dot a party, a diamond for the mean, a line for the best federated run."""
     height = 1.3 + 0.4 * len(facts.conditions([result]))
     return draw_panels([(draw_parties, (result, others))], size=(HALF[0], height))
+
+
+def every(results: Sequence[Result]) -> Iterator[tuple[str, Figure]]:
+    """(name, figure) of all that runs of one task show: conditions, curves, each local run's
+    parties, and once each who holds what."""
+    yield "conditions", conditions(results)
+    if any(facts.history(result) for result in results):
+        yield "curves", learning_curves(results)
+    seen = set()
+    for result, label in zip(results, facts.labels(results), strict=True):
+        if result.get("per_client"):
+            yield f"parties-{label}", parties(result, results)
+        held = str(facts.lookup(result, "manifest", "sha256") or facts.clients(result))
+        shares = facts.topology(result) in ("federated", "local") and facts.clients(result)
+        if shares and held not in seen:
+            seen.add(held)
+            yield f"held-{label}", holdings(result)
 
 
 def learning_curves_svg(results: Sequence[Result]) -> str:

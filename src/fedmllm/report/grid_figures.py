@@ -28,7 +28,7 @@ from fedmllm.report.figures import (
     run_style,
     whole_numbers,
 )
-from fedmllm.report.statistics import mean_and_half
+from fedmllm.report.statistics import ENOUGH, mean_and_half
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,8 +38,33 @@ SCENARIO_STYLES = {
     "cross": (VERMILLION, "s"),
     "hybrid": (GREEN, "^"),
 }
-Points = list[tuple[float, float, float]]
-"""(x, mean, half of the interval or 0)"""
+# in small panels: with a wide white edge a small marker has no shape
+_SMALL = {"markersize": 4.8, "markeredgewidth": 0.35}
+Band = tuple[float, float, float]
+"""(mean, low, high)"""
+Points = list[tuple[float, Band]]
+"""(x, band)"""
+
+
+def band(values: Sequence[float]) -> Band:
+    """The mean over seeds and its 95 % interval; of fewer than five seeds, their range, since an
+    interval from two or three would cover the whole figure."""
+    mean, half = mean_and_half(values)
+    if half is None or len(values) < ENOUGH:
+        return mean, min(values), max(values)
+    return mean, mean - half, mean + half
+
+
+def shown(board: Board, chosen: str) -> list[Arm]:
+    """The arms of a strategy, and what they are measured against: baselines that were not run
+    with the strategy stand without it."""
+    own = [arm for arm in board.arms if strategy(arm) == chosen]
+    there = {arm.topology for arm in own}
+    return [
+        arm
+        for arm in board.arms
+        if arm in own or (arm.topology not in ("federated", *there) and not strategy(arm))
+    ]
 
 
 def method(arm: Arm) -> str:
@@ -73,7 +98,7 @@ def arm_styles(board: Board) -> dict[str, Style]:
 
 def draw_radar(ax: Axes, board: Board, condition: str, chosen: str) -> None:
     """One polygon for each arm of a strategy over all settings; farther out is better."""
-    arms = [arm for arm in board.arms if strategy(arm) == chosen]
+    arms = shown(board, chosen)
     means = {a.label: _by_setting(a, board, condition) for a in arms}
     means = {label: row for label, row in means.items() if len(row) == len(board.settings)}
     every = [_by_setting(arm, board, condition) for arm in board.arms]  # one scale for all radars
@@ -89,7 +114,7 @@ def draw_radar(ax: Axes, board: Board, condition: str, chosen: str) -> None:
         radius = [(row[s] - low) / (high - low) for s in board.settings]
         xs = [r * math.cos(a) for r, a in zip(radius, angles, strict=True)]
         ys = [r * math.sin(a) for r, a in zip(radius, angles, strict=True)]
-        ax.plot([*xs, xs[0]], [*ys, ys[0]], **line_of(styles[label]) | {"markersize": 3.6})
+        ax.plot([*xs, xs[0]], [*ys, ys[0]], **line_of(styles[label]) | _SMALL)
     name = f", {chosen} strategy" if chosen else ""
     ax.set_title(f"{board.metric} by setting, {facts.condition_name(condition)}{name}")
 
@@ -104,6 +129,9 @@ def _rings(low: float, high: float) -> list[float]:
     span = max(high - low, 0.02)
     step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5) if span / s <= 4)
     first = math.floor(low / step - 1e-9)
+    if low - first * step < 0.3 * step:  # else the least would lie on the middle's own number
+        first -= 1
+    first = max(first, 0)
     last = math.ceil(high / step + 1e-9)
     return [round(i * step, 10) for i in range(first, max(last, first + 2) + 1)]
 
@@ -136,15 +164,15 @@ def _web(
 
 
 def draw_bands(ax: Axes, board: Board, setting: str, condition: str, chosen: str) -> None:
-    """The metric over rounds: mean over seeds, with its 95 % interval where there are several."""
+    """The metric over rounds: mean over seeds, and their `band`."""
     styles = arm_styles(board)
-    for arm in board.arms:
+    for arm in shown(board, chosen):
         runs = list(arm.runs.get(setting, {}).values())
-        if strategy(arm) != chosen or not runs:
+        if not runs:
             continue
         points = _mean_curve([facts.curve(run, condition) for run in runs])
         _line_or_level(ax, points, arm.scores(setting, condition), styles[arm.label])
-    _finish(ax, setting, "round", "")
+    _finish(ax, f"{setting}, {chosen}" if chosen else setting, "round", "")
     ax.set_ylim(*_limits(board, condition))
     whole_numbers(ax)
 
@@ -159,42 +187,39 @@ def _limits(board: Board, condition: str) -> tuple[float, float]:
 
 
 def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> Points:
-    """Mean and interval at each x that all curves have."""
+    """The band at each x that all curves have."""
     if not curves or not all(curves):
         return []
     common = set.intersection(*({x for x, _ in curve} for curve in curves))
-    found = []
-    for x in sorted(common):
-        mean, half = mean_and_half([dict(curve)[x] for curve in curves])
-        found.append((x, mean, half or 0.0))
-    return found
+    return [(x, band([dict(curve)[x] for curve in curves])) for x in sorted(common)]
 
 
 def _line_or_level(ax: Axes, points: Points, final: Mapping[int, float], style: Style) -> None:
     if len(points) > 1:
-        xs, means, halves = zip(*points, strict=True)
-        low = [m - h for m, h in zip(means, halves, strict=True)]
-        high = [m + h for m, h in zip(means, halves, strict=True)]
+        xs = [x for x, _ in points]
+        means, low, high = zip(*(found for _, found in points), strict=True)
         ax.fill_between(xs, low, high, color=style.colour, alpha=0.13, linewidth=0)
-        ax.plot(xs, means, **line_of(style) | {"markersize": 3.8})
+        ax.plot(xs, means, **line_of(style) | _SMALL)
     elif final:
         level = mean_and_half(list(final.values()))[0]
-        ax.axhline(level, color=style.colour, linestyle=style.dash, linewidth=1.2, zorder=1)
+        look: dict[str, Any] = line_of(style) | {"linewidth": 1.2, **_SMALL, "zorder": 1}
+        across: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "markevery": [1]}
+        ax.plot([0, 0.985, 1], [level] * 3, **look, **across)
 
 
 # -- drop --------------------------------------------------------------------------------------
 
 
-def drops(board: Board, condition: str) -> dict[str, dict[str, tuple[float, float | None]]]:
+def drops(board: Board, condition: str) -> dict[str, dict[str, Band]]:
     """Arm -> scenario -> change of the metric from aligned data, mean over its settings, with
-    half of the 95 % interval over seeds.
+    the band over seeds.
 
     Aligned is the setting with the label skew of the others (alpha 0.5), else the mean of the
     aligned ones. Seeds are paired.
     """
     aligned = [s for s in board.settings if s.startswith("aligned")]
     aligned = [s for s in aligned if s == "aligned-a0.5"] or aligned
-    found: dict[str, dict[str, tuple[float, float | None]]] = {}
+    found: dict[str, dict[str, Band]] = {}
     for arm in board.arms:
         if arm.topology == "zero-shot" or not aligned:
             continue
@@ -204,7 +229,7 @@ def drops(board: Board, condition: str) -> dict[str, dict[str, tuple[float, floa
             common = [seed for seed in here if seed in whole]
             if name in SCENARIO_STYLES and common:
                 values = [here[seed] - whole[seed] for seed in common]
-                found.setdefault(arm.label, {})[name] = mean_and_half(values)
+                found.setdefault(arm.label, {})[name] = band(values)
     return found
 
 
@@ -219,13 +244,13 @@ def draw_drop(ax: Axes, board: Board, condition: str) -> None:
     """A row an arm, a marker a scenario; left of zero is worse than with aligned data."""
     found = drops(board, condition)
     for y, row in enumerate(found.values()):
-        for i, (name, (mean, half)) in enumerate(row.items()):
+        for i, (name, (mean, low, high)) in enumerate(row.items()):
             colour, marker = SCENARIO_STYLES[name]
             at = y + 0.2 * (i - (len(row) - 1) / 2)
             ax.errorbar(
                 mean,
                 at,
-                xerr=half,
+                xerr=[[mean - low], [high - mean]],
                 fmt=marker,
                 color=colour,
                 markersize=5,
@@ -237,12 +262,8 @@ def draw_drop(ax: Axes, board: Board, condition: str) -> None:
     ax.invert_yaxis()
     _finish(ax, "Change from aligned data", f"difference in {board.metric}", "", grid="x")
     if found:
-        ax.legend(
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.16 if len(found) > 8 else -0.24),
-            ncols=3,
-            fontsize=8,
-        )
+        handles, names = ax.get_legend_handles_labels()
+        ax.figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8)
 
 
 # -- communication -----------------------------------------------------------------------------
@@ -272,7 +293,7 @@ def _mean_by_round(found: Sequence[Mapping[int, tuple[float, float]]]) -> Points
     for number in sorted(common):
         pairs = [run[number] for run in found]
         x, y = (mean_and_half([pair[i] for pair in pairs])[0] for i in (0, 1))
-        points.append((x, y, 0.0))
+        points.append((x, (y, y, y)))
     return points
 
 

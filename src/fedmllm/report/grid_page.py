@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmllm.errors import UserError
-from fedmllm.report import facts, figures, grid_figures
-from fedmllm.report.arms import Arm, Board, boards, setting_of
+from fedmllm.report import facts, figures, grid_figures, split
+from fedmllm.report.arms import Arm, Board, boards, is_grid, setting_of
 from fedmllm.report.grid_tables import GridTable, grid_tables, note
 from fedmllm.report.loading import Result
 from fedmllm.report.page import METRIC_HELP, PAPER, link, provenance, template, write_page
@@ -56,22 +56,33 @@ def write_grid_report(
 
 
 def write_figures(results: Sequence[Result], folder: Path, *, png: bool = False) -> list[Path]:
-    """Write every figure of a grid as a file on white, SVG or PNG; returns their paths."""
-    written = []
+    """Write every figure as a file on white: SVG, with `png` also PNG; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in _every_figure(results):
+        stem = "".join(c if c.isalnum() or c in "-." else "-" for c in name)
+        written.append(folder / f"{stem}.svg")
+        written[-1].write_text(figures.svg(figure), encoding="utf-8")
+        if png:
+            written.append(figures.save_png(figure, folder / f"{stem}.png"))
+    return written
+
+
+def _every_figure(results: Sequence[Result]) -> Iterator[tuple[str, Figure]]:
+    """Each figure with a name and, where it needs one, a legend."""
+    if not is_grid(results):
+        for group in facts.by_task(results):
+            for name, figure in figures.every(group):
+                yield f"{group[0]['task']['name']}-{name}", figure
+        return
     for board in boards(results)[0]:
         styles = grid_figures.arm_styles(board)
-        for name, figure, _ in board_figures(board):
-            if name != "drop":  # which has a legend of its own
-                _add_legend(figure, styles)
-            stem = "".join(c if c.isalnum() or c in "-." else "-" for c in f"{board.label}-{name}")
-            path = folder / f"{stem}.{'png' if png else 'svg'}"
-            if png:
-                figures.save_png(figure, path)
-            else:
-                path.write_text(figures.svg(figure), encoding="utf-8")
-            written.append(path)
-    return written
+        for name, figure, _, labels in board_figures(board):
+            if labels:
+                _add_legend(figure, {label: styles[label] for label in labels})
+            yield f"{board.label}-{name}", figure
+        for setting, figure, _ in _holdings_figures(board):
+            yield f"{board.label}-held-{setting}", figure
 
 
 def _add_legend(figure: Figure, styles: Mapping[str, figures.Style]) -> None:
@@ -84,15 +95,17 @@ def _add_legend(figure: Figure, styles: Mapping[str, figures.Style]) -> None:
         figures.name_lines(figure, styles)
 
 
-def board_figures(board: Board) -> Iterator[tuple[str, Figure, str]]:
-    """(name, figure, what it shows) of everything that a board's runs allow."""
+def board_figures(board: Board) -> Iterator[tuple[str, Figure, str, list[str]]]:
+    """(name, figure, what it shows, the arms that its legend must name) of everything that a
+    board's runs allow."""
     condition = facts.headline(board.results)
     strategies = list(dict.fromkeys(map(grid_figures.strategy, board.arms)))
     if len(board.settings) > 2:
         for chosen in strategies:
             radar = (grid_figures.draw_radar, (board, condition, chosen))
             drawn = figures.draw_panels([radar], size=(5.6, 4.6))
-            yield _name("radar", chosen), drawn, f"{board.metric} by setting"
+            about = f"{board.metric} by setting"
+            yield _name("radar", chosen), drawn, about, _labels(board, chosen)
     for chosen in strategies:
         for scenario, members in groupby(board.settings, key=lambda s: s.split("-")[0]):
             panels = [
@@ -101,15 +114,20 @@ def board_figures(board: Board) -> Iterator[tuple[str, Figure, str]]:
             ]
             drawn = figures.draw_panels(panels, size=(max(4.8, 3.2 * len(panels)), 2.6))
             about = f"{board.metric} over rounds, {scenario}"
-            yield _name(f"curves-{scenario}", chosen), drawn, about
+            yield _name(f"curves-{scenario}", chosen), drawn, about, _labels(board, chosen)
     found = grid_figures.drops(board, condition)
     if found:
         size = (6.0, 1.5 + 0.34 * len(found))
         drawn = figures.draw_panels([(grid_figures.draw_drop, (board, condition))], size=size)
-        yield "drop", drawn, "Change of the metric from aligned data"
-    if any(arm.topology == "federated" for arm in board.arms):
+        yield "drop", drawn, "Change of the metric from aligned data", []
+    if any(facts.topology(r) == "federated" and facts.history(r) for r in board.results):
         drawn = figures.draw_panels([(grid_figures.draw_cost, (board, condition))], size=(6.0, 3.4))
-        yield "communication", drawn, f"{board.metric} against bytes"
+        every = [arm.label for arm in board.arms]
+        yield "communication", drawn, f"{board.metric} against bytes", every
+
+
+def _labels(board: Board, chosen: str) -> list[str]:
+    return [arm.label for arm in grid_figures.shown(board, chosen)]
 
 
 def _name(kind: str, strategy: str) -> str:
@@ -120,8 +138,8 @@ def _board(board: Board, tables: Sequence[GridTable], key: str) -> dict[str, Any
     styles = grid_figures.arm_styles(board)
     swatches = {label: figures.swatch(style) for label, style in styles.items()}
     drawn = [
-        (name, figures.inline(figure, f"{key}-{name}", about), about)
-        for name, figure, about in board_figures(board)
+        (name, figures.inline(figure, f"{key}-{name}", about), _pixels(figure))
+        for name, figure, about, _ in board_figures(board)
     ]
     first = board.results[0]
     return {
@@ -132,19 +150,22 @@ def _board(board: Board, tables: Sequence[GridTable], key: str) -> dict[str, Any
         "swatches": swatches,
         "tables": [_table(table, swatches) for table in tables if table.board == board.label],
         "radars": [svg for name, svg, _ in drawn if name.startswith("radar")],
-        "curves": [svg for name, svg, _ in drawn if name.startswith("curves")],
+        "curves": [(svg, width) for name, svg, width in drawn if name.startswith("curves")],
         "others": [svg for name, svg, _ in drawn if not name.startswith(("radar", "curves"))],
         "parties": _parties(board),
+        "payload": _payload(board),
         "holdings": _holdings(board, key),
     }
 
 
 def _table(table: GridTable, swatches: Mapping[str, str]) -> dict[str, Any]:
     return {
-        "condition": facts.condition_name(table.condition),
+        "title": _title(table),
         "note": note(table),
+        "settings": table.settings,
+        "published": table.published,
         "rows": [
-            (label, swatches[label], [row.get(setting) for setting in table.settings])
+            (label, swatches.get(label, ""), [row.get(setting) for setting in table.settings])
             for label, row in table.cells.items()
         ],
     }
@@ -172,28 +193,67 @@ def _parties(board: Board) -> list[tuple[str, ...]]:
     return rows
 
 
+def _title(table: GridTable) -> str:
+    """A table's name on the page, where the task is the heading."""
+    if table.about:
+        return f"{table.about}: published figures and ours"
+    return f"{table.metric}, {table.title.removeprefix(f'{table.board}, ')}"
+
+
+def _payload(board: Board) -> dict[str, Any]:
+    """What one party sends and receives in one round, in MB, of each federated arm: the trained
+    parts by component, and all of it (an algorithm may send more than what is trained)."""
+    rows = {}
+    for arm in board.arms:
+        runs = [run for found in arm.runs.values() for run in found.values()]
+        known = [run for run in runs if facts.lookup(run, "bytes", "per_client_round")]
+        if arm.topology == "federated" and known:
+            up, down = (
+                facts.per_party(known[0], "bytes_up"),
+                facts.per_party(known[0], "bytes_down"),
+            )
+            parts = known[0]["bytes"]["per_client_round"]
+            rows[arm.label] = {**parts, "all, up": up, "all, down": down}
+    heads = list(dict.fromkeys(name for part in rows.values() for name in part))
+    return {
+        "heads": heads,
+        "rows": {
+            label: [facts.format_megabytes(part.get(name)) for name in heads]
+            for label, part in rows.items()
+        },
+    }
+
+
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
-def _holdings(board: Board, key: str) -> list[tuple[str, str]]:
+def _pixels(figure: Figure) -> int:
+    """How wide a card must be for the figure to have its own size."""
+    return round(96 * figure.get_size_inches()[0]) + 42
+
+
+def _holdings(board: Board, key: str) -> list[tuple[str, str, int]]:
     """Who holds what in each setting, for the first seed: a picture a setting."""
-    pictures = []
-    for i, setting in enumerate(board.settings):
-        run = next(filter(None, (_a_run(arm, setting) for arm in board.arms)), None)
-        if run is None:
-            continue
-        panels: list[figures.Panel] = [(figures.draw_modalities, (run,))]
-        if figures.has_classes(run):
-            panels.append((figures.draw_classes, (run,)))
-        size = (figures.HALF[0] * len(panels), figures.holdings_height(run))
-        drawn = figures.draw_panels(panels, size=size)
-        label = f"{setting}, seed {run.get('seed')}"
-        pictures.append(
-            (label, figures.inline(drawn, f"{key}-held{i}", f"Who holds what: {label}"))
+    return [
+        (
+            f"{setting}, seed {run.get('seed')}",
+            figures.inline(drawn, f"{key}-held-{setting}", f"Who holds what: {setting}"),
+            _pixels(drawn),
         )
-    return pictures
+        for setting, drawn, run in _holdings_figures(board)
+    ]
+
+
+def _holdings_figures(board: Board) -> Iterator[tuple[str, Figure, Result]]:
+    """Parties by classes and modalities at once; by each apart where a result says no more."""
+    for setting in board.settings:
+        run = next(filter(None, (_a_run(arm, setting) for arm in board.arms)), None)
+        if run is not None:
+            summaries = split.summaries_of(run)
+            drawn = split.split_figure(summaries) if summaries else figures.holdings(run)
+            yield setting, drawn, run
 
 
 def _a_run(arm: Arm, setting: str) -> Result | None:
@@ -228,16 +288,10 @@ def _rows(board: Board, folder: Path) -> Iterator[dict[str, Any]]:
             "seed": str(run.get("seed")),
             "scores": {c: facts.score(run, c) for c in facts.conditions(board.results)},
             "worst": facts.spread(run, facts.headline(board.results)).get("min"),
-            "unparsable": _unparsable(run),
+            "unparsable": facts.unparsable(run),
             "megabytes": both / 1e6,
             "seconds": facts.lookup(run, "time", "total_seconds"),
             "speed": facts.lookup(run, "samples", "trained_per_second"),
             "memory": (run.get("peak_memory_bytes") or 0) / 1e6 or None,
             "link": link(run, folder),
         }
-
-
-def _unparsable(run: Result) -> float | None:
-    found = [scores.get("unparsable") for scores in run["metrics"].values()]
-    known = [count for count in found if count is not None]
-    return sum(known) if known else None

@@ -14,10 +14,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedmllm.report import facts
+from fedmllm.report import facts, published
 from fedmllm.report.arms import Arm, Board, boards
 from fedmllm.report.loading import Result
 from fedmllm.report.statistics import ENOUGH, LEVEL, holm, mean_and_half, paired_p
+from fedmllm.scenarios import SETTINGS
 
 STAR = "*"
 
@@ -44,7 +45,9 @@ class Mean:
 @dataclass(frozen=True)
 class GridTable:
     """A board under one test condition. cells: arm's label -> setting -> mean. seedless: arms
-    that train nothing, so that a seed changes nothing."""
+    that train nothing, so that a seed changes nothing. judge: whose marks the cells are, empty for
+    the task's own metric; lost: how many of its verdicts could not be read. about: what a table
+    beside published figures compares; published: the labels of their rows; words: its note."""
 
     board: str
     metric: str
@@ -53,6 +56,24 @@ class GridTable:
     cells: Mapping[str, Mapping[str, Mean]]
     comparisons: int
     seedless: tuple[str, ...] = ()
+    judge: str = ""
+    lost: int = 0
+    about: str = ""
+    published: tuple[str, ...] = ()
+    words: str = ""
+
+    @property
+    def title(self) -> str:
+        """``memes, image + text``."""
+        words = f"{self.board}, {facts.condition_name(self.condition)}"
+        if self.about:
+            return f"{words}, {self.about}: published figures and ours"
+        return f"{words}, judged by {self.judge}" if self.judge else words
+
+    @property
+    def caption(self) -> str:
+        """What a table in print is called; its note says the rest."""
+        return self.title if self.about else self.board
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -66,31 +87,72 @@ class GridTable:
 def grid_tables(
     results: Sequence[Result], conditions: Sequence[str] = ("both",)
 ) -> tuple[list[GridTable], list[str]]:
-    """A table for each board and condition that was measured; and what was left out and why."""
+    """A table for each board and condition that was measured, one more for each judge of its
+    answers, and for the real datasets those beside published figures; and what was left out and
+    why."""
     found, problems = boards(results)
-    tables = [
-        _table(board, condition)
-        for board in found
-        for condition in conditions
-        if condition in facts.conditions(board.results)
-    ]
+    tables = []
+    for board in found:
+        judges = sorted({name for run in board.results if (name := facts.judge_of(run))})
+        for condition in conditions:
+            if condition in facts.conditions(board.results):
+                tables.append(_table(board, condition))
+            if condition in facts.judged_conditions(board.results):
+                tables += [_table(board, condition, judge) for judge in judges]
+        if "both" in conditions:
+            tables += published_tables(board)
     return tables, problems
 
 
-def _table(board: Board, condition: str) -> GridTable:
+def published_tables(board: Board) -> list[GridTable]:
+    """Published figures beside ours, for a board of a real dataset; nothing is marked as best."""
+    tables = []
+    for about, given, ours in published.comparisons(board):
+        settings = [s for s in SETTINGS if any(s in row for row in given.values())]
+        settings = [*settings, *(s for s in board.settings if s not in settings)]
+        cells = {label: _cells_of(row) for label, row in ours.items()}
+        labels = {method: f"{method}, published" for method in given}
+        for method, row in given.items():
+            cells[labels[method]] = {s: Mean(value, None, 1) for s, value in row.items()}
+        tables.append(
+            GridTable(
+                board=board.label,
+                metric=about,
+                condition="both",
+                settings=tuple(settings),
+                cells=cells,
+                comparisons=0,
+                about=about,
+                published=tuple(labels.values()),
+                words=published.note(board),
+            )
+        )
+    return tables
+
+
+def _cells_of(row: published.Row) -> dict[str, Mean]:
+    return {
+        setting: Mean(*mean_and_half(values), len(values), files=files)
+        for setting, (values, files) in row.items()
+    }
+
+
+def _table(board: Board, condition: str, judge: str = "") -> GridTable:
     cells = {
-        arm.label: {s: cell for s in board.settings if (cell := _mean(arm, s, condition))}
+        arm.label: {s: cell for s in board.settings if (cell := _mean(arm, s, condition, judge))}
         for arm in board.arms
     }
-    comparisons = _mark(board, condition, cells)
+    comparisons = _mark(board, condition, cells, judge)
     shown = {label: row for label, row in cells.items() if row}
     still = tuple(arm.label for arm in board.arms if arm.topology == "zero-shot")
     place = (board.label, board.metric, condition, board.settings)
-    return GridTable(*place, shown, comparisons, still)
+    marked = [facts.judged(run, condition) for run in board.results if facts.judge_of(run) == judge]
+    lost = sum(marks.get("unparsable", 0) for marks in marked) if judge else 0
+    return GridTable(*place, shown, comparisons, still, judge, lost)
 
 
-def _mean(arm: Arm, setting: str, condition: str) -> Mean | None:
-    scores = arm.scores(setting, condition)
+def _mean(arm: Arm, setting: str, condition: str, judge: str = "") -> Mean | None:
+    scores = arm.scores(setting, condition, judge)
     if not scores:
         return None
     mean, half = mean_and_half(list(scores.values()))
@@ -98,7 +160,7 @@ def _mean(arm: Arm, setting: str, condition: str) -> Mean | None:
     return Mean(mean, half, len(scores), files=tuple(str(runs[s].get("_path", "")) for s in scores))
 
 
-def _mark(board: Board, condition: str, cells: dict[str, dict[str, Mean]]) -> int:
+def _mark(board: Board, condition: str, cells: dict[str, dict[str, Mean]], judge: str = "") -> int:
     """Mark the best federated arm of each column and test it; how many comparisons were made."""
     up = facts.higher_is_better(board.results[0])
     pairs: list[tuple[str, str, bool, float]] = []  # setting, best arm, with the next?, p
@@ -117,7 +179,8 @@ def _mark(board: Board, condition: str, cells: dict[str, dict[str, Mean]]) -> in
             if facts.format_score(cell.mean) == top:
                 cells[arm.label][setting] = replace(cell, best=True)
         for i, other in enumerate(ranked[1:]):
-            p = paired_p(best.scores(setting, condition), other.scores(setting, condition))
+            one, two = (arm.scores(setting, condition, judge) for arm in (best, other))
+            p = paired_p(one, two)
             if p is not None:
                 pairs.append((setting, best.label, i == 0, p))
     adjusted = holm([p for *_, p in pairs])
@@ -129,11 +192,18 @@ def _mark(board: Board, condition: str, cells: dict[str, dict[str, Mean]]) -> in
 
 def note(table: GridTable) -> str:
     """What the numbers are and what the marks claim."""
+    if table.words:
+        return table.words
     low, high = table.seeds
     seeds = f"{high} seed{'s' * (high > 1)}" if low == high else f"{low} to {high} seeds"
     words = f"Test {table.metric}, {facts.condition_name(table.condition)}: mean over {seeds}"
+    if table.judge:
+        words = f"Accuracy judged by {table.judge}, {facts.condition_name(table.condition)}: "
+        words += f"mean over {seeds}"
     words += " ± half of the 95 % interval" if high > 1 else ""
     words += " (what trains nothing has no seed)." if table.seedless and high > 1 else "."
+    if table.judge:
+        words += f" Verdicts that could not be read, and do not count: {table.lost:,}."
     if table.condition == "neither":
         return f"{words} Shown nothing, no arm can lead."
     words += " Bold: best federated."
@@ -157,7 +227,7 @@ def _markdown(table: GridTable) -> str:
     from fedmllm.report.tables import escape_markdown as escape
 
     heads = ["arm", *table.settings]
-    lines = [f"### {escape(table.board)}, {facts.condition_name(table.condition)}", ""]
+    lines = [f"### {escape(table.title)}", ""]
     lines += [_row(heads), _row(["---"] + ["---:"] * len(table.settings))]
     for label, row in table.cells.items():
         lines.append(_row([escape(label), *(_markdown_cell(row.get(s)) for s in table.settings)]))
@@ -195,7 +265,7 @@ def latex_grid(tables: Sequence[GridTable]) -> str:
 
 def tex(text: str) -> str:
     """A text as LaTeX prints it."""
-    return "".join(_TEX.get(c, c) for c in text)
+    return "".join(_TEX.get(c, c) for c in text).replace(r" \%", r"~\%")
 
 
 def _latex(table: GridTable, number: int) -> str:
@@ -217,9 +287,9 @@ def _latex(table: GridTable, number: int) -> str:
         [
             r"\begin{table*}",
             r"\centering",
-            rf"\caption{{{tex(f'{table.board}. {note(table)}')}}}",
+            rf"\caption{{{tex(f'{table.caption}. {note(table)}')}}}",
             rf"\label{{tab:fedmllm-{number}}}",
-            r"\resizebox{\textwidth}{!}{%",
+            r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{l{'r' * len(table.settings)}}}",
             r"\toprule",
             " & ".join(["", *spans]) + r" \\",
@@ -252,11 +322,12 @@ def csv_grid(tables: Sequence[GridTable]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     heads = ["task", "metric", "condition", "setting", "arm", "seeds", "mean", "ci95_half"]
-    writer.writerow([*heads, "best", "p_to_next_holm", "comparisons", "files"])
+    writer.writerow([*heads, "best", "p_to_next_holm", "comparisons", "files", "judge"])
     for table in tables:
         for label, row in table.cells.items():
             for setting, cell in row.items():
                 place = [table.board, table.metric, table.condition, setting, label]
                 numbers = [cell.seeds, cell.mean, cell.half, int(cell.best), cell.p]
-                writer.writerow([*place, *numbers, table.comparisons, " ".join(cell.files)])
+                files = " ".join(cell.files)
+                writer.writerow([*place, *numbers, table.comparisons, files, table.judge])
     return out.getvalue()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from fedmllm.errors import UserError
+from fedmllm.report.judged import read_judged
 
 Result = dict[str, Any]
 
@@ -25,6 +26,7 @@ SCHEMA = 1
 # The order of a reader's questions: nothing learnt, alone, together, everything in one place.
 TOPOLOGIES = ("zero-shot", "local", "federated", "centralised")
 HOLDINGS = ("image_text", "image", "text", "neither")
+COMBINATIONS = ("image+text", "image", "text", "neither")  # as a manifest calls them
 # config keys that cannot change a run's numbers, by section; "" is the top
 NO_NUMBERS: dict[str, tuple[str, ...]] = {
     "": ("name", "title", "threads"),
@@ -50,8 +52,10 @@ LATER: dict[str, dict[str, Any]] = {
     "evaluation": {"held_out": 0.0},
     "training": {"long_text": "refuse", "clients_at_once": 1},
 }
+_LOADED = ("_path", "_judged")  # what `load_results` adds
 _BOUNDED = ("auc", "macro_f1", "accuracy")
 _TASK = ("name", "metric")
+_CONFIG_SECTIONS = ("data", "model", "partition", "scenario", "algorithm", "training", "evaluation")
 _SECTIONS = ("metrics", "spread", "per_client", "bytes", "parameters", "time", "versions")
 
 
@@ -59,7 +63,8 @@ def load_results(paths: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
     """Read result files; return the good ones in reading order and a line for each fault.
 
     paths: result files, run folders, or folders with run folders anywhere below.
-    Each result gains the key ``_path``. Raises `UserError` if nothing readable remains.
+    Each result gains the key ``_path``, and ``_judged``: its judged.json or None.
+    Raises `UserError` if nothing readable remains.
     """
     results: list[Result] = []
     problems: list[str] = []
@@ -67,7 +72,9 @@ def load_results(paths: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
         data, faults = _read(path)
         problems += [f"{path}: {fault}" for fault in faults]
         if data is not None:
-            results.append({**data, "_path": str(path)})
+            marks, fault = read_judged(path, result_digest(data))
+            problems += [fault] if fault else []
+            results.append({**data, "_path": str(path), "_judged": marks})
     if not results:
         seen = "\n  ".join(problems) or "no path was given"
         raise UserError(f"no readable result.json: run an experiment first\n  {seen}")
@@ -133,7 +140,7 @@ def _faults(data: Any) -> Iterator[str]:
 def result_digest(data: Mapping[str, Any]) -> str:
     """SHA-256 of all that a result says (older ones state none). A guard against slips of the
     hand and cut files, not against a forger, who can compute it as well."""
-    facts = {k: _as_written(v) for k, v in data.items() if k not in ("result_sha256", "_path")}
+    facts = {k: _as_written(v) for k, v in data.items() if k not in ("result_sha256", *_LOADED)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -173,6 +180,8 @@ def _shape_faults(data: Result) -> Iterator[str]:
     """The right kinds of value in the right places; later checks rely on them."""
     if not isinstance(data.get("name"), str) or not data["name"].strip():
         yield "has no name"
+    if not isinstance(data.get("seed") or 0, int):
+        yield f"seed is {data['seed']!r}, not a whole number"
     yield from _config_faults(data.get("config"))
     yield from _task_faults(data.get("task"))
     if not isinstance(data.get("metrics"), dict):
@@ -201,6 +210,12 @@ def _config_faults(config: Any) -> Iterator[str]:
     topology = config.get("topology", "federated")
     if topology not in TOPOLOGIES:
         yield f"has topology {topology!r}: known are {', '.join(TOPOLOGIES)}"
+    for section in _CONFIG_SECTIONS:
+        if not isinstance(config.get(section) or {}, dict):
+            yield f"config.{section} is {_kind(config[section])}, not an object"
+    alpha = _object(config.get("partition")).get("alpha")
+    if alpha is not None and not _is_number(alpha):
+        yield f"config.partition.alpha is {alpha!r}, not a number"
 
 
 def _quantity_faults(data: Result) -> Iterator[str]:
@@ -301,6 +316,21 @@ def _client_faults(client: Any) -> Iterator[str]:
         yield f"holds {client['samples']} samples, but its modalities add up to {sum(parts)}"
     if labels and sum(labels.values()) != client["samples"]:
         yield f"holds {client['samples']} samples, but its labels add up to {sum(labels.values())}"
+    kept = client.get("kept")
+    if kept is not None and not _adds_up(kept, labels):
+        yield "has samples by class and modality that do not add up to its labels"
+
+
+def _adds_up(kept: Any, labels: Mapping[str, int]) -> bool:
+    """Whether {label: {combination: count}} has the labels' counts."""
+    if not isinstance(kept, dict) or list(kept) != list(labels):
+        return False
+    for label, by in kept.items():
+        if not isinstance(by, dict) or not set(by) <= set(COMBINATIONS):
+            return False
+        if not all(map(_is_count, by.values())) or sum(by.values()) != labels[label]:
+            return False
+    return True
 
 
 def _object(value: Any) -> Mapping[str, Any]:

@@ -16,6 +16,8 @@ from urllib.parse import quote
 
 from fedmllm.errors import UserError
 from fedmllm.report import facts, figures, tables
+from fedmllm.report.arms import boards
+from fedmllm.report.grid_tables import GridTable, note, published_tables
 from fedmllm.report.loading import HOLDINGS, Result
 from fedmllm.scenarios import SCENARIOS
 
@@ -165,6 +167,8 @@ def _task(group: Sequence[Result], results: Sequence[Result], number: int) -> di
         "cards": _cards(group),
         "finding": _finding(group),
         "groups": _groups(rows, facts.headline(group)),
+        "judged": _judged(rows),
+        "published": _published(group),
         "overview": _overview(group, f"t{number}"),
         "curves": _curves(group, f"t{number}"),
         "parties": _parties(group, rows, f"t{number}"),
@@ -185,6 +189,35 @@ def _groups(rows: Sequence[tables.Row], condition: str) -> dict[str, Any]:
             if found
         },
     }
+
+
+def _judged(rows: Sequence[tables.Row]) -> list[dict[str, Any]]:
+    """A line for each run and condition whose open answers a language model has marked."""
+    lines = []
+    for row in rows:
+        for condition in facts.judged_conditions([row.result]):
+            marks = facts.judged(row.result, condition)
+            twice = facts.lookup(row.result, "_judged", "second") or {}
+            lines.append(
+                {
+                    "run": row.label,
+                    "condition": facts.condition_name(condition),
+                    "judge": facts.judge_of(row.result),
+                    "exact": facts.format_score(marks.get("exact_match")),
+                    "judged": facts.format_pair(marks.get("accuracy"), marks.get("accuracy_se")),
+                    "n": facts.format_count(marks.get("n")),
+                    "lost": facts.format_count(marks.get("unparsable")),
+                    "agree": f"{twice.get('same')} of {twice.get('read')}",
+                    "kappa": facts.format_score(twice.get("kappa")),
+                }
+            )
+    return lines
+
+
+def _published(group: Sequence[Result]) -> list[tuple[GridTable, str]]:
+    """Published figures beside ours, each table with its note."""
+    found = [table for board in boards(group)[0] for table in published_tables(board)]
+    return [(table, note(table)) for table in found]
 
 
 def _cards(group: Sequence[Result]) -> list[dict[str, Any]]:
@@ -382,6 +415,9 @@ def _origin(result: Result) -> dict[str, str]:
         "config SHA-256": _short(result.get("config_sha256")),
         "manifest SHA-256": _short(facts.lookup(result, "manifest", "sha256")),
         "test samples": _test_samples(result),
+        "samples a second, trained": _speed(result, "trained_per_second"),
+        "samples a second, tested": _speed(result, "tested_per_second"),
+        "unparsable answers": _unparsable(result),
         "peak memory": None if peak is None else f"{facts.format_megabytes(peak)} MB",
         **{f"{k}": v for k, v in (result.get("hardware") or {}).items()},
         **{f"{k}": v for k, v in (result.get("versions") or {}).items()},
@@ -391,6 +427,17 @@ def _origin(result: Result) -> dict[str, str]:
 
 def _short(digest: object) -> str | None:
     return str(digest)[:12] if digest else None
+
+
+def _speed(result: Result, key: str) -> str | None:
+    value = facts.lookup(result, "samples", key)
+    return None if value is None else f"{value:.1f}"
+
+
+def _unparsable(result: Result) -> str | None:
+    """Of all test conditions; None for a task of choices, where each answer is a letter."""
+    total = facts.unparsable(result)
+    return None if total is None else facts.format_count(total)
 
 
 def _test_samples(result: Result) -> str | None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedmllm.errors import UserError
 from fedmllm.manifest import COMBINATIONS, ClientSummary
-from fedmllm.report import figures
+from fedmllm.report import facts, figures
+from fedmllm.report.loading import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,6 +40,23 @@ def split_figure(summaries: Sequence[ClientSummary]) -> Figure:
     return figures.draw_panels(
         [(_draw, (summaries, columns))], size=(max(figures.HALF[0], width), height)
     )
+
+
+def summaries_of(result: Result) -> list[ClientSummary]:
+    """Who holds what in a result; empty if it does not say it by class and modality."""
+    clients = facts.clients(result)
+    if not all(client.get("kept") for client in clients):
+        return []
+    none = dict.fromkeys(COMBINATIONS, 0)
+    return [
+        ClientSummary(
+            id=client["id"],
+            samples=client["samples"],
+            counts={label: {**none, **by} for label, by in client["kept"].items()},
+            profile={},
+        )
+        for client in clients
+    ]
 
 
 def save_picture(summaries: Sequence[ClientSummary], path: str | Path) -> Path:

@@ -127,7 +127,8 @@ def summary_table(results: Sequence[Result], *, width: int = 100) -> Table:
     )
     table.add_column("run", overflow="fold", min_width=12)
     costs = ["rounds", "time", "MB up", "MB down"] if width >= 100 else []
-    for name in [*map(facts.condition_name, columns), *costs]:
+    marks = [f"judged, {facts.condition_name(c)}" for c in facts.judged_conditions(results)]
+    for name in [*map(facts.condition_name, columns), *marks, *costs]:
         table.add_column(_two_lines(name), justify="right", no_wrap=True)
     several = len(facts.by_task(results)) > 1
     for task, group in groupby(rows(results), key=lambda row: row.task):
@@ -135,7 +136,8 @@ def summary_table(results: Sequence[Result], *, width: int = 100) -> Table:
             table.add_row(Text(task, style="italic"))
         for row in group:
             cells = [_terminal_cell(row.cells.get(c)) for c in columns]
-            table.add_row(Text(row.label), *cells, *row.costs[: len(costs)])
+            marked = _judged_cells(row, results)
+            table.add_row(Text(row.label), *cells, *marked, *row.costs[: len(costs)])
         table.add_section()
     return table
 
@@ -157,17 +159,41 @@ def markdown_table(results: Sequence[Result]) -> str:
     columns = facts.conditions(results)
     several = len(facts.by_task(results)) > 1
     heads = ["run", *(["task"] if several else []), *map(facts.condition_name, columns)]
-    heads += ["rounds", "time", "MB up", "MB down"]
+    marks = [f"judged, {facts.condition_name(c)}" for c in facts.judged_conditions(results)]
+    heads += [*marks, "rounds", "time", "MB up", "MB down"]
     lines = [_line(heads), _line(["---" if h in ("run", "task") else "---:" for h in heads])]
     for row in rows(results):
         task = [row.task] if several else []
         cells = [_markdown_cell(row.cells.get(c)) for c in columns]
         lines.append(
-            _line([escape_markdown(row.label), *map(escape_markdown, task), *cells, *row.costs])
+            _line(
+                [
+                    escape_markdown(row.label),
+                    *map(escape_markdown, task),
+                    *cells,
+                    *_judged_cells(row, results),
+                    *row.costs,
+                ]
+            )
         )
-    return (
-        "\n".join([*lines, "", NOTE.format(metric=escape_markdown(_metric_words(results)))]) + "\n"
-    )
+    note = NOTE.format(metric=escape_markdown(_metric_words(results))) + _judge_note(results)
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def _judged_cells(row: Row, results: Sequence[Result]) -> list[str]:
+    found = [facts.judged(row.result, c) for c in facts.judged_conditions(results)]
+    return [facts.format_pair(m.get("accuracy"), m.get("accuracy_se")) for m in found]
+
+
+def _judge_note(results: Sequence[Result]) -> str:
+    """Who judged, and how many verdicts could not be read."""
+    names = list(dict.fromkeys(name for r in results if (name := facts.judge_of(r))))
+    conditions = facts.judged_conditions(results)
+    lost = sum(facts.judged(r, c).get("unparsable", 0) for r in results for c in conditions)
+    if not names:
+        return ""
+    words = " / ".join(map(escape_markdown, names))
+    return f" Judged: accuracy by {words}; verdicts that could not be read, left out: {lost:,}."
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -194,17 +220,23 @@ def csv_table(results: Sequence[Result]) -> str:
     heads = ["run", "title", "task", "metric", "topology", "seed"]
     heads += [name for c in columns for name in (c, f"{c}_se")]
     heads += ["rounds", "total_seconds", "bytes_up", "bytes_down", "config_sha256"]
+    judged = facts.judged_conditions(results)
+    heads += [f"judged_{c}{end}" for c in judged for end in ("", "_se", "_unparsable")]
+    heads += ["judge"] if judged else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(heads)
-    writer.writerows(_csv_row(row, columns) for row in rows(results))
+    writer.writerows(_csv_row(row, columns, judged) for row in rows(results))
     return out.getvalue()
 
 
-def _csv_row(row: Row, columns: Sequence[str]) -> list[object]:
+def _csv_row(row: Row, columns: Sequence[str], judged: Sequence[str]) -> list[object]:
     result = row.result
     head = [row.label, row.title, result["task"]["name"], facts.metric_key(result)]
     cells = [row.cells.get(c, Cell(None, None, False)) for c in columns]
     numbers = [number for cell in cells for number in (cell.value, cell.error)]
     costs = [row.rounds, row.seconds, row.up, row.down, result.get("config_sha256")]
+    marks = [facts.judged(result, condition) for condition in judged]
+    costs += [found.get(k) for found in marks for k in ("accuracy", "accuracy_se", "unparsable")]
+    costs += [facts.judge_of(result)] if judged else []
     return [*head, facts.topology(result), result.get("seed"), *numbers, *costs]
