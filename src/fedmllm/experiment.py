@@ -33,7 +33,14 @@ from fedmllm.data.images import ArchiveImage, EncodedImage, ImageFile
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.evaluation import TestSet, mean_over
-from fedmllm.federation import InProcessRunner, RoundRecord, cohort_of, payload, run_round
+from fedmllm.federation import (
+    InProcessRunner,
+    RoundRecord,
+    Runner,
+    cohort_of,
+    payload,
+    run_round,
+)
 from fedmllm.models import model_path, weights_digest
 from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.mllm import Encoded, Mllm
@@ -61,6 +68,8 @@ WRITTEN = (
     "judged.json*",
     "verdicts.jsonl",
     "report.html",
+    "network.json*",  # of a run over several machines (sites/)
+    "status.json*",
 )
 
 
@@ -168,7 +177,7 @@ def run(
     results.reset_peak_memory()
     folder = Path(out) if out is not None else Path("runs") / config.name
     check_folder(folder, config, resume=resume, overwrite=overwrite)
-    _algorithm(config, config.partition.clients)
+    algorithm_of(config, config.partition.clients)
     dataset = shared.dataset(config) if shared else load_dataset(**config.data)
     held = make_manifest(config, dataset)
     if shared is None:
@@ -201,8 +210,8 @@ def run(
         trained = [s for party in found for held_ in party.samples.values() for s in held_]
         model.drop_tower([*trained, *dataset.test])
     outcomes = [run_federation(session, federation) for federation in found]
-    _save_adapter(session, outcomes)
-    result = _result(session, held, outcomes, time.perf_counter() - began)
+    save_adapter(session, outcomes)
+    result = make_result(session, held, outcomes, time.perf_counter() - began)
     if config.evaluation.held_out:
         result["held_out"] = _held_out(session, own_samples(config, dataset, held)[1], outcomes)
     result["data_sha256"] = data_digest(dataset)
@@ -389,11 +398,20 @@ class Outcome:
     answers: list[dict[str, str]] = field(default_factory=list)
 
 
-def run_federation(session: Session, federation: Federation) -> Outcome:
-    """Run (or go on with) one federation to its last round and test it."""
+def run_federation(
+    session: Session,
+    federation: Federation,
+    *,
+    runner: Runner | None = None,
+    algorithm: Algorithm | None = None,
+) -> Outcome:
+    """Run (or go on with) one federation to its last round and test it.
+
+    runner: where its clients train, by default in this process. algorithm: by default the config's.
+    """
     config = session.config
-    algorithm = _algorithm(config, len(federation.samples))
-    runner = _runner(session, federation)
+    algorithm = algorithm or algorithm_of(config, len(federation.samples))
+    runner = runner or local_runner(session, federation)
     folder = session.folder / "state" / federation.name
     state = algorithm.init(session.mllm.init_adapter(config.seed))
     history: list[dict[str, Any]] = []
@@ -403,7 +421,7 @@ def run_federation(session: Session, federation: Federation) -> Outcome:
         runner.memory = dict(found.memory)
     while state.round < federation.rounds:
         cohort = cohort_of(
-            list(federation.samples),
+            runner.ready(list(federation.samples)),
             config.training.clients_per_round,
             seed=config.seed,
             round_=state.round + 1,
@@ -422,12 +440,14 @@ def run_federation(session: Session, federation: Federation) -> Outcome:
     return _test(session, federation, state, history)
 
 
-def _algorithm(config: Config, clients: int) -> Algorithm:
+def algorithm_of(config: Config, clients: int) -> Algorithm:
+    """The config's algorithm for a federation of so many clients."""
     name, options = config.algorithm["name"], options_of(config.algorithm)
     return make_algorithm(name, num_clients=clients, **options)
 
 
-def _runner(session: Session, federation: Federation) -> InProcessRunner:
+def local_runner(session: Session, federation: Federation) -> InProcessRunner:
+    """The runner that trains a federation's clients in this process."""
     config, training = session.config, session.config.training
     encoded: dict[str, list[Encoded]] = {}
 
@@ -464,7 +484,7 @@ def _record(
 ) -> dict[str, Any]:
     """A round's line, with the test metrics when an evaluation is due."""
     evaluation = session.config.evaluation
-    due = evaluation.every and record.round % evaluation.every == 0
+    due = session.test.samples and evaluation.every and record.round % evaluation.every == 0
     found, seconds = None, 0.0
     if due and record.round < federation.rounds and session.config.topology != "local":
         began = time.perf_counter()
@@ -474,6 +494,8 @@ def _record(
         seconds = time.perf_counter() - began
     line = asdict(record)
     line["clients"] = list(line.pop("cohort"))
+    if not line["missing"]:
+        del line["missing"]
     if session.config.topology != "federated":  # nothing crossed a network
         line.update(bytes_up=0, bytes_down=0)
     return {**line, "metrics": found, "evaluate_seconds": seconds}
@@ -488,7 +510,7 @@ def _test(
     session.mllm.set_adapter(state.params)
     found: dict[str, dict[str, float]] = {}
     answers: list[dict[str, str]] = []
-    for condition in evaluation.conditions:
+    for condition in evaluation.conditions if session.test.samples else ():
         given: list[str] = []
         found[condition] = session.test.evaluate(
             condition, batch_size=evaluation.batch_size, given=given
@@ -526,29 +548,39 @@ def _held_out(
     session: Session, samples: Mapping[str, list[Sample]], outcomes: list[Outcome]
 ) -> dict[str, Any]:
     """The final adapter (a local run: its own) on what each party held out, as the party holds
-    it; by client, and mean, spread and extremes over them.
-
-    A metric that a party's few samples do not allow (an AUC of one class) is null and left out
-    of the mean; `accuracy` always has a value.
-    """
-    config = session.config
+    it."""
     adapters = {outcome.name: outcome.params for outcome in outcomes}
     found: dict[str, dict[str, float]] = {}
     for client in sorted(name for name in samples if samples[name]):
         session.mllm.set_adapter(adapters.get(client, outcomes[0].params))
-        own = TestSet(
-            session.mllm,
-            session.task,
-            samples[client],
-            style=config.prompt,
-            max_length=config.training.max_length,
-            long_text=config.training.long_text,
-        )
-        found[client] = own.evaluate("both", batch_size=config.evaluation.batch_size)
+        found[client] = score_own(session, samples[client])
+    return over_parties(found)
+
+
+def score_own(session: Session, samples: Sequence[Sample]) -> dict[str, float]:
+    """The model's present adapter on a party's own samples, as the party holds them."""
+    config = session.config
+    own = TestSet(
+        session.mllm,
+        session.task,
+        samples,
+        style=config.prompt,
+        max_length=config.training.max_length,
+        long_text=config.training.long_text,
+    )
+    return own.evaluate("both", batch_size=config.evaluation.batch_size)
+
+
+def over_parties(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Metrics by client, and mean, spread and extremes over the clients.
+
+    A metric that a party's few samples do not allow (an AUC of one class) is null and left out
+    of the mean; `accuracy` always has a value.
+    """
     names = sorted({name for scores in found.values() for name in scores})
     known = {n: [s[n] for s in found.values() if n in s and s[n] == s[n]] for n in names}
     spread = {n: mean_over([{n: v} for v in vs])[n] for n, vs in known.items() if vs}
-    return {"per_client": found, "spread": spread}
+    return {"per_client": dict(found), "spread": spread}
 
 
 def _write_history(folder: Path, federation: str, history: list[dict[str, Any]]) -> None:
@@ -561,8 +593,8 @@ def _write_history(folder: Path, federation: str, history: list[dict[str, Any]])
     draft.replace(folder / name)
 
 
-def _save_adapter(session: Session, outcomes: list[Outcome]) -> None:
-    """adapter/ in PEFT's format; a local run has one per client, under adapter/CLIENT."""
+def save_adapter(session: Session, outcomes: list[Outcome]) -> None:
+    """Write adapter/ in PEFT's format; a local run has one per client, under adapter/CLIENT."""
     for outcome in outcomes:
         folder = session.folder / "adapter"
         if outcome.name:
@@ -579,9 +611,10 @@ def _save_adapter(session: Session, outcomes: list[Outcome]) -> None:
         results.write_json(folder / ADAPTER_FACTS, facts)
 
 
-def _result(
-    session: Session, held: manifest.Manifest, outcomes: list[Outcome], seconds: float
+def make_result(
+    session: Session, held: manifest.Manifest | None, outcomes: list[Outcome], seconds: float
 ) -> dict[str, Any]:
+    """A run's result but for its digests; without a manifest it does not say who holds what."""
     config = session.config
     lines = [line for outcome in outcomes for line in outcome.history]
     result: dict[str, Any] = {
@@ -608,15 +641,16 @@ def _result(
             "total_seconds": seconds,
             "resumed": session.resumed,  # then the total is of the last stretch only
         },
-        "samples": _samples(config, held, outcomes),
         "peak_memory_bytes": results.peak_memory_bytes(),
         "versions": results.versions(),
         "revisions": revisions_of(config.model_dump(mode="json")),
         "commit": results.commit(),
         "hardware": results.hardware(config.threads, config.model.device),
         "started": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds"),
-        "manifest": results.holdings(held),
     }
+    if held is not None:
+        result["samples"] = _samples(config, held, outcomes)
+        result["manifest"] = results.holdings(held)
     if cut := session.shortened | session.test.shortened():
         result["shortened"] = {"samples": len(cut), "first": sorted(cut)[:5]}
     if config.topology == "local":
