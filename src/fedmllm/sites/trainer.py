@@ -38,11 +38,12 @@ _SEE = "the reason stands in the site's log"  # it may name files and samples
 
 
 class TrainerError(Exception):
-    """The child could not do what it was asked. told: what the server may be told of it."""
+    """The child could not do what it was asked. told: what the server may be told of it. final:
+    it would be the same if it were asked again."""
 
-    def __init__(self, message: str, told: str) -> None:
+    def __init__(self, message: str, told: str, *, final: bool = False) -> None:
         super().__init__(message)
-        self.told = told
+        self.told, self.final = told, final
 
 
 class Trainer:
@@ -83,7 +84,7 @@ class Trainer:
             self._send({"do": do, "in": str(file), "out": str(answer)})
             reply = self._wait(aborted)
             if "error" in reply:
-                raise TrainerError(reply["error"], reply["told"])
+                raise TrainerError(reply["error"], reply["told"], final=reply["final"])
             return wire.read(answer)
         finally:
             file.unlink(missing_ok=True)
@@ -171,12 +172,14 @@ def main(arguments: list[str]) -> None:
             wire.write(_serve(site, request), Path(request["out"]))
             reply: dict[str, Any] = {}
         except RefusedError as error:
-            reply = {"error": str(error), "told": str(error)}
+            reply = {"error": str(error), "told": str(error), "final": True}
         except UserError as error:
-            reply = {"error": str(error), "told": f"cannot {request['do']}: {_SEE}"}
+            told = f"cannot {request['do']}: {_SEE}"
+            reply = {"error": str(error), "told": told, "final": True}
         except Exception as error:
             kind = f"{type(error).__name__} in {request['do']}"
-            reply = {"error": f"{kind}\n{traceback.format_exc()}", "told": f"{kind}: {_SEE}"}
+            told = f"{kind}: {_SEE}"
+            reply = {"error": f"{kind}\n{traceback.format_exc()}", "told": told, "final": False}
         pipe.send_bytes(json.dumps(reply).encode())
 
 
