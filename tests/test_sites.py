@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sites import SMALL, NearLink, hash_of, make_kits
 
 from fedmllm.config import load_config
-from fedmllm.errors import UserError
 from fedmllm.experiment import run
 from fedmllm.sites.serving import serve
-from sites import SMALL, NearLink, hash_of, make_kits
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -93,12 +93,15 @@ class NetworkRunner:
     # -- who is there --------------------------------------------------------------------------
 
     def greet_all(self) -> None:
-        """The handshake with every site, before any training. Returns when all have answered, or
-        after `hello_deadline` if enough have. Raises `UserError` if too many are refused."""
+        """The handshake with every site, before any training. Returns when all that are there
+        have answered, or after `hello_deadline`; never before enough have.
+
+        Raises `UserError` if too many are refused.
+        """
         for site in self.sites:
             self.away[site] = "has not answered yet"
         until = self.clock() + self.hello_deadline
-        while self._awaited():
+        while len(self.present()) < self.min_sites or self._awaited():
             if self.clock() > until and len(self.present()) >= self.min_sites:
                 break
             self._check_quorum()
@@ -120,7 +123,8 @@ class NetworkRunner:
         return [client for client in clients if client in self.present()]
 
     def _awaited(self) -> list[str]:
-        return [site for site in self.away if site not in self.refused]
+        """Away sites that may still answer."""
+        return [s for s in self.away if s not in self.refused and s not in self.link.gone()]
 
     def _check_quorum(self) -> None:
         if len(self.sites) - len(self.refused) < self.min_sites:

@@ -7,6 +7,7 @@ continues after the last checkpoint, to the same bits as far as the same sites d
 from __future__ import annotations
 
 import json
+import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -51,10 +52,11 @@ STATUS_FILE, RUN_FILE = "status.json", "network.json"
 _EVERY = 1.0  # seconds between two versions of the status that differ in numbers only
 
 
-def serve(kit: Path, config_sha256: str, link: Link) -> dict[str, Any]:
+def serve(kit: Path, config_sha256: str, link: Link, *, job: str = "") -> dict[str, Any]:
     """Run an experiment's rounds over the sites behind `link`, to its end; returns its result.
 
-    kit: the server's folder. Writes runs/NAME in it, with `STATUS_FILE` saying what it waits for.
+    kit: the server's folder. job: its name where the link has one. Writes
+    runs/NAME in it; `STATUS_FILE` says what it waits for.
     Raises `UserError` for anything a person can mend.
     """
     began = time.perf_counter()
@@ -63,7 +65,8 @@ def serve(kit: Path, config_sha256: str, link: Link) -> dict[str, Any]:
     agreed, config = load_config(experiment), settings.server_config(kit, file, experiment)
     torch.set_num_threads(config.threads)
     folder = kit / file.runs / agreed.name
-    status = Status(folder / STATUS_FILE, name=agreed.name, rounds=config.training.rounds)
+    rounds = config.training.rounds
+    status = Status(folder / STATUS_FILE, name=agreed.name, job=job, pid=os.getpid(), rounds=rounds)
     try:
         check_folder(folder, agreed, resume=True, overwrite=False)
         make_folder(folder, agreed, overwrite=False)

@@ -74,7 +74,7 @@ class Trainer:
         aborted: asked while waiting; when it says so the child is ended. Raises `TrainerError`.
         """
         if self.process is None or self.process.poll() is not None:
-            self._start()
+            self.start()
         assert self.pipe is not None
         self.count += 1
         file = self.scratch / f"{self.count:06d}-in.safetensors"
@@ -102,7 +102,8 @@ class Trainer:
             self.process = None
         shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the child, or start it anew; it loads its model without being asked."""
         self.end()
         self.scratch.mkdir(parents=True, mode=0o700)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -158,36 +159,47 @@ def main(arguments: list[str]) -> None:
     pipe = Connection(int(arguments[0]))
     threading.Thread(target=_end_with, args=(int(arguments[1]),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its child
-    site: Any = None
+    site, failed = _answered("take part", lambda: _site(arguments))
     while True:
         try:
             request = json.loads(pipe.recv_bytes())
         except EOFError:
             return
-        try:
-            if site is None:
-                from fedmllm.sites.site import Site
-
-                site = Site(Path(arguments[2]), arguments[3])
-            wire.write(_serve(site, request), Path(request["out"]))
-            reply: dict[str, Any] = {}
-        except RefusedError as error:
-            reply = {"error": str(error), "told": str(error), "final": True}
-        except UserError as error:
-            told = f"cannot {request['do']}: {_SEE}"
-            reply = {"error": str(error), "told": told, "final": True}
-        except Exception as error:
-            kind = f"{type(error).__name__} in {request['do']}"
-            told = f"{kind}: {_SEE}"
-            reply = {"error": f"{kind}\n{traceback.format_exc()}", "told": told, "final": False}
+        reply = failed
+        if site is not None:
+            _, reply = _answered(request["do"], lambda: _serve(site, request))  # noqa: B023
         pipe.send_bytes(json.dumps(reply).encode())
+        if site is None:
+            return  # what was wrong may be mended by the time the next child starts
 
 
-def _serve(site: Any, request: dict[str, Any]) -> Message:
+def _site(arguments: list[str]) -> Any:
+    from fedmllm.sites.site import Site
+
+    return Site(Path(arguments[2]), arguments[3])
+
+
+def _answered(what: str, work: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """What came of some work, or None and a reply that says why."""
+    try:
+        return work(), {}
+    except RefusedError as error:
+        return None, {"error": str(error), "told": str(error), "final": True}
+    except UserError as error:
+        return None, {"error": str(error), "told": f"cannot {what}: {_SEE}", "final": True}
+    except Exception as error:
+        kind = f"{type(error).__name__}, so it cannot {what}"
+        text = f"{kind}\n{traceback.format_exc()}"
+        return None, {"error": text, "told": f"{kind}: {_SEE}", "final": False}
+
+
+def _serve(site: Any, request: dict[str, Any]) -> None:
     message = wire.read(Path(request["in"]))
     if request["do"] == "hello":
-        return site.hello(message.facts)
-    return {"train": site.train, "evaluate": site.evaluate}[request["do"]](message)
+        reply: Message = site.hello(message.facts)
+    else:
+        reply = {"train": site.train, "evaluate": site.evaluate}[request["do"]](message)
+    wire.write(reply, Path(request["out"]))
 
 
 def _end_with(parent: int) -> None:

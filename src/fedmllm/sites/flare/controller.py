@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from nvflare.apis.client import Client
@@ -21,6 +22,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedmllm.errors import UserError
+from fedmllm.sites import settings
 from fedmllm.sites.central import Reply, StoppedError
 from fedmllm.sites.flare import codec
 from fedmllm.sites.wire import Message
@@ -48,9 +50,10 @@ class FedController(Controller):
         from fedmllm.sites.serving import serve
 
         kit = Path(fl_ctx.get_engine().get_workspace().get_root_dir()).resolve()
-        link = FlareLink(self, fl_ctx, abort_signal)
         try:
-            serve(kit, self.config_sha256, link)
+            sites = settings.load_server(kit).sites
+            link = FlareLink(self, fl_ctx, abort_signal, sites)
+            serve(kit, self.config_sha256, link, job=fl_ctx.get_job_id())
         except StoppedError:
             self.log_info(fl_ctx, "the job was stopped; it can be submitted again and goes on")
         except UserError as error:
@@ -74,9 +77,16 @@ class FedController(Controller):
 
 
 class FlareLink:
-    """`central.Link` on a controller's tasks."""
+    """`central.Link` on a controller's tasks. sites: all that the server knows of."""
 
-    def __init__(self, controller: FedController, fl_ctx: FLContext, abort_signal: Signal) -> None:
+    def __init__(
+        self,
+        controller: FedController,
+        fl_ctx: FLContext,
+        abort_signal: Signal,
+        sites: Sequence[str],
+    ) -> None:
+        self.sites = set(sites)
         self.controller, self.fl_ctx, self.abort_signal = controller, fl_ctx, abort_signal
         self.replies: queue.Queue[Reply] = queue.Queue()
         self.tasks: dict[str, Task] = {}
@@ -116,7 +126,10 @@ class FlareLink:
                 return reply
 
     def gone(self) -> set[str]:
-        return set(self.controller.lost)
+        """Lost ones, and those that were not there when the job was dealt out: NVFlare lets nobody
+        join a job that runs."""
+        there = {client.name for client in self.fl_ctx.get_engine().get_clients()}
+        return self.controller.lost | (self.sites - there)
 
     def _received(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
         """In NVFlare's thread: hand the reply over and keep no copy."""

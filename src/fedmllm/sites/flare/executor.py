@@ -85,6 +85,7 @@ class SiteExecutor(Executor):
             scratch=self.state / f"scratch-{job}",
             log=self.state / "trainer.log",
         )
+        self.trainer.start()  # the model loads while the server loads its own
 
     def _status(self, doing: str, **facts: Any) -> None:
         if self.state is not None:

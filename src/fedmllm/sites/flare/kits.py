@@ -290,8 +290,8 @@ def _write(file: Path, value: Any) -> None:
 # -- pages -------------------------------------------------------------------------------------
 
 _SETTINGS_HEAD = {
-    True: "# What this site decides for itself; paths are relative to the kit. docs/deployment.md\n",
-    False: "# What the server decides; paths are relative to the kit. docs/deployment.md\n",
+    True: "# What this site decides for itself; paths are relative to the kit.\n",
+    False: "# What the server decides; paths are relative to the kit.\n",
 }
 
 

@@ -31,7 +31,7 @@ def node_command(kit: Path) -> list[str]:
         org = "".join(c if c.isalnum() else "_" for c in name)
         app, which, own = "client.client_train", "fed_client.json", [f"uid={name}", f"org={org}"]
     else:
-        raise UserError(f"{kit} is not the kit of a server or a site: startup/fed_*.json is missing")
+        raise UserError(f"{kit} is no kit of a server or a site: it lacks startup/fed_*.json")
     python = [sys.executable, "-u", "-m", f"{_APP}.{app}"]
     return [*python, "-m", str(kit), "-s", which, *common, *own, "config_folder=config"]
 
