@@ -29,8 +29,9 @@ from fedmllm.sites.serving import STATUS_FILE
 _TICK = 0.5
 _START = 180.0  # seconds that a job may take until its server process says something
 _PATIENCE = 20.0  # seconds to wait for all sites where enough are there
-_MOST_FAILURES = 5  # jobs in a row that ended without a round
+_MOST_FAILURES = 3  # jobs in a row that ended without a round
 _OVER = "FINISHED"
+_PID = "node.pid"
 
 
 class Nodes:
@@ -57,9 +58,10 @@ class Nodes:
 
     def _start(self, kit: Path) -> subprocess.Popen[bytes]:
         command = node_command(kit)
+        _end_leftover(kit)
         prepare_node(kit)
         with (kit / "node.log").open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 cwd=kit,
                 env=node_environment(),
@@ -68,6 +70,8 @@ class Nodes:
                 stderr=log,
                 start_new_session=True,
             )
+        (kit / _PID).write_text(str(process.pid))
+        return process
 
     def end(self) -> None:
         """End all of them, with their jobs."""
@@ -75,6 +79,14 @@ class Nodes:
             _kill_group(process.pid)
             process.wait()
         self.processes.clear()
+
+
+def _end_leftover(kit: Path) -> None:
+    """End a node of this kit whose supervisor was killed: it holds the port and the name."""
+    with contextlib.suppress(OSError, ValueError):
+        left = int((kit / _PID).read_text())
+        if str(kit).encode() in Path(f"/proc/{left}/cmdline").read_bytes().split(b"\0"):
+            _kill_group(left)
 
 
 def _kill_group(group: int) -> None:
