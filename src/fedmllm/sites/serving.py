@@ -46,9 +46,11 @@ from fedmllm.models import model_path
 from fedmllm.models.mllm import Mllm
 from fedmllm.report.loading import result_digest
 from fedmllm.sites import digests, handshake, settings
+from fedmllm.sites.agreed import find_experiment, server_config
 from fedmllm.sites.central import Link, NetworkRunner
+from fedmllm.sites.settings import STATUS_FILE
 
-STATUS_FILE, RUN_FILE = "status.json", "network.json"
+RUN_FILE = "network.json"
 _EVERY = 1.0  # seconds between two versions of the status that differ in numbers only
 
 
@@ -61,8 +63,8 @@ def serve(kit: Path, config_sha256: str, link: Link, *, job: str = "") -> dict[s
     """
     began = time.perf_counter()
     file = settings.load_server(kit)
-    experiment = settings.find_experiment(kit / file.experiments, config_sha256, who="the server")
-    agreed, config = load_config(experiment), settings.server_config(kit, file, experiment)
+    experiment = find_experiment(kit / file.experiments, config_sha256, who="the server")
+    agreed, config = load_config(experiment), server_config(kit, file, experiment)
     torch.set_num_threads(config.threads)
     folder = kit / file.runs / agreed.name
     rounds = config.training.rounds

@@ -41,7 +41,7 @@ from fedmllm.experiment import (
 )
 from fedmllm.models import model_path
 from fedmllm.models.mllm import Mllm
-from fedmllm.sites import digests, handshake, settings
+from fedmllm.sites import agreed, digests, handshake, settings
 from fedmllm.sites.handshake import RefusedError
 from fedmllm.sites.wire import Message, pack_update, unpack_state
 
@@ -54,10 +54,10 @@ class Site:
     def __init__(self, kit: Path, config_sha256: str) -> None:
         self.kit, self.file = kit, settings.load_site(kit)
         self.name, self.sha256 = self.file.name, config_sha256
-        experiment = settings.find_experiment(
+        experiment = agreed.find_experiment(
             kit / self.file.experiments, config_sha256, who=f"site {self.name}"
         )
-        self.config = settings.site_config(kit, self.file, experiment)
+        self.config = agreed.site_config(kit, self.file, experiment)
         torch.set_num_threads(self.config.threads)
         dataset = load_dataset(**self.config.data)
         held = make_manifest(self.config, dataset)

@@ -15,7 +15,6 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
-from fedmllm import results
 from fedmllm.errors import UserError
 from fedmllm.sites import settings
 from fedmllm.sites.flare import codec
@@ -89,6 +88,6 @@ class SiteExecutor(Executor):
 
     def _status(self, doing: str, **facts: Any) -> None:
         if self.state is not None:
-            results.write_json(
+            settings.write_json(
                 self.state / "status.json", {"doing": doing, **facts, "at": time.time()}
             )

@@ -222,20 +222,6 @@ def _resources(default: Path, site: bool) -> dict[str, Any]:
     return found
 
 
-def place_storage(kit: Path) -> None:
-    """Point the server's storage into its kit, wherever that now lies."""
-    file = kit / "local" / "resources.json"
-    found = json.loads(file.read_text())
-    if "servers" not in found:
-        return
-    storage = kit.resolve() / "storage"
-    found["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(storage / "snapshots")
-    for component in found["components"]:
-        if component["id"] == "job_manager":
-            component["args"]["uri_root"] = str(storage / "jobs")
-    _write(file, found)
-
-
 def _fill_admin(kit: Path, plan: Plan) -> None:
     (kit / "README.md").write_text(_page("admin", plan, {}))
 

@@ -13,14 +13,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmllm import results
 from fedmllm.config import Config
 from fedmllm.data import DATASETS
 from fedmllm.errors import UserError
 from fedmllm.sites import settings
 from fedmllm.sites.flare.kits import ADMIN, KITS, SERVER
-from fedmllm.sites.flare.supervise import Nodes, Supervisor
-from fedmllm.sites.serving import STATUS_FILE
+from fedmllm.sites.flare.supervise import STATUS_FILE, Nodes, Supervisor
 
 PID_FILE, LOG_FILE = "supervisor.json", "supervisor.log"
 
@@ -75,7 +73,7 @@ def start(folder: Path) -> Path:
             stderr=log,
             start_new_session=True,
         )
-    results.write_json(folder / PID_FILE, {"pid": process.pid})
+    settings.write_json(folder / PID_FILE, {"pid": process.pid})
     return folder / LOG_FILE
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from fedmllm.errors import UserError
 from fedmllm.sites import settings
-from fedmllm.sites.flare.kits import place_storage
 
 _APP = "nvflare.private.fed.app"
 
@@ -61,3 +60,17 @@ def run_node(kit: Path) -> None:
     prepare_node(kit)
     os.chdir(kit)
     os.execve(command[0], command, node_environment())
+
+
+def place_storage(kit: Path) -> None:
+    """Point the server's storage into its kit, wherever that now lies."""
+    file = kit / "local" / "resources.json"
+    found = json.loads(file.read_text())
+    if "servers" not in found:
+        return
+    storage = kit.resolve() / "storage"
+    found["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(storage / "snapshots")
+    for component in found["components"]:
+        if component["id"] == "job_manager":
+            component["args"]["uri_root"] = str(storage / "jobs")
+    settings.write_json(file, found)

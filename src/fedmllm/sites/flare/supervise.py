@@ -24,7 +24,7 @@ from fedmllm.errors import UserError
 from fedmllm.sites import settings
 from fedmllm.sites.flare.kits import USER, write_job
 from fedmllm.sites.flare.node import node_command, node_environment, prepare_node
-from fedmllm.sites.serving import STATUS_FILE
+from fedmllm.sites.settings import STATUS_FILE
 
 _TICK = 0.5
 _START = 180.0  # seconds that a job may take until its server process says something
