@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,17 @@ def record_what_leaves(here: Here, site: str) -> None:
     (local / "resources.json").write_text(json.dumps(allowed))
 
 
+def processes(kit: Path, word: str) -> list[int]:
+    """Processes whose command line names this kit and this word."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (folder / "cmdline").read_bytes()
+            if str(kit.resolve()).encode() in words and word.encode() in words:
+                found.append(int(folder.name))
+    return found
+
+
 def test_three_sites_over_tls_give_the_weights_of_one_process(tmp_path, mllm, monkeypatch) -> None:
     """And nothing but the adapter's differences, counts and metrics leaves a site."""
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
@@ -135,5 +148,89 @@ def check_what_left(messages: list[dict[str, Any]], adapter: dict[str, torch.Ten
     for each in facts[1:]:
         update = each["update"]
         assert set(update) == {"client", "num_samples", "extra", "metrics"}
-        assert (update["client"], update["num_samples"], update["extra"]) == ("client-01", 12, {})
+        assert (update["client"], update["num_samples"], update["extra"]) == ("client-01", 6, {})
         assert set(update["metrics"]) == {"loss"}
+
+
+@pytest.mark.slow
+def test_other_algorithms_over_tls(tmp_path, mllm) -> None:
+    configs = [small(name, algorithm={"name": name}) for name in ("fedadam", "scaffold")]
+    with federation(tmp_path, *configs) as here:
+        for config in configs:
+            run(config, out=tmp_path / config.name, mllm=mllm)
+            assert same(here.run(config.name), tmp_path / config.name)
+
+
+KILLED = {
+    "trainer": ("client-01", "fedmllm.sites.trainer"),
+    "site's job": ("client-01", "worker_process"),
+    "site": ("client-01", ""),
+    "server's job": ("server", "runner_process"),
+    "server": ("server", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", KILLED)
+def test_a_real_kill_in_round_2_changes_no_bit(tmp_path, mllm, who: str) -> None:
+    """All three are needed for a round: it waits, goes on from what is sure, and ends the same."""
+    config = small("kill", training={"rounds": 4}, algorithm={"name": "scaffold"})
+    run(config, out=tmp_path / "here", mllm=mllm)
+    kit, word = KILLED[who]
+    killed = []
+
+    with federation(tmp_path, config) as here:
+
+        def kill(status: dict[str, Any]) -> None:
+            if killed or status.get("rounds_done") != 1 or status.get("doing") != "training":
+                return
+            time.sleep(0.3)
+            found = processes(here.kits[kit], word) if word else []
+            if word and not found:
+                return
+            for process in found:
+                os.kill(process, signal.SIGKILL)
+            if not word:
+                os.killpg(here.nodes.processes[here.kits[kit].resolve()].pid, signal.SIGKILL)
+            killed.append(time.monotonic())
+
+        folder = here.run("kill", meanwhile=kill)
+        assert killed
+        assert same(folder, tmp_path / "here")
+        result = json.loads((folder / "result.json").read_text())
+        assert [line["clients"] for line in result["history"]] == [list(SITES)] * 4
+        assert not any("missing" in line for line in result["history"])
+
+
+@pytest.mark.slow
+def test_a_site_that_is_too_slow_is_dropped_and_taken_back(tmp_path) -> None:
+    """Its trainer stands still (SIGSTOP) in round 2, and goes on two rounds later."""
+    config = small("slow", training={"rounds": 30})
+    stopped: list[int] = []
+    woken: list[int] = []
+    with federation(tmp_path, config, min_sites=2, deadline=8.0) as here:
+
+        def meddle(status: dict[str, Any]) -> None:
+            done = status.get("rounds_done", 0)
+            if done >= 1 and not stopped:
+                stopped.extend(processes(here.kits["client-02"], "fedmllm.sites.trainer"))
+                for process in stopped:
+                    os.kill(process, signal.SIGSTOP)
+            if done >= 4 and stopped and not woken:
+                woken.append(done)
+                for process in stopped:
+                    os.kill(process, signal.SIGCONT)
+
+        try:
+            folder = here.run("slow", meanwhile=meddle)
+        finally:
+            for process in stopped:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
+        history = json.loads((folder / "result.json").read_text())["history"]
+    without = [line["round"] for line in history if "client-02" not in line["clients"]]
+    asked_in_vain = [line["round"] for line in history if line.get("missing")]
+    assert len(asked_in_vain) == 1
+    assert without[0] == asked_in_vain[0] <= 3
+    assert len(without) >= 2
+    assert "client-02" in history[-1]["clients"]
