@@ -18,9 +18,9 @@ from fedmllm.sites.wire import Message
 
 SITES = ("client-00", "client-01", "client-02")
 SMALL: dict[str, Any] = {
-    "data": {"name": "memes", "train": 18, "test": 8},
+    "data": {"name": "memes", "train": 24, "test": 8},
     "partition": {"name": "even", "clients": 3},
-    "training": {"rounds": 2, "clients_per_round": 3, "batch_size": 3, "micro_batch": 3},
+    "training": {"rounds": 2, "clients_per_round": 3, "batch_size": 4, "micro_batch": 4},
     "evaluation": {"every": 0, "conditions": ["both"]},
 }
 

@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,12 +21,19 @@ from safetensors.torch import load_file
 
 pytest.importorskip("nvflare", reason='needs pip install "fedmllm[nvflare]"')
 
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from sites import SITES, SMALL
 
-from fedmllm.config import make_config
+from fedmllm.algorithms.base import Update
+from fedmllm.config import config_hash, load_config, make_config
+from fedmllm.errors import UserError
 from fedmllm.experiment import run
-from fedmllm.sites.flare.kits import Plan, add_experiment, make_kits
-from fedmllm.sites.flare.local import free_port
+from fedmllm.sites import settings, wire
+from fedmllm.sites.flare import codec
+from fedmllm.sites.flare.filters import clip
+from fedmllm.sites.flare.kits import Plan, add_experiment, make_kits, write_job
+from fedmllm.sites.flare.local import free_port, site_names, status
+from fedmllm.sites.flare.node import node_command, prepare_node
 from fedmllm.sites.flare.supervise import Nodes, Supervisor
 
 TESTS = Path(__file__).parent
@@ -148,7 +157,7 @@ def check_what_left(messages: list[dict[str, Any]], adapter: dict[str, torch.Ten
     for each in facts[1:]:
         update = each["update"]
         assert set(update) == {"client", "num_samples", "extra", "metrics"}
-        assert (update["client"], update["num_samples"], update["extra"]) == ("client-01", 6, {})
+        assert (update["client"], update["num_samples"], update["extra"]) == ("client-01", 8, {})
         assert set(update["metrics"]) == {"loss"}
 
 
@@ -234,3 +243,198 @@ def test_a_site_that_is_too_slow_is_dropped_and_taken_back(tmp_path) -> None:
     assert without[0] == asked_in_vain[0] <= 3
     assert len(without) >= 2
     assert "client-02" in history[-1]["clients"]
+
+
+# -- kits ------------------------------------------------------------------------------------------
+
+
+def test_kits_have_safe_defaults(tmp_path) -> None:
+    root = tmp_path / "federation"
+    make_kits(Plan(small("tiny"), SITES, host="fed.example.org", min_sites=2), root)
+    kits = {kit.name: kit for kit in (root / "kits").iterdir()}
+    assert set(kits) == {"server", "admin", *SITES}
+    assert root.stat().st_mode & 0o077 == 0
+    assert (root / "authority").stat().st_mode & 0o077 == 0
+    keys = [*root.rglob("*.key"), *(root / "authority").iterdir()]
+    assert len(keys) >= 6
+    for name, kit in kits.items():
+        if name == "admin":
+            continue
+        policy = json.loads((kit / "local" / "authorization.json").read_text())["permissions"]
+        for role in policy.values():
+            for right in ("byoc", "shell_commands", "download_job"):
+                assert role.get(right, "none") == "none"
+        resources = json.loads((kit / "local" / "resources.json").read_text())
+        assert resources["class_list_enforcement_mode"] == "enforce"
+        assert resources["class_allow_list"] == ["fedmllm.sites.flare"]
+        assert not {"site_log_streamer", "log_receiver"} & {
+            c["id"] for c in resources["components"]
+        }
+        config = load_config(kit / "experiments" / "tiny.yaml")
+        assert config_hash(config) == config_hash(small("tiny"))
+        assert "fed.example.org:8002" in (kit / "README.md").read_text()
+        unit = (kit / "systemd" / f"fedmllm-{name}.service").read_text()
+        assert f"deploy node /srv/fedmllm/{name}\n" in unit
+        prepare_node(kit)
+        assert "/tmp/nvflare" not in (kit / "local" / "resources.json").read_text()
+    policy = json.loads((kits[SITES[0]] / "local" / "privacy.json").read_text())
+    gates = policy["scopes"][0]["task_result_filters"]
+    assert [gate["path"] for gate in gates] == ["fedmllm.sites.flare.filters.ReleaseFilter"]
+    assert policy["default_scope"] == policy["scopes"][0]["name"]
+    assert settings.load_server(kits["server"]).sites == SITES
+    assert settings.load_site(kits[SITES[1]]).name == SITES[1]
+    moved = json.loads((kits["server"] / "local" / "resources.json").read_text())
+    assert str(kits["server"].resolve()) in json.dumps(moved["snapshot_persistor"])
+    job = write_job(tmp_path / "job", "0" * 64, name="x", min_sites=2)
+    files = {str(path.relative_to(job)) for path in job.rglob("*") if path.is_file()}
+    app = "app/config/config_fed_"
+    assert files == {"meta.json", f"{app}server.json", f"{app}client.json"}  # no code
+    with pytest.raises(UserError, match="exists"):
+        make_kits(Plan(small("tiny"), SITES), root)
+
+
+def test_wrong_kits_are_refused(tmp_path) -> None:
+    for change, words in [
+        ({"sites": ["a b"]}, "a site cannot be called 'a b'"),
+        ({"sites": ["server"]}, "a site cannot be called 'server'"),
+        ({"sites": ["a", "a"]}, "different names"),
+        ({"host": "no host"}, "is not a host name"),
+        ({"min_sites": 4}, "min-sites is 4: 1 to 3"),
+    ]:
+        plan = Plan(**{"config": small("tiny"), "sites": SITES, **change})
+        with pytest.raises(UserError, match=words):
+            make_kits(plan, tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"give partition.clients=4 or --sites 3"):
+        site_names(small("tiny"), "4")
+    assert site_names(small("tiny"), "3") == list(SITES)
+    own = make_config({"name": "x", "data": {"name": "conversations", "root": "r"}})
+    assert site_names(own, "clinic-a, clinic-b") == ["clinic-a", "clinic-b"]
+    assert site_names(own, "2") == ["site-1", "site-2"]
+    with pytest.raises(UserError, match="is no kit of a server or a site"):
+        node_command(tmp_path)
+    with pytest.raises(UserError, match="is not a federation"):
+        status(tmp_path)
+
+
+def test_a_site_cannot_bear_another_name_than_its_certificate(tmp_path) -> None:
+    here = Here(tmp_path, small("tiny"))
+    assert "uid=client-00" in node_command(here.kits["client-00"])
+    here.set("client-00", name="client-01")
+    with pytest.raises(UserError, match="'client-01', and the certificate here is of 'client-00'"):
+        node_command(here.kits["client-00"])
+
+
+def test_what_the_gate_blocks_never_leaves() -> None:
+    """A filter's exception becomes an answer without content (tested by NVFlare); ours raises."""
+    update = wire.pack_update(Update("k", 5, {"w": torch.full((4,), 2.0)}, metrics={"loss": 0.5}))
+    message = wire.Message(update.tensors, {"update": update.facts, "memory": False})
+    shareable = codec.answer(message, "train")
+    assert codec.to_message(shareable).facts == message.facts
+    assert from_shareable(shareable).data_kind == DataKind.WEIGHT_DIFF
+    clip(message.tensors, 1.0)
+    assert message.tensors["delta||w"].tolist() == [0.5] * 4  # norm 4 becomes 1
+    clip(message.tensors, 3.0)
+    assert message.tensors["delta||w"].tolist() == [0.5] * 4
+    reply = codec.failure("no", final=True)
+    assert codec.from_reply(reply) == (None, "no", True)
+    assert codec.from_reply(DXO(DataKind.WEIGHTS, data={}).to_shareable())[0] is None
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def fedmllm(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedmllm.cli", "deploy", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_start_status_stop_resume(tmp_path, mllm) -> None:
+    """The commands of docs/deployment.md, on one machine; stopped in the middle, to the bit."""
+    config = small("tiny", training={"rounds": 4})
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    run(config, out=tmp_path / "here", mllm=mllm)
+    root = tmp_path / "federation"
+    made = fedmllm("init", str(file), "--sites", "3", "--min-sites", "3", "--out", str(root))
+    assert made.returncode == 0, made.stderr
+    try:
+        assert "not running" in fedmllm("status", str(root)).stdout
+        assert fedmllm("start", str(root)).returncode == 0
+        again = fedmllm("start", str(root))
+        assert (again.returncode, "runs already" in again.stderr) == (2, True)
+        wait_for(root, lambda run: run.get("rounds_done", 0) >= 1)
+        listening = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True).stdout
+        port = yaml.safe_load((root / "project.yml").read_text())["participants"][0]
+        lines = [line for line in listening.splitlines() if f":{port['fed_learn_port']} " in line]
+        assert not listening or (lines and all("127.0.0.1:" in line for line in lines))
+        assert fedmllm("stop", str(root)).stdout == "stopped\n"
+        assert processes(root / "kits" / "client-00", "") == []
+        assert processes(root / "kits" / "server", "") == []
+        assert fedmllm("stop", str(root)).stdout == "nothing runs\n"
+        assert fedmllm("resume", str(root)).returncode == 0
+        wait_for(root, lambda run: run.get("doing") == "done")
+        assert "tiny: done (4 of 4 rounds done)" in fedmllm("status", str(root)).stdout
+    finally:
+        fedmllm("stop", str(root))
+    assert same(root / "kits" / "server" / "runs" / "tiny", tmp_path / "here")
+
+
+def wait_for(root: Path, met: Callable[[dict[str, Any]], bool]) -> None:
+    until = time.monotonic() + 300
+    while not met(status(root)["runs"].get("tiny", {})):
+        assert time.monotonic() < until, (root / "supervisor.log").read_text()
+        time.sleep(0.5)
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_strangers_are_refused(tmp_path) -> None:
+    """A site of another authority; code in a job; a component that the site's policy lacks."""
+    config = small("tiny")
+    with federation(tmp_path, config, min_sites=1) as here:
+        port = yaml.safe_load((here.root / "project.yml").read_text())["participants"][0]
+        stranger = tmp_path / "other"
+        make_kits(Plan(config, SITES, port=port["fed_learn_port"]), stranger)
+        here.nodes.kits = [here.kits["server"].resolve(), here.kits["client-00"].resolve()]
+        here.nodes.kits.append((stranger / "kits" / "client-01").resolve())
+        boss = Supervisor(here.kits["server"], here.kits["admin"], "tiny", say=here.said.append)
+        until = time.monotonic() + 60
+        connected: set[str] = set()
+        while "client-00" not in connected and time.monotonic() < until:
+            here.nodes.tend()
+            time.sleep(1)
+            with suppress(Exception):
+                connected = boss._connected()
+        time.sleep(10)
+        assert boss._connected() == {"client-00"}
+        for spoil, outcome in [(with_code, "byoc"), (with_other_component, "not authorized")]:
+            job = write_job(tmp_path / outcome[:4], boss.sha256, name=outcome[:4], min_sites=1)
+            spoil(job)
+            number = boss._admin().submit_job(str(job))
+            until = time.monotonic() + 90
+            state = ""
+            while not state.startswith("FINISHED") and time.monotonic() < until:
+                time.sleep(1)
+                state = str(boss._admin().get_job_status(number))
+            assert state.startswith("FINISHED")
+            assert state != "FINISHED:COMPLETED", outcome
+            logs = "".join((here.kits[k] / "log.txt").read_text() for k in ("server", "client-00"))
+            assert outcome in logs.lower()
+            assert not (here.kits["server"] / "runs").exists()
+        boss._close()
+
+
+def with_code(job: Path) -> None:
+    (job / "app" / "custom").mkdir()
+    (job / "app" / "custom" / "evil.py").write_text("raise SystemExit\n")
+
+
+def with_other_component(job: Path) -> None:
+    file = job / "app" / "config" / "config_fed_client.json"
+    found = json.loads(file.read_text())
+    found["executors"][0]["executor"] = {"path": "subprocess.Popen", "args": {"args": ["true"]}}
+    file.write_text(json.dumps(found))

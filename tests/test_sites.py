@@ -33,7 +33,7 @@ from fedmllm.sites.release import check_release
 from fedmllm.sites.serving import serve
 from fedmllm.sites.settings import Reveal
 from fedmllm.sites.site import Site
-from fedmllm.sites.trainer import Trainer, TrainerError
+from fedmllm.sites.trainer import Trainer, TrainerError, answered
 from fedmllm.sites.wire import Message
 
 
@@ -268,12 +268,15 @@ def test_an_empty_file_and_a_wrong_one_tell_the_server_nothing_of_them(tmp_path)
     (kit / "data").mkdir()
     (kit / "data" / f"{SITES[0]}.json").write_text("[]")
     change_settings(kit, data={"file": f"data/{SITES[0]}.json"})
-    options = {"scratch": tmp_path / "scratch", "log": tmp_path / "trainer.log"}
-    with Trainer(kit, hash_of(kit), **options) as trainer, pytest.raises(TrainerError) as found:
-        trainer.ask("hello", Message())
-    assert found.value.final
-    assert "the list is empty" in str(found.value)
-    assert found.value.told == "cannot take part: the reason stands in the site's log"
+    site, reply = answered("take part", lambda: Site(kit, hash_of(kit)))
+    assert site is None
+    assert reply["final"]
+    assert "the list is empty" in reply["error"]
+    assert reply["told"] == "cannot take part: the reason stands in the site's log"
+    _, reply = answered("train", lambda: {}["Mrs Miller"])
+    assert "Mrs Miller" in reply["error"]
+    assert reply["told"] == "KeyError, so it cannot train: the reason stands in the site's log"
+    assert not reply["final"]
 
 
 # -- rounds --------------------------------------------------------------------------------------
@@ -507,13 +510,15 @@ def test_sites_that_disagree_among_themselves() -> None:
 
 def test_updates_travel_to_the_bit(tmp_path) -> None:
     delta = {"a.b": torch.randn(3, 2).bfloat16(), "c": torch.randn(4)}
-    update = Update("k", 5, delta, {"control": {"c": torch.ones(2)}}, {"loss": 0.1 + 0.2})
+    extra = {"control": {"c": torch.ones(2)}, "none": {}}
+    update = Update("k", 5, delta, extra, {"loss": 0.1 + 0.2})
     wire.write(wire.pack_update(update), tmp_path / "m")
     found = wire.unpack_update(wire.read(tmp_path / "m"))
     assert (found.client, found.num_samples, found.metrics) == ("k", 5, {"loss": 0.1 + 0.2})
     assert same(found.delta, delta)
     assert found.delta["a.b"].dtype == torch.bfloat16
-    assert same(found.extra["control"], update.extra["control"])
+    assert same(found.extra["control"], extra["control"])
+    assert found.extra["none"] == {}
     state = ServerState(3, {"w": torch.ones(2)}, {"m": {"w": torch.zeros(2)}, "v": {}})
     sent = wire.unpack_state(wire.pack_state(state, ("m",), {"lr": 1}))
     assert (sent.round, list(sent.slots)) == (3, ["m"])
@@ -534,9 +539,14 @@ def test_what_may_not_leave() -> None:
         (Message(good.tensors, {}), Reveal(), "belong to no update"),
         (Message(facts={"metrics": {"auc": "high"}}), Reveal(), "something else than numbers"),
         (
+            Message(good.tensors, {"update": {**update.facts, "extra": {"a": {"b": "words"}}}}),
+            Reveal(),
+            "extras of an update that are not tensors",
+        ),
+        (
             Message(good.tensors, {"update": {**update.facts, "note": "Mrs Miller"}}),
             Reveal(),
-            "neither a tensor nor a number",
+            "note hold something else than numbers",
         ),
     ]:
         with pytest.raises(UserError, match=words):
@@ -583,7 +593,7 @@ def test_a_trainer_that_is_killed_is_an_error_and_the_next_one_serves(tmp_path) 
             trainer._wait(lambda: False)
         assert "/" not in found.value.told  # no path of the site
         facts = trainer.ask("hello", Message(facts=dict(FACTS))).facts
-        assert facts["samples"] == 6
+        assert facts["samples"] == 8
         assert len(facts["problems"]) >= 3
         assert trainer.process.pid != first
         assert list(scratch.iterdir()) == []

@@ -27,7 +27,7 @@ HELLO = {
     "problems",
 }
 _UPDATE = {"update", "memory"}
-_NUMBERS_ONLY = {"client", "num_samples", "metrics", "extra"}
+_KNOWN = {"client", "num_samples", "metrics", "extra"}
 
 
 def check_release(message: Message, reveal: Reveal) -> None:
@@ -48,9 +48,13 @@ def check_release(message: Message, reveal: Reveal) -> None:
     if metrics and not reveal.metrics:
         raise UserError("metrics, which this site does not reveal")
     _check_numbers(metrics, "metrics")
-    for name, value in update.items():
-        if name not in _NUMBERS_ONLY and not isinstance(value, int | float):
-            raise UserError(f"{name!r} of an update is neither a tensor nor a number")
+    if any(update.get("extra", {}).values()):
+        raise UserError("extras of an update that are not tensors")
+    for name, value in update.items():  # what an algorithm adds to an update
+        if name not in _KNOWN:
+            _check_numbers(value if isinstance(value, Mapping) else {name: value}, name)
+            if not reveal.metrics:
+                raise UserError(f"{name}, which counts as a metric, and this site reveals none")
 
 
 def _check_numbers(found: Any, what: str) -> None:

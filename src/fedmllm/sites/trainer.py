@@ -159,7 +159,7 @@ def main(arguments: list[str]) -> None:
     pipe = Connection(int(arguments[0]))
     threading.Thread(target=_end_with, args=(int(arguments[1]),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its child
-    site, failed = _answered("take part", lambda: _site(arguments))
+    site, failed = answered("take part", lambda: _site(arguments))
     while True:
         try:
             request = json.loads(pipe.recv_bytes())
@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> None:
             return
         reply = failed
         if site is not None:
-            _, reply = _answered(request["do"], lambda: _serve(site, request))  # noqa: B023
+            _, reply = answered(request["do"], lambda: _serve(site, request))  # noqa: B023
         pipe.send_bytes(json.dumps(reply).encode())
         if site is None:
             return  # what was wrong may be mended by the time the next child starts
@@ -179,7 +179,7 @@ def _site(arguments: list[str]) -> Any:
     return Site(Path(arguments[2]), arguments[3])
 
 
-def _answered(what: str, work: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+def answered(what: str, work: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
     """What came of some work, or None and a reply that says why."""
     try:
         return work(), {}

@@ -77,8 +77,9 @@ def pack_update(update: Update) -> Message:
         value = getattr(update, item.name)
         if _is_params(value):
             groups[item.name, ""] = value
-        elif isinstance(value, Mapping) and value and all(map(_is_params, value.values())):
-            groups |= {(item.name, slot): params for slot, params in value.items()}
+        elif isinstance(value, Mapping) and any(map(_is_params, value.values())):
+            groups |= {(item.name, s): params for s, params in value.items() if _is_params(params)}
+            facts[item.name] = {s: {} for s, params in value.items() if not params}
         else:
             facts[item.name] = dict(value) if isinstance(value, Mapping) else value
     return Message(pack_groups(groups), facts)

@@ -44,11 +44,12 @@ class ReleaseFilter(Filter):
             self.log_error(fl_ctx, f"blocked at the border: {error}")
             raise ContentBlockedException(str(error)) from error
         if self.clip_norm:
-            _clip(message.tensors, self.clip_norm)
+            clip(message.tensors, self.clip_norm)
         return shareable
 
 
-def _clip(tensors: dict[str, Any], limit: float) -> None:
+def clip(tensors: dict[str, Any], limit: float) -> None:
+    """Scale an update's delta, in place, to an L2 norm of at most `limit`."""
     delta = [value for name, value in tensors.items() if name.startswith("delta|")]
     norm = float(torch.linalg.vector_norm(torch.stack([v.double().norm() for v in delta])))
     if norm > limit:
