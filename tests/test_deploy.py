@@ -285,7 +285,7 @@ def test_kits_have_safe_defaults(tmp_path) -> None:
     assert settings.load_site(kits[SITES[1]]).name == SITES[1]
     moved = json.loads((kits["server"] / "local" / "resources.json").read_text())
     assert str(kits["server"].resolve()) in json.dumps(moved["snapshot_persistor"])
-    job = write_job(tmp_path / "job", "0" * 64, name="x", min_sites=2)
+    job = write_job(tmp_path / "job", "0" * 64, name="x")
     files = {str(path.relative_to(job)) for path in job.rglob("*") if path.is_file()}
     app = "app/config/config_fed_"
     assert files == {"meta.json", f"{app}server.json", f"{app}client.json"}  # no code
@@ -412,7 +412,7 @@ def test_strangers_are_refused(tmp_path) -> None:
         time.sleep(10)
         assert boss._connected() == {"client-00"}
         for spoil, outcome in [(with_code, "byoc"), (with_other_component, "not authorized")]:
-            job = write_job(tmp_path / outcome[:4], boss.sha256, name=outcome[:4], min_sites=1)
+            job = write_job(tmp_path / outcome[:4], boss.sha256, name=outcome[:4])
             spoil(job)
             number = boss._admin().submit_job(str(job))
             until = time.monotonic() + 90

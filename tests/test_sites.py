@@ -68,7 +68,10 @@ def change_settings(kit: Path, **facts: Any) -> None:
 # -- the same numbers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "fedadam", "scaffold"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("fedavg", "fedadam")), "scaffold"],
+)
 def test_sites_give_the_weights_of_one_process(tmp_path, shared_model, algorithm: str) -> None:
     raw = experiment(algorithm=algorithm, evaluation={"held_out": 0.25}, training={"rounds": 2})
     kits = make_kits(tmp_path, raw)

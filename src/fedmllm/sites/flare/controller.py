@@ -20,6 +20,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
+from nvflare.apis.wf_comm_spec import WFCommSpec
 
 from fedmllm.errors import UserError
 from fedmllm.sites import settings
@@ -29,6 +30,7 @@ from fedmllm.sites.wire import Message
 
 _TICKET = "fedmllm_ticket"
 _POLL = 0.1
+SILENCE = 30.0  # seconds without a sign of life of a site's job
 
 
 class FedController(Controller):
@@ -38,6 +40,24 @@ class FedController(Controller):
         super().__init__(task_check_period=0.1)
         self.config_sha256 = config_sha256
         self.lost: set[str] = set()
+        self.seen: dict[str, float] = {}
+
+    def set_communicator(self, communicator: WFCommSpec) -> None:
+        """Also note when a site's job was last heard of: NVFlare does not report a job as dead
+        whose whole site was killed and has registered anew."""
+        super().set_communicator(communicator)
+        told = communicator.client_is_active
+
+        def heard(client_name: str, reason: str, fl_ctx: FLContext) -> None:
+            self.seen[client_name] = time.monotonic()
+            told(client_name, reason, fl_ctx)
+
+        communicator.client_is_active = heard
+
+    def silent(self) -> set[str]:
+        """Sites whose job is not heard of any more; it sends a sign of life every few seconds."""
+        now = time.monotonic()
+        return {name for name, when in self.seen.copy().items() if now - when > SILENCE}
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         codec.prepare()
@@ -126,10 +146,10 @@ class FlareLink:
                 return reply
 
     def gone(self) -> set[str]:
-        """Lost ones, and those that were not there when the job was dealt out: NVFlare lets nobody
-        join a job that runs."""
+        """Lost and silent ones, and those that were not there when the job was dealt out: NVFlare
+        lets nobody join a job that runs."""
         there = {client.name for client in self.fl_ctx.get_engine().get_clients()}
-        return self.controller.lost | (self.sites - there)
+        return self.controller.lost | self.controller.silent() | (self.sites - there)
 
     def _received(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
         """In NVFlare's thread: hand the reply over and keep no copy."""

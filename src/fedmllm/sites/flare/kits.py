@@ -226,15 +226,19 @@ def _fill_admin(kit: Path, plan: Plan) -> None:
     (kit / "README.md").write_text(_page("admin", plan, {}))
 
 
-def write_job(folder: Path, config_sha256: str, *, name: str, min_sites: int) -> Path:
-    """The job to submit: names of our two components and the experiment's hash, no code."""
+def write_job(folder: Path, config_sha256: str, *, name: str) -> Path:
+    """The job to submit: names of our two components and the experiment's hash, no code.
+
+    min_clients is 1, below which NVFlare ends a job: how many are needed is the runner's business,
+    which waits.
+    """
     args = {"config_sha256": config_sha256}
     _write(
         folder / "meta.json",
         {
             "name": name,
             "resource_spec": {},
-            "min_clients": min_sites,
+            "min_clients": 1,
             "deploy_map": {"app": ["@ALL"]},
         },
     )
@@ -259,6 +263,7 @@ def write_job(folder: Path, config_sha256: str, *, name: str, min_sites: int) ->
         {
             "format_version": 2,
             "task_check_interval": 1.0,
+            "job_heartbeat_interval": 5.0,
             "executors": [
                 {"tasks": ["hello", "train", "evaluate", "refused"], "executor": executor}
             ],

@@ -191,19 +191,34 @@ class Supervisor:
         self._enough_since = (self._enough_since or now) if enough else 0.0
         everybody = len(there) == len(self.file.sites)
         if not everybody and not (enough and now - self._enough_since > _PATIENCE):
+            self._wait_for_sites(there)
             return
         with tempfile.TemporaryDirectory() as folder:
             job = write_job(
                 Path(folder) / self.experiment,
                 self.sha256,
                 name=self.experiment,
-                min_sites=self.file.min_sites,
             )
             self.job = self._admin().submit_job(str(job))
         self.submitted, self._enough_since = now, 0.0
         self._rounds = int(self.status().get("rounds_done", 0))
         self._back.clear()
         self.say(f"submitted {self.experiment} to {', '.join(sorted(there))}: job {self.job}")
+
+    def _wait_for_sites(self, there: set[str]) -> None:
+        """Say so in the status file, which no job writes now."""
+        status = self.status()
+        if not self.folder.is_dir() or status.get("present") == sorted(there):
+            return
+        away = {site: "is not connected" for site in self.file.sites if site not in there}
+        status.update(
+            doing="waiting for sites to connect",
+            present=sorted(there),
+            away=away,
+            min_sites=self.file.min_sites,
+            at=time.time(),
+        )
+        settings.write_json(self.folder / STATUS_FILE, status)
 
     def _abort_others(self) -> None:
         """Jobs of this experiment that are listed as running and are not ours: the server died."""
