@@ -32,7 +32,7 @@ from fedmllm.sites import settings, wire
 from fedmllm.sites.flare import codec
 from fedmllm.sites.flare.filters import clip
 from fedmllm.sites.flare.kits import Plan, add_experiment, make_kits, write_job
-from fedmllm.sites.flare.local import free_port, site_names, status
+from fedmllm.sites.flare.local import free_port, site_names, status, stop
 from fedmllm.sites.flare.node import node_command, prepare_node
 from fedmllm.sites.flare.supervise import Nodes, Supervisor
 
@@ -275,6 +275,11 @@ def test_kits_have_safe_defaults(tmp_path) -> None:
         assert "fed.example.org:8002" in (kit / "README.md").read_text()
         unit = (kit / "systemd" / f"fedmllm-{name}.service").read_text()
         assert f"deploy node /srv/fedmllm/{name}\n" in unit
+        listed = (kit / "requirements.txt").read_text().splitlines()[1:]
+        names = {line.split("==")[0] for line in listed}
+        assert {"fedmllm", "nvflare", "torch", "grpcio", "cryptography", "transformers"} <= names
+        assert not {"pytest", "ruff"} & names
+        assert not any("+" in line for line in listed)
         prepare_node(kit)
         assert "/tmp/nvflare" not in (kit / "local" / "resources.json").read_text()
     policy = json.loads((kits[SITES[0]] / "local" / "privacy.json").read_text())
@@ -352,7 +357,7 @@ def fedmllm(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_start_status_stop_resume(tmp_path, mllm) -> None:
     """The commands of docs/deployment.md, on one machine; stopped in the middle, to the bit."""
-    config = small("tiny", training={"rounds": 4})
+    config = small("tiny", training={"rounds": 6})
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     run(config, out=tmp_path / "here", mllm=mllm)
@@ -369,15 +374,17 @@ def test_start_status_stop_resume(tmp_path, mllm) -> None:
         port = yaml.safe_load((root / "project.yml").read_text())["participants"][0]
         lines = [line for line in listening.splitlines() if f":{port['fed_learn_port']} " in line]
         assert not listening or (lines and all("127.0.0.1:" in line for line in lines))
-        assert fedmllm("stop", str(root)).stdout == "stopped\n"
+        assert stop(root)
+        assert 1 <= status(root)["runs"]["tiny"]["rounds_done"] < 6
         assert processes(root / "kits" / "client-00", "") == []
         assert processes(root / "kits" / "server", "") == []
         assert fedmllm("stop", str(root)).stdout == "nothing runs\n"
         assert fedmllm("resume", str(root)).returncode == 0
         wait_for(root, lambda run: run.get("doing") == "done")
-        assert "tiny: done (4 of 4 rounds done)" in fedmllm("status", str(root)).stdout
+        assert "tiny: done (6 of 6 rounds done)" in fedmllm("status", str(root)).stdout
     finally:
-        fedmllm("stop", str(root))
+        stop(root)
+    assert (root / "supervisor.log").read_text().count("submitted tiny") == 2
     assert same(root / "kits" / "server" / "runs" / "tiny", tmp_path / "here")
 
 
@@ -438,3 +445,21 @@ def with_other_component(job: Path) -> None:
     found = json.loads(file.read_text())
     found["executors"][0]["executor"] = {"path": "subprocess.Popen", "args": {"args": ["true"]}}
     file.write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_nothing_else_is_called(tmp_path) -> None:
+    """A whole federation in a network namespace that holds a loopback device and nothing else."""
+    alone = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody make a network namespace")
+    name = f"{__file__}::{test_three_sites_over_tls_give_the_weights_of_one_process.__name__}"
+    python = [sys.executable, "-m", "pytest", name, "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*alone, *python, f"--basetemp={tmp_path / 'alone'}"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=TESTS.parent,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

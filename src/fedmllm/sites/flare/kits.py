@@ -27,6 +27,7 @@ import yaml
 
 from fedmllm.config import Config
 from fedmllm.errors import UserError
+from fedmllm.sites.flare.packages import requirements
 from fedmllm.sites.settings import FILE
 
 PROJECT, SERVER, ADMIN = "fedmllm", "server", "admin"
@@ -176,6 +177,7 @@ def _fill(kit: Path, plan: Plan, facts: Mapping[str, Any], *, site: bool) -> Non
     _write(local / "resources.json", _resources(local / "resources.json.default", site))
     add_experiment(kit, plan.config)
     (kit / "data").mkdir()
+    (kit / "requirements.txt").write_text(requirements())
     _pages(kit, plan, facts, site)
 
 
