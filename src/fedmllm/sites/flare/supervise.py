@@ -112,6 +112,7 @@ class Supervisor:
     failures: int = 0
     _session: Any = None
     _trouble: str = ""
+    _dead: set[str] = field(default_factory=set)
     _rounds: int = 0
     _enough_since: float = 0.0
     _back: dict[str, tuple[float, int]] = field(default_factory=dict)
@@ -224,7 +225,8 @@ class Supervisor:
         """Jobs of this experiment that are listed as running and are not ours: the server died."""
         for job in self._admin().list_jobs():
             same = job.get("job_name") == self.experiment
-            if same and not str(job.get("status")).startswith(_OVER):
+            over = str(job.get("status")).startswith(_OVER) or job["job_id"] in self._dead
+            if same and not over:
                 self.say(f"aborting job {job['job_id']}, left by an earlier server or supervisor")
                 self._try_abort(job["job_id"])
 
@@ -267,10 +269,14 @@ class Supervisor:
         self.job = ""
 
     def _try_abort(self, job: str) -> None:
-        from nvflare.fuel.flare_api.api_spec import JobNotFound, JobNotRunning
+        """A job of a server that was killed cannot be aborted, and stays listed as running."""
+        from nvflare.fuel.flare_api import api_spec as api
 
-        with contextlib.suppress(JobNotFound, JobNotRunning):
+        with contextlib.suppress(
+            api.JobNotFound, api.JobNotRunning, api.InternalError, api.CommandError
+        ):
             self._admin().abort_job(job)
+        self._dead.add(job)
 
     def _active(self) -> bool:
         """Whether our job is still being ended."""
