@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,8 +167,11 @@ def main(folder: Path) -> None:
             Supervisor(server, admin, file.stem, tend=nodes.tend, say=_say).run()
     except UserError as error:
         _say(f"error: {error}")
+    except Exception:
+        traceback.print_exc()
     finally:
         nodes.end()
+        os._exit(0)  # threads of a session whose server is gone do not end
 
 
 def _say(line: str) -> None:

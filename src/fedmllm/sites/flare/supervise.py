@@ -293,10 +293,8 @@ class Supervisor:
 
     def _admin(self) -> Any:
         if self._session is None:
-            from nvflare.fuel.flare_api.flare_api import new_secure_session
-
             with contextlib.redirect_stdout(None):
-                self._session = new_secure_session(USER, str(self.admin), timeout=5.0)
+                self._session = _connected(self.admin)
         return self._session
 
     def _close(self) -> None:
@@ -304,6 +302,20 @@ class Supervisor:
             with contextlib.suppress(Exception):  # the server may be gone
                 self._session.close()
             self._session = None
+
+
+def _connected(admin: Path) -> Any:
+    """A session of the administrator. One that cannot be is closed, also where a signal comes in
+    between: its threads would keep this process from ending."""
+    from nvflare.fuel.flare_api.flare_api import Session
+
+    session = Session(username=USER, startup_path=str(admin))
+    try:
+        session.try_connect(5.0)
+    except BaseException:
+        session.api.close()
+        raise
+    return session
 
 
 def _session_errors() -> tuple[type[Exception], ...]:
