@@ -307,7 +307,7 @@ def _page(which: str, plan: Plan, facts: Mapping[str, Any]) -> str:
         experiment=plan.config.name,
         sites=", ".join(plan.sites),
         min_sites=plan.min_sites,
-        data=yaml.safe_dump({"data": facts.get("data") or {}}).strip(),
+        data=yaml.safe_dump({"data": facts.get("data") or {}}).strip().replace("\n", "\n   "),
     )
 
 
