@@ -31,7 +31,6 @@ _START = 180.0  # seconds that a job may take until its server process says some
 _PATIENCE = 20.0  # seconds to wait for all sites where enough are there
 _MOST_FAILURES = 3  # jobs in a row that ended without a round
 _OVER = "FINISHED"
-_PID = "node.pid"
 
 
 class Nodes:
@@ -50,7 +49,7 @@ class Nodes:
             if process is not None and process.poll() is None:
                 continue
             if process is not None:
-                _kill_group(process.pid)  # its jobs
+                _end_all(kit)  # its jobs
                 del self.processes[kit]
                 self.again[kit] = time.monotonic() + 2.0
             if time.monotonic() >= self.again.get(kit, 0.0):
@@ -58,10 +57,10 @@ class Nodes:
 
     def _start(self, kit: Path) -> subprocess.Popen[bytes]:
         command = node_command(kit)
-        _end_leftover(kit)
+        _end_all(kit)
         prepare_node(kit)
         with (kit / "node.log").open("ab") as log:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 command,
                 cwd=kit,
                 env=node_environment(),
@@ -70,28 +69,23 @@ class Nodes:
                 stderr=log,
                 start_new_session=True,
             )
-        (kit / _PID).write_text(str(process.pid))
-        return process
 
     def end(self) -> None:
         """End all of them, with their jobs."""
-        for process in self.processes.values():
-            _kill_group(process.pid)
+        for kit, process in self.processes.items():
+            process.kill()
+            _end_all(kit)
             process.wait()
         self.processes.clear()
 
 
-def _end_leftover(kit: Path) -> None:
-    """End a node of this kit whose supervisor was killed: it holds the port and the name."""
-    with contextlib.suppress(OSError, ValueError):
-        left = int((kit / _PID).read_text())
-        if str(kit).encode() in Path(f"/proc/{left}/cmdline").read_bytes().split(b"\0"):
-            _kill_group(left)
-
-
-def _kill_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
+def _end_all(kit: Path) -> None:
+    """End every process of a kit: the node, its jobs, which are sessions of their own, and their
+    trainers. Also those whose supervisor was killed: they hold the port and the name."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(kit).encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 @dataclass
