@@ -27,6 +27,7 @@ from fedmllm.errors import UserError
 from fedmllm.experiment import make_manifest, run
 from fedmllm.export import export
 from fedmllm.federation import run_round
+from fedmllm.report import load_results
 from fedmllm.sites import agreed, handshake, settings, wire
 from fedmllm.sites.central import NetworkRunner, Reply
 from fedmllm.sites.release import check_release
@@ -91,6 +92,7 @@ def test_sites_give_the_weights_of_one_process(tmp_path, shared_model, algorithm
             assert ours[key] == theirs[key], key
     status = json.loads((there / "status.json").read_text())
     assert (status["doing"], status["rounds_done"]) == ("done", 2)
+    assert load_results([there])[1] == []
     memories = {path.name for path in kits["client-01"].glob("state/*/memory-*")}
     kept = {"memory-000001.safetensors", "memory-000002.safetensors"}
     assert memories == (kept if algorithm == "scaffold" else set())

@@ -214,11 +214,7 @@ def run(
     result = make_result(session, held, outcomes, time.perf_counter() - began)
     if config.evaluation.held_out:
         result["held_out"] = _held_out(session, own_samples(config, dataset, held)[1], outcomes)
-    result["data_sha256"] = data_digest(dataset)
-    if answers := [line for outcome in outcomes for line in outcome.answers]:
-        result["answers_sha256"] = results.write_lines(folder / ANSWERS_FILE, answers)
-    result["result_sha256"] = result_digest(result)
-    results.write_json(folder / "result.json", result)
+    write_result(folder, result, outcomes, dataset)
     _tell(
         session,
         "done",
@@ -227,6 +223,18 @@ def run(
         shortened=result.get("shortened"),
     )
     return result
+
+
+def write_result(
+    folder: Path, result: dict[str, Any], outcomes: Sequence[Outcome], dataset: Dataset | None
+) -> None:
+    """Complete a result by its digests and write it, after the answers that it is made of."""
+    if dataset is not None:
+        result["data_sha256"] = data_digest(dataset)
+    if answers := [line for outcome in outcomes for line in outcome.answers]:
+        result["answers_sha256"] = results.write_lines(folder / ANSWERS_FILE, answers)
+    result["result_sha256"] = result_digest(result)
+    results.write_json(folder / "result.json", result)
 
 
 def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:

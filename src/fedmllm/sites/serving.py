@@ -33,7 +33,6 @@ from fedmllm.experiment import (
     Shared,
     algorithm_of,
     check_folder,
-    data_digest,
     load_model,
     make_folder,
     make_manifest,
@@ -41,10 +40,10 @@ from fedmllm.experiment import (
     over_parties,
     run_federation,
     save_adapter,
+    write_result,
 )
 from fedmllm.models import model_path
 from fedmllm.models.mllm import Mllm
-from fedmllm.report.loading import result_digest
 from fedmllm.sites import digests, handshake, settings
 from fedmllm.sites.agreed import find_experiment, server_config
 from fedmllm.sites.central import Link, NetworkRunner
@@ -105,6 +104,8 @@ def _serve(
     runner.greet_all()
     session = _session(config, agreed, folder, mllm, dataset, runner)
     session.listener = status.event
+    if config.model.drop_tower and dataset is not None:
+        mllm.drop_tower(dataset.test)
     federation = Federation(EVERYONE, dict.fromkeys(runner.sites, ()), config.training.rounds)
     algorithm = algorithm_of(config, len(runner.sites))
     runner.weighted = all(facts["reveal"]["samples"] for facts in runner.facts.values())
@@ -176,8 +177,6 @@ def _write_result(
     found = runner.evaluate(outcome.params)
     if found:
         result["held_out"] = over_parties(found)
-    if dataset is not None:
-        result["data_sha256"] = data_digest(dataset)
     result["network"] = {
         "sites": list(runner.sites),
         "min_sites": runner.min_sites,
@@ -186,8 +185,7 @@ def _write_result(
         "samples": {site: facts["samples"] for site, facts in sorted(runner.facts.items())},
         "refused": dict(sorted(runner.refused.items())),
     }
-    result["result_sha256"] = result_digest(result)
-    results.write_json(session.folder / "result.json", result)
+    write_result(session.folder, result, [outcome], dataset)
     return result
 
 

@@ -68,6 +68,8 @@ class Site:
             self.session, Federation(EVERYONE, {self.name: train}, self.config.training.rounds)
         )
         self.samples = len(train)
+        if self.config.model.drop_tower:
+            self.session.mllm.drop_tower([*train, *self.held_out])
         self.base_sha256 = digests.base_digest(
             model_path(self.config.model.name, self.config.model.path)
         )
