@@ -428,7 +428,7 @@ def test_strangers_are_refused(tmp_path) -> None:
                 state = str(boss._admin().get_job_status(number))
             assert state.startswith("FINISHED")
             assert state != "FINISHED:COMPLETED"
-            logs = "".join((here.kits[k] / "log.txt").read_text() for k in ("server", "client-00"))
+            logs = "".join((here.kits[k] / "node.log").read_text() for k in ("server", "client-00"))
             assert word in logs.lower()
         assert not (here.kits["server"] / "runs" / "tiny" / "result.json").exists()
         boss._close()
