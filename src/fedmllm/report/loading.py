@@ -39,17 +39,36 @@ NO_NUMBERS: dict[str, tuple[str, ...]] = {
     ),
 }
 # keys that came later, with what runs did before them: so a hash means the same before and after
+_STRATEGY: dict[str, Any] = {
+    "mu": 0.0,
+    "w": 0.1,
+    "weight": "fixed",
+    "edge_layers": None,
+    "epsilon": None,
+    "aggregation": 0.0,
+    "sampling": 0.0,
+    "prototypes": 0.0,
+    "prototype_loss": "cosine",
+    "temperature": 0.1,
+    "momentum": 0.5,
+    "distillation": 0.0,
+    "distillation_target": "logits",
+    "views": 0.0,
+    "incomplete": 1.0,
+}
 LATER: dict[str, dict[str, Any]] = {
     "": {
+        "strategy": _STRATEGY,
         "trained": {
             "name": "paper",
             "connector": "frozen",
             "embeddings": "frozen",
             "vision": "frozen",
-        }
+        },
     },
     "model": {"quantization": "none"},
-    "evaluation": {"held_out": 0.0},
+    "strategy": _STRATEGY,
+    "evaluation": {"held_out": 0.0, "drift": False},
     "training": {"long_text": "refuse", "clients_at_once": 1},
 }
 _LOADED = ("_path", "_judged")  # what `load_results` adds
