@@ -21,6 +21,7 @@ from fedmllm.federation import cohort_of, run_round
 from fedmllm.heterogeneity import Profile, standings
 from fedmllm.models.mllm import Mllm
 from fedmllm.plan import make_plan
+from fedmllm.plan.timing import fitting_rates
 from fedmllm.report import load_results, write_report
 from fedmllm.report.arms import strategy_of
 from fedmllm.report.loading import LATER
@@ -321,6 +322,19 @@ def test_a_plan_counts_the_same_bytes(whole) -> None:
     for name, count in result["bytes"]["per_client_round"].items():
         assert facts["per_client_round"][name] == count
     assert facts["once"] == result["heterogeneity"]["bytes"]
+    assert any("masked views" in note for note in make_plan(make_config(result["config"])).notes)
+    plain = make_plan(replace_strategy(make_config(result["config"]), {})).to_json()["bytes"]
+    assert "once" not in plain
+    assert "prototypes" not in plain["per_client_round"]
+
+
+def test_time_is_taken_from_runs_with_views_alike(whole) -> None:
+    result, folder = whole
+    config = make_config(result["config"])
+    found = [{**result, "_path": str(folder)}]
+    assert fitting_rates(found, config) is not None
+    assert fitting_rates(found, replace_strategy(config, {"views": 0.1})) is not None
+    assert fitting_rates(found, replace_strategy(config, {"prototypes": 0.1})) is None
 
 
 def test_it_goes_on_to_the_same_bits(whole, shared: Shared, tmp_path) -> None:

@@ -342,7 +342,7 @@ def _strategy_notes(config: Config, parties: Parties | None) -> list[str]:
     if strategy.uses_views:
         lines.append(
             "masked views: a second pass for every sample with both modalities; memory is that of "
-            "one pass, and the time of a run without them does not count them"
+            "one pass"
         )
     if parties is None and (strategy.prototypes or strategy.uses_profiles):
         lines.append("the classes are not known: prototypes are counted for one, labels for none")
