@@ -1,8 +1,8 @@
 """Time of a run from a run that was measured: seconds a sample, trained and tested apart.
 
 A measurement counts only if it was made with the same model, dtype, LoRA rank and data set, with
-masked views or without as here, on the same processor, accelerator and number of threads. Nothing else is scaled, and nothing is
-guessed when there is none.
+masked views or without as here, on the same processor, accelerator and number of threads. Nothing
+else is scaled, and nothing is guessed when there is none.
 """
 
 from __future__ import annotations
