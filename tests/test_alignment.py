@@ -180,13 +180,15 @@ def precise() -> Mllm:
     return mllm
 
 
-def jobs_of(mllm: Mllm, memes, *, counts=(1, 2, 3)) -> list[Job]:
+def jobs_of(mllm: Mllm, memes, *, counts=(1, 1, 4)) -> list[Job]:
     """Clients of whole samples, of texts and of a mixture; whole ones have two views."""
     jobs = []
     for k, count in enumerate(counts):
         held = []
         for i, sample in enumerate(memes.train[10 * k : 10 * k + count]):
-            own = sample.masked(keep_image=k != 1 and (k, i) != (2, 1), keep_text=True)
+            own = sample.masked(
+                keep_image=k != 1 and (k, i) not in ((2, 1), (2, 2)), keep_text=True
+            )
             views = [mllm.encode(render(view, memes.task)) for view in masked_views(own)]
             encoded = mllm.encode(render(own, memes.task))
             held.append(replace(encoded, complete=bool(views), views=tuple(views)))

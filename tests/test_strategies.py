@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from fedmllm import checkpoint
 from fedmllm.algorithms import make_algorithm
-from fedmllm.algorithms.base import Alignment, ServerState, StreamingMean, Update
+from fedmllm.algorithms.base import Alignment, Proximal, ServerState, StreamingMean, Update
+from fedmllm.alignment import DISTILLATION_TARGETS, PROTOTYPE_LOSSES
 from fedmllm.bench.deciding import deciding_digest
 from fedmllm.checkpoint import Checkpoint
 from fedmllm.config import Config, StrategySection, check_config, config_hash, make_config
@@ -26,7 +28,8 @@ from fedmllm.report import load_results, write_report
 from fedmllm.report.arms import strategy_of
 from fedmllm.report.loading import LATER
 from fedmllm.revisions import revisions_of
-from fedmllm.strategies import BY_SCENARIO, edge_layers, party_weights, with_strategy
+from fedmllm.scenarios import SCENARIOS
+from fedmllm.strategies import BY_SCENARIO, WEIGHTS, edge_layers, party_weights, with_strategy
 
 PARAMS = {"w": torch.zeros(3)}
 SMALL = {
@@ -208,6 +211,32 @@ def test_defaults_are_off_and_in_no_hash() -> None:
         hashes.add(config_hash(small(strategy=change)))
     assert len(hashes) == 1 + len(EVERYTHING) + 3
     assert config_hash(small(evaluation={"drift": True})) != config_hash(small(evaluation={}))
+
+
+def test_the_config_offers_what_the_registries_hold() -> None:
+    fields = StrategySection.model_fields
+    for key, registry in (
+        ("weight", WEIGHTS),
+        ("prototype_loss", PROTOTYPE_LOSSES),
+        ("distillation_target", DISTILLATION_TARGETS),
+    ):
+        assert set(get_args(fields[key].annotation)) == set(registry)
+    assert set(BY_SCENARIO) == set(SCENARIOS)
+    alignment = {key: fields[key].default for key in Alignment.__dataclass_fields__}
+    assert Alignment(**alignment) == Alignment()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"momentum": 1.0}, "momentum is 1.0"),
+        ({"adaptive": Proximal(mu=-1.0)}, "mu"),
+        ({"alignment": Alignment(views=-1.0)}, "views is -1.0"),
+    ],
+)
+def test_values_out_of_range_are_refused_below_the_config_too(change, words) -> None:
+    with pytest.raises(UserError, match=words):
+        with_strategy(make_algorithm("fedavg", num_clients=2), **change)
 
 
 def test_one_line_sets_any_combination() -> None:

@@ -22,7 +22,8 @@ from fedmllm.algorithms.base import (
     ServerState,
     StreamingMean,
 )
-from fedmllm.alignment import PROTOTYPES
+from fedmllm.algorithms.options import check_not_negative
+from fedmllm.alignment import PROTOTYPES, check_alignment
 from fedmllm.errors import UserError
 from fedmllm.heterogeneity import Standing
 
@@ -73,9 +74,13 @@ def with_strategy(
     classes, width: C and D of the prototypes. momentum: beta in P_c = beta P_c + (1 - beta) m_c for
     a class that has a prototype and was seen this round; m_c, the mean over all samples of the
     cohort, is its first prototype, and a class that was not seen keeps what it has.
-    Raises `UserError` if prototypes are asked for where there are no classes.
+    Raises `UserError` for a value out of range, or prototypes where there are no classes.
     """
     adaptive, alignment = adaptive or Proximal(), alignment or Alignment()
+    check_alignment(alignment)
+    check_not_negative(mu=adaptive.mu, w=adaptive.weight)
+    if not 0 <= momentum < 1:
+        raise UserError(f"momentum is {momentum}: give a number from 0 to below 1")
     local = replace(algorithm.local, adaptive=adaptive, alignment=alignment)
     algorithm = replace(algorithm, local=local)
     if not alignment.prototypes:
