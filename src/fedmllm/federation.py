@@ -8,13 +8,14 @@ updates as they arrive; in process that is one after another, on several machine
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedmllm.algorithms.base import Algorithm, Params, ServerState, StreamingMean, Update
 from fedmllm.client import Job, LocalPlan, train_client
 from fedmllm.cohort import train_cohort
+from fedmllm.drift import Drift
 from fedmllm.models.cohort import obstacle
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.rng import stream
@@ -22,7 +23,10 @@ from fedmllm.rng import stream
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What is kept of a round. bytes_up, bytes_down: all clients together, payload only."""
+    """What is kept of a round. bytes_up, bytes_down: all clients together, payload only.
+
+    measured: the mean over clients of what they state beside the loss, and the drift if asked for.
+    """
 
     round: int
     cohort: tuple[str, ...]
@@ -31,6 +35,7 @@ class RoundRecord:
     bytes_up: int
     bytes_down: int
     seconds: float
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 class Runner(Protocol):
@@ -51,26 +56,53 @@ class Runner(Protocol):
         ...
 
 
-def cohort_of(clients: Sequence[str], size: int, *, seed: int, round_: int) -> list[str]:
-    """The clients of a round: `size` of them without replacement, a function of (seed, round)."""
+def cohort_of(
+    clients: Sequence[str],
+    size: int,
+    *,
+    seed: int,
+    round_: int,
+    chances: Mapping[str, float] | None = None,
+) -> list[str]:
+    """The clients of a round: `size` of them without replacement, a function of (seed, round).
+
+    chances: of each client, up to a common factor; by default all alike.
+    """
     names = sorted(clients)
     if size >= len(names):
         return names
-    chosen = stream(seed, "cohort", round_).choice(len(names), size, replace=False)
+    total = sum(chances[name] for name in names) if chances else 0.0
+    odds = [chances[name] / total for name in names] if chances else None
+    chosen = stream(seed, "cohort", round_).choice(len(names), size, replace=False, p=odds)
     return [names[i] for i in sorted(chosen)]
 
 
 def run_round(
-    runner: Runner, algorithm: Algorithm, state: ServerState, cohort: Sequence[str], *, lr: float
+    runner: Runner,
+    algorithm: Algorithm,
+    state: ServerState,
+    cohort: Sequence[str],
+    *,
+    lr: float,
+    scales: Mapping[str, float] | None = None,
+    drift: bool = False,
 ) -> tuple[ServerState, RoundRecord]:
-    """One round. Returns the next state and the round's record."""
+    """One round. Returns the next state and the round's record.
+
+    scales: factors on the weights of the clients' updates. drift: measure how far they differ.
+    """
     began = time.perf_counter()
     mean = StreamingMean(algorithm.weighting)
     loss, up = 0.0, 0
+    apart, stated = Drift(), dict[str, list[float]]()
     arrivals = runner.train(state.round + 1, cohort, algorithm, state, lr=lr)
     for update in in_order(arrivals, len(cohort)):
-        mean.fold(update)
+        mean.fold(update, (scales or {}).get(update.client, 1.0))
         loss += update.metrics.get("loss", 0.0) / len(cohort)
+        for name in update.metrics.keys() - {"loss"}:
+            stated.setdefault(name, []).append(update.metrics[name])
+        if drift:
+            apart.fold(update)
         up += payload(update.delta, *update.extra.values())
         del update  # its memory is for the step, or for the next one
     sent = payload(state.params, *(state.slots[slot] for slot in algorithm.broadcast))
@@ -82,6 +114,10 @@ def run_round(
         bytes_up=up,
         bytes_down=sent * len(cohort),
         seconds=time.perf_counter() - began,
+        measured={
+            **{name: sum(stated[name]) / len(stated[name]) for name in sorted(stated)},
+            **{f"drift_{name}": value for name, value in apart.facts().items()},
+        },
     )
     return algorithm.step(state, mean), record
 
@@ -117,6 +153,7 @@ class InProcessRunner:
     memory: what clients keep between rounds (SCAFFOLD's c_k), part of a checkpoint.
     clients_at_once: how many share a pass (`train_cohort`); a group of one takes the plain path
     (`train_client`), and so do all on a model that has an `obstacle`.
+    weights: of each client in the adaptive regularisation; 1 for one that is not named.
     """
 
     mllm: Mllm
@@ -125,6 +162,7 @@ class InProcessRunner:
     seed: int
     memory: dict[str, Params] = field(default_factory=dict)
     clients_at_once: int = 1
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def train(
         self,
@@ -161,11 +199,20 @@ class InProcessRunner:
             "objective": algorithm.local,
             "broadcast": {slot: state.slots[slot] for slot in algorithm.broadcast},
         }
-        jobs = [Job(client, self.samples(client), self.memory.get(client)) for client in group]
+        jobs = [
+            Job(name, self.samples(name), self.memory.get(name), self.weights.get(name, 1.0))
+            for name in group
+        ]
         if len(jobs) > 1:
             return train_cohort(self.mllm, state.params, jobs, **common)
         job = jobs[0]
         alone = train_client(
-            self.mllm, state.params, job.samples, client=job.client, memory=job.memory, **common
+            self.mllm,
+            state.params,
+            job.samples,
+            client=job.client,
+            memory=job.memory,
+            weight=job.weight,
+            **common,
         )
         return [alone]
