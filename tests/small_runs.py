@@ -31,6 +31,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedyogi": {"algorithm": {"name": "fedyogi", "eta": 0.01}},
     "scaffold": {"algorithm": "scaffold"},
     "agnostic": {"prompt": "agnostic", "scenario": "missing"},
+    "regularisation": {
+        "strategy": {"mu": 50.0, "weight": "profile", "aggregation": 2.0},
+        "scenario": "cross",
+    },
+    "alignment": {
+        "strategy": {"prototypes": 1.0, "distillation": 1.0, "views": 0.5, "incomplete": 0.5},
+        "scenario": {"name": "missing", "beta": 0.3},
+    },
     "crisis": {"data": {"name": "crisis", "train": 16, "test": 8}},
     "medical": {"data": {"name": "medical", "train": 12, "test": 6, "flashcards": 8}},
 }

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedmllm.algorithms.base import LocalObjective
+from fedmllm.algorithms.base import LocalObjective, Proximal
 from fedmllm.client import LocalPlan, add_proximal_gradient, learning_rate, train_client
 from fedmllm.errors import UserError
 from fedmllm.models.mllm import Mllm
@@ -124,7 +124,7 @@ def test_proximal_gradient_by_hand() -> None:
         trainable=trainable, layer_of={n: i for i, n in enumerate(names)}, num_layers=4
     )
     anchor = {n: torch.tensor([1.0]) for n in names}
-    add_proximal_gradient(fake, anchor, LocalObjective(mu=0.5, weight=0.2, edge_layers=1))
+    add_proximal_gradient(fake, anchor, Proximal(mu=0.5, weight=0.2, edge_layers=1))
     grads = [float(trainable[n].grad) for n in names]
     assert grads == pytest.approx([1.0, 1.2, 1.2, 1.0])
 

@@ -79,7 +79,15 @@ def both(mllm: Mllm, jobs, *, plan=SGD, objective=OBJECTIVES["fedavg"], lr=0.05,
     }  # fmt: skip
     params = start_of(mllm)
     alone = [
-        train_client(mllm, params, job.samples, client=job.client, memory=job.memory, **common)
+        train_client(
+            mllm,
+            params,
+            job.samples,
+            client=job.client,
+            memory=job.memory,
+            weight=job.weight,
+            **common,
+        )
         for job in jobs
     ]
     return alone, train_cohort(mllm, params, jobs, **common)

@@ -164,6 +164,8 @@ def check_what_left(messages: list[dict[str, Any]], adapter: dict[str, torch.Ten
 @pytest.mark.slow
 def test_other_algorithms_over_tls(tmp_path, mllm) -> None:
     configs = [small(name, algorithm={"name": name}) for name in ("fedadam", "scaffold")]
+    strategy = {"mu": 0.5, "weight": "scenario", "prototypes": 0.5, "distillation": 0.5}
+    configs.append(small("strategies", strategy=strategy, prompt="agnostic"))
     with federation(tmp_path, *configs) as here:
         for config in configs:
             run(config, out=tmp_path / config.name, mllm=mllm)

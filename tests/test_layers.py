@@ -19,9 +19,9 @@ ROOT = Path(fedmllm.__file__).parent
 LAYERS = [
     {"errors", "rng", "folders"},
     {"data", "prompts", "metrics"},
-    {"partition", "scenarios", "manifest", "export"},
+    {"partition", "scenarios", "manifest", "export", "heterogeneity"},
     {"models"},
-    {"algorithms", "client", "cohort", "evaluation"},
+    {"algorithms", "alignment", "client", "cohort", "drift", "evaluation", "strategies"},
     {"federation", "checkpoint", "results"},
     {
         "bench",

@@ -4,13 +4,16 @@ A changed prompt is a changed experiment. To write the files anew after a change
 `python tests/test_prompts.py`, then read the diff.
 """
 
+import tempfile
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import owner_files
 import pytest
 from PIL import Image
 
+from fedmllm.data import load_dataset
 from fedmllm.data.images import MemoryImage
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
@@ -83,9 +86,36 @@ MODALITIES = {
 }
 
 
+OWNED = owner_files.NAMES
+LOADED = (*OWNED, "memes-drawn", "crisis-drawn", "medical", "easy-vqa")
+
+
+def loaded(name, folder):
+    """Task and samples of a dataset as its loader gives them: the first to train on, the first
+    flashcard, the first to be tested with."""
+    plain = name.removesuffix("-drawn")
+    options = {"root": owner_files.write(name, folder)} if name in OWNED else {}
+    if name == "easy-vqa":
+        options = {"max_train": 1, "max_test": 1}
+    elif not options:
+        options = {"train": 8, "test": 8}
+    data = load_dataset(plain, **options)
+    found = [pool[0] for pool in (data.train, data.flashcards, data.test) if pool]
+    return data.task, found
+
+
 def shown(name):
     """All prompts of one sample, as the golden files hold them."""
-    task, sample = CASES[name]
+    return prompts_of(*CASES[name])
+
+
+def shown_of(name, folder):
+    """The same of the samples of a dataset."""
+    task, samples = loaded(name, folder)
+    return "\n".join(f"##### {sample.id}\n{prompts_of(task, sample)}" for sample in samples)
+
+
+def prompts_of(task, sample):
     parts = []
     for style, (holds, (image, text)) in product(STYLES, MODALITIES.items()):
         prompted = render(sample.masked(keep_image=image, keep_text=text), task, style)
@@ -99,6 +129,23 @@ def shown(name):
 @pytest.mark.parametrize("name", CASES)
 def test_prompts_are_the_golden_texts(name):
     assert shown(name) == (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_prompts_of_every_dataset_are_the_golden_texts(name, tmp_path):
+    """From the owners' files, or as drawn, through the loader: plain and agnostic."""
+    assert shown_of(name, tmp_path) == (FOLDER / f"of-{name}.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["hateful-memes", "crisismmd", "memes-drawn", "crisis-drawn"])
+def test_every_choice_task_names_the_agnostic_phrase_twice(name, tmp_path):
+    task, samples = loaded(name, tmp_path)
+    for image, text in MODALITIES.values():
+        view = samples[0].masked(keep_image=image, keep_text=text)
+        prompt = render(view, task, "agnostic").turns[0][0]
+        assert f"Select the best answer{AGNOSTIC}." in prompt
+        assert f"{AGNOSTIC}?\nOptions:" in prompt
+        assert "based on" not in prompt
 
 
 @pytest.mark.parametrize("name", ["memes", "crisis"])
@@ -215,3 +262,7 @@ def test_the_oldest_turns_go_and_the_image_stays() -> None:
 if __name__ == "__main__":
     for case in CASES:
         (FOLDER / f"{case}.txt").write_text(shown(case), encoding="utf-8")
+    for case in LOADED:
+        with tempfile.TemporaryDirectory() as place:
+            text = shown_of(case, Path(place))
+        (FOLDER / f"of-{case}.txt").write_text(text, encoding="utf-8")

@@ -43,6 +43,7 @@ def test_the_small_runs_pass_through_every_part() -> None:
     assert {f"scenario:{name}" for name in SCENARIOS} <= parts
     topologies = ("zero-shot", "local", "centralised", "federated")
     assert {f"topology:{name}" for name in topologies} <= parts
+    assert {f"strategy:{name}" for name in ("regularisation", "profiles", "alignment")} <= parts
     assert {"data:memes", "data:crisis", "data:medical", "prompt:plain", "prompt:agnostic"} <= parts
 
 

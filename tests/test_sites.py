@@ -558,6 +558,45 @@ def test_what_may_not_leave() -> None:
             check_release(message, reveal)
 
 
+STRATEGY = {"mu": 0.5, "weight": "scenario", "prototypes": 0.5, "distillation": 0.5}
+
+
+def test_strategies_give_the_weights_of_one_process(tmp_path, shared_model) -> None:
+    """What they add to updates and broadcasts travels like the rest."""
+    hybrid = {"name": "hybrid", "p": 0.7}
+    raw = experiment(algorithm="fedadam", strategy=STRATEGY, scenario=hybrid, prompt="agnostic")
+    kits = make_kits(tmp_path, raw)
+    found = serve(kits["server"], hash_of(kits["server"]), NearLink(kits, tmp_path))
+    file = kits["server"] / "experiments" / "x.yaml"
+    here = run(load_config(file), out=tmp_path / "here", mllm=shared_model)
+    there = kits["server"] / "runs" / "x"
+    assert same(weights(there), weights(tmp_path / "here"))
+    for ours, theirs in zip(found["history"], here["history"], strict=True):
+        for key in ("loss", "bytes_up", "bytes_down", "measured"):
+            assert ours[key] == theirs[key], key
+
+
+def test_profiles_do_not_travel_yet(tmp_path) -> None:
+    for number, change in enumerate(
+        [{"mu": 0.1, "weight": "profile"}, {"aggregation": 1.0}, {"sampling": 1.0}]
+    ):
+        kits = make_kits(tmp_path / str(number), experiment(strategy=change))
+        for make, load, who in [
+            (agreed.site_config, settings.load_site, SITES[0]),
+            (agreed.server_config, settings.load_server, "server"),
+        ]:
+            file = kits[who] / "experiments" / "x.yaml"
+            with pytest.raises(UserError, match="which sites do not send yet"):
+                make(kits[who], load(kits[who]), file)
+
+
+def test_prototypes_would_tell_what_a_site_hides(tmp_path, shared_model) -> None:
+    kits = make_kits(tmp_path, experiment(strategy={"prototypes": 0.5}))
+    change_settings(kits[SITES[0]], reveal={"samples": False})
+    with pytest.raises(UserError, match="client-00 does not reveal how many samples it has"):
+        serve(kits["server"], hash_of(kits["server"]), NearLink(kits, tmp_path))
+
+
 def test_settings_of_a_machine(tmp_path) -> None:
     kits = make_kits(tmp_path, experiment())
     kit, file = kits[SITES[0]], kits[SITES[0]] / "experiments" / "x.yaml"

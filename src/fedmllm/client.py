@@ -16,9 +16,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from fedmllm.algorithms.base import LocalObjective, Params, Update, zeros_like
+from fedmllm.algorithms.base import LocalObjective, Params, Proximal, Update, zeros_like
+from fedmllm.alignment import Terms
 from fedmllm.errors import UserError
-from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.mllm import Encoded, Mllm, Reading
 from fedmllm.rng import stream, stream_seed
 
 
@@ -67,14 +68,16 @@ def train_client(
     objective: LocalObjective,
     broadcast: Mapping[str, Params] | None = None,
     memory: Params | None = None,
+    weight: float = 1.0,
 ) -> tuple[Update, Params | None]:
     """Train from `params` on the client's own samples.
 
-    broadcast: slots of the server (SCAFFOLD: ``control``). memory: what this client kept from
-    its last round (SCAFFOLD: its control c_k), or None at first.
+    broadcast: slots of the server (SCAFFOLD: ``control``; alignment: ``prototypes``). memory: what
+    this client kept from its last round (SCAFFOLD: its control c_k), or None at first. weight: of
+    this client in the adaptive regularisation.
     Returns the update and the client's new memory. Raises `UserError` if the loss diverges.
     """
-    job = Job(client, samples, memory)
+    job = Job(client, samples, memory, weight)
     mllm.set_adapter(params)
     local = LocalTraining(
         mllm,
@@ -89,7 +92,7 @@ def train_client(
     )
     with mllm.training(dropout_seed(seed, client, round_)):
         for batch in local.batches():
-            local.step(batch, _backward(mllm, batch, plan.micro_batch))
+            local.step(batch, _backward(mllm, local.terms, batch, plan.micro_batch))
     return local.result()
 
 
@@ -100,11 +103,13 @@ def dropout_seed(seed: int, client: str, round_: int) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """Whose turn it is: a client, its samples, and what it kept from its last round."""
+    """Whose turn it is: a client, its samples, what it kept from its last round, and its weight
+    in the adaptive regularisation."""
 
     client: str
     samples: Sequence[Encoded]
     memory: Params | None = None
+    weight: float = 1.0
 
 
 class Adapter(Protocol):
@@ -123,7 +128,8 @@ class Adapter(Protocol):
 class LocalTraining:
     """A client's round but for its gradients: batches, optimiser, control variates, losses.
 
-    The gradients come from `train_client` or, for many clients at once, from `train_cohort`.
+    terms: what its loss is made of beside its samples' own losses. The gradients come from
+    `train_client` or, for many clients at once, from `train_cohort`.
     Raises `UserError` if the client has no samples.
     """
 
@@ -149,11 +155,15 @@ class LocalTraining:
         self.optimizer.zero_grad(set_to_none=True)
         self.control = _ControlVariates.of(objective, broadcast, job.memory, params)
         self.losses: list[float] = []
+        self.terms = Terms(
+            objective.alignment, broadcast or {}, job.client, round_, seed, plan.epochs - 1
+        )
 
     def batches(self) -> Iterator[list[Encoded]]:
         """The round's optimiser steps: a fresh order for each epoch, from (seed, client, round)."""
         samples, size = self.job.samples, self.plan.batch_size
         for epoch in range(self.plan.epochs):
+            self.terms.epoch = epoch
             draw = stream(self.seed, "order", self.job.client, self.round, epoch)
             order = draw.permutation(len(samples))
             for start in range(0, len(order), size):
@@ -162,7 +172,7 @@ class LocalTraining:
     def step(self, batch: Sequence[Encoded], loss: float) -> None:
         """One optimiser step with the gradients that `batch` has left; then they are gone.
 
-        loss: the batch's mean loss. Raises `UserError` if it is not finite.
+        loss: the mean of its samples' own losses. Raises `UserError` if it is not finite.
         """
         self.losses.append(loss)
         if not math.isfinite(loss):
@@ -171,7 +181,11 @@ class LocalTraining:
                 f"training.lr (now {self.lr:g}) or look at samples "
                 f"{', '.join(item.id for item in batch[:4])}"
             )
-        add_proximal_gradient(self.adapter, self.params, self.objective)
+        own = self.objective
+        add_proximal_gradient(
+            self.adapter, self.params, Proximal(own.mu, own.weight, own.edge_layers)
+        )
+        add_proximal_gradient(self.adapter, self.params, own.adaptive, weight=self.job.weight)
         if self.plan.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.tensors, self.plan.max_grad_norm)
         self.control.correct(self.adapter)
@@ -185,24 +199,28 @@ class LocalTraining:
             for name, value in self.adapter.trainable.items()
         }
         extra, memory = self.control.finish()
-        metrics = {"loss": float(np.mean(self.losses))}
+        sums, found = self.terms.finish()
+        metrics = {"loss": float(np.mean(self.losses)), **found}
+        extra = {**extra, **sums}
         return Update(self.job.client, len(self.job.samples), delta, extra, metrics), memory
 
 
-def add_proximal_gradient(adapter: Adapter, params: Params, objective: LocalObjective) -> None:
+def add_proximal_gradient(
+    adapter: Adapter, params: Params, term: Proximal, *, weight: float = 1.0
+) -> None:
     """Add the gradient of mu/2 * w * ||theta - theta_global||^2: mu * w * (theta - theta_global).
 
-    Over the adapters of decoder layers s <= l <= L-1-s with s = `edge_layers`; s = 0 and w = 1
-    is FedProx (Li et al., MLSys 2020), which holds what is trained outside the decoder as well.
-    With mu = 0 nothing is touched.
+    w: the term's weight times `weight`, the client's own. Over the adapters of decoder layers
+    s <= l <= L-1-s with s = `edge_layers`; s = 0 and w = 1 is FedProx (Li et al., MLSys 2020),
+    which holds what is trained outside the decoder as well. With mu = 0 nothing is touched.
     """
-    strength = objective.mu * objective.weight
+    strength = term.mu * term.weight * weight
     if not strength:
         return
-    first, last = objective.edge_layers, adapter.num_layers - 1 - objective.edge_layers
+    first, last = term.edge_layers, adapter.num_layers - 1 - term.edge_layers
     for name, value in adapter.trainable.items():
         layer = adapter.layer_of.get(name)
-        held = first <= layer <= last if layer is not None else objective.edge_layers == 0
+        held = first <= layer <= last if layer is not None else term.edge_layers == 0
         if value.grad is not None and held:
             anchor = params[name].to(value.device, value.dtype)
             value.grad.add_(value.detach() - anchor, alpha=strength)
@@ -267,11 +285,27 @@ def _optimizer(
     )
 
 
-def _backward(mllm: Mllm, batch: list[Encoded], micro_batch: int) -> float:
-    """Accumulate the gradient of the mean loss of `batch`; returns that loss."""
+def _backward(mllm: Mllm, terms: Terms, batch: list[Encoded], micro_batch: int) -> float:
+    """Accumulate the gradient of the mean loss of `batch` with its `terms`; returns the mean of
+    the samples' own losses.
+
+    Masked views pass after the whole samples, whose side of the terms is a constant: so memory
+    is that of one pass.
+    """
     total = 0.0
     for start in range(0, len(batch), micro_batch):
-        loss = mllm.loss_sum(batch[start : start + micro_batch]) / len(batch)
+        part = batch[start : start + micro_batch]
+        loss, own = whole_loss(terms, part, mllm.read(part), len(batch))
         loss.backward()
-        total += float(loss.detach())
+        total += float(own)
+        if views := terms.views(part):
+            (terms.view_loss(views, mllm.read(views)) / len(batch)).backward()
     return total
+
+
+def whole_loss(
+    terms: Terms, part: Sequence[Encoded], found: Reading, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What whole samples add to the loss of a step of `size` samples, and the part of it that is
+    their own loss, without gradient."""
+    return terms.loss(part, found) / size, found.losses.detach().sum() / size

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from fedmllm.algorithms.base import LocalObjective, Params, Update
-from fedmllm.client import Job, LocalPlan, LocalTraining, dropout_seed
+from fedmllm.client import Job, LocalPlan, LocalTraining, dropout_seed, whole_loss
 from fedmllm.models.cohort import Cohort
 from fedmllm.models.mllm import Encoded, Mllm
 
@@ -67,7 +67,7 @@ def train_cohort(
     with cohort.training():
         for step in itertools.zip_longest(*(local.batches() for local in locals_)):
             batches = {k: batch for k, batch in enumerate(step) if batch is not None}
-            for k, loss in _backward(cohort, batches, plan.micro_batch).items():
+            for k, loss in _backward(cohort, locals_, batches, plan.micro_batch).items():
                 locals_[k].step(batches[k], loss)
     return [local.result() for local in locals_]
 
@@ -81,15 +81,41 @@ def _member(mllm: Mllm, params: Params) -> _Member:
 
 
 def _backward(
-    cohort: Cohort, batches: Mapping[int, list[Encoded]], micro_batch: int
+    cohort: Cohort,
+    locals_: Sequence[LocalTraining],
+    batches: Mapping[int, list[Encoded]],
+    micro_batch: int,
 ) -> dict[int, float]:
-    """Accumulate the gradients of each client's mean loss; returns these losses."""
+    """Accumulate the gradients of each client's mean loss with its terms; returns the means of
+    the samples' own losses. Masked views pass after the whole samples, as for one client."""
     totals = dict.fromkeys(batches, 0.0)
     for start in range(0, max(map(len, batches.values())), micro_batch):
         parts = {k: batch[start : start + micro_batch] for k, batch in batches.items()}
-        sums = cohort.loss_sums({k: part for k, part in parts.items() if part})
-        losses = torch.stack([value / len(batches[k]) for k, value in sums.items()])
-        losses.sum().backward()
-        for k, loss in zip(sums, losses.tolist(), strict=True):
-            totals[k] += loss
+        parts = {k: part for k, part in parts.items() if part}
+        found = {
+            k: whole_loss(locals_[k].terms, parts[k], reading, len(batches[k]))
+            for k, reading in cohort.read(parts).items()
+        }
+        torch.stack([loss for loss, _ in found.values()]).sum().backward()
+        own_losses = torch.stack([own for _, own in found.values()]).tolist()
+        for k, own in zip(found, own_losses, strict=True):
+            totals[k] += own
+        _backward_views(cohort, locals_, parts, {k: len(batch) for k, batch in batches.items()})
     return totals
+
+
+def _backward_views(
+    cohort: Cohort,
+    locals_: Sequence[LocalTraining],
+    parts: Mapping[int, list[Encoded]],
+    sizes: Mapping[int, int],
+) -> None:
+    drawn = {k: locals_[k].terms.views(part) for k, part in parts.items()}
+    views = {k: items for k, items in drawn.items() if items}
+    if not views:
+        return
+    losses = [
+        locals_[k].terms.view_loss(views[k], reading) / sizes[k]
+        for k, reading in cohort.read(views).items()
+    ]
+    torch.stack(losses).sum().backward()

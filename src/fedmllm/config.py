@@ -121,12 +121,50 @@ class TrainingSection(_Section):
     long_text: Literal["refuse", "shorten"] = "refuse"
 
 
+class StrategySection(_Section):
+    """The strategies but for the prompt, which is `prompt: agnostic` (docs/strategies.md).
+
+    Adaptive regularisation: mu (0: off), w, weight (how w differs between parties), edge_layers (s;
+    null: a seventh of the layers). Parties' profiles: epsilon (null: no noise), aggregation and
+    sampling (above 0: less of the parties that diverge; 0: off). Alignment: prototypes,
+    prototype_loss, temperature, momentum; distillation, distillation_target; views; incomplete.
+    """
+
+    mu: float = Field(0.0, ge=0)
+    w: float = Field(0.1, ge=0)
+    weight: Literal["fixed", "scenario", "profile"] = "fixed"
+    edge_layers: int | None = Field(None, ge=0)
+    epsilon: float | None = Field(None, gt=0)
+    aggregation: float = Field(0.0, ge=-20, le=20)
+    sampling: float = Field(0.0, ge=-20, le=20)
+    prototypes: float = Field(0.0, ge=0)
+    prototype_loss: Literal["cosine", "squared", "contrastive"] = "cosine"
+    temperature: float = Field(0.1, gt=0)
+    momentum: float = Field(0.5, ge=0, lt=1)
+    distillation: float = Field(0.0, ge=0)
+    distillation_target: Literal["logits", "hidden"] = "logits"
+    views: float = Field(0.0, ge=0)
+    incomplete: float = Field(1.0, ge=0)
+
+    @property
+    def uses_profiles(self) -> bool:
+        """Whether parties send their profiles."""
+        weighs = bool(self.mu and self.weight == "profile")
+        return weighs or bool(self.aggregation) or bool(self.sampling)
+
+    @property
+    def uses_views(self) -> bool:
+        """Whether masked views of samples are trained on."""
+        return bool(self.distillation or self.views)
+
+
 class EvaluationSection(_Section):
     """When and on what the global adapter is tested.
 
     every: rounds between tests on the way (0: none). limit: samples of those tests. The final
     adapter is tested on all test samples under each of `conditions`. held_out: the share of each
-    party's own samples that it does not train on and tests the final adapter on.
+    party's own samples that it does not train on and tests the final adapter on. drift: measure how
+    far the updates of a round, and whole and masked test samples in the model, lie apart.
     """
 
     every: int = Field(5, ge=0)
@@ -136,6 +174,7 @@ class EvaluationSection(_Section):
     )
     batch_size: int = Field(64, ge=1)
     held_out: float = Field(0.0, ge=0, lt=1)
+    drift: bool = False
 
 
 class Config(_Section):
@@ -155,6 +194,7 @@ class Config(_Section):
     scenario: dict[str, Any] = Field(default_factory=dict)
     algorithm: dict[str, Any] = Field(default_factory=dict)
     training: TrainingSection = TrainingSection()
+    strategy: StrategySection = StrategySection()
     evaluation: EvaluationSection = EvaluationSection()
 
 
@@ -425,6 +465,18 @@ def _combinations(config: Config) -> list[str]:
             f"algorithm.name: topology {config.topology} has nothing to aggregate, so "
             f"{config.algorithm['name']} would do nothing: leave fedavg or choose "
             "topology federated"
+        )
+    strategy = config.strategy
+    for key in ("mu", "aggregation", "sampling") if config.topology != "federated" else ():
+        if getattr(strategy, key):
+            problems.append(
+                f"strategy.{key}: topology {config.topology} has no parties that could differ: "
+                "leave it at 0 or choose topology federated"
+            )
+    if strategy.epsilon is not None and not strategy.uses_profiles:
+        problems.append(
+            "strategy.epsilon: no party sends a profile to add noise to: set strategy.mu with "
+            "strategy.weight=profile, strategy.aggregation or strategy.sampling, or leave it null"
         )
     if config.evaluation.limit is not None and config.evaluation.limit < 2:
         problems.append("evaluation.limit: at least 2 samples are needed for a metric")

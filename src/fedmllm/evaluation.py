@@ -84,6 +84,37 @@ class TestSet:
         return open_metrics(answers, samples)
 
 
+def modality_alignment(
+    test: TestSet, *, limit: int | None = None, batch_size: int = 64
+) -> dict[str, dict[str, float]]:
+    """How near masked test samples are to whole ones in the model, by what is withheld.
+
+    cosine: the mean over samples of cos(h - m, h_masked - m), where h is the hidden state that
+    decides the answer of the whole sample, h_masked that of the masked one, and m the mean of all
+    h: without m, hidden states of any two samples are alike. distance: the mean of
+    ||h - h_masked|| over that of ||h - m||. limit: the first so many samples.
+    """
+    size = min(limit or len(test.samples), len(test.samples))
+    whole = test.mllm.represent(test.encoded("both", size), batch_size=batch_size).numpy()
+    middle = whole.mean(0)
+    found = {}
+    for condition in CONDITIONS:
+        if condition == "both":
+            continue
+        masked = test.mllm.represent(test.encoded(condition, size), batch_size=batch_size).numpy()
+        a, b = whole - middle, masked - middle
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        dots = (a * b).sum(1)
+        cosines = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+        apart = np.linalg.norm(whole - masked, axis=1).mean()
+        scale = np.linalg.norm(a, axis=1).mean()
+        found[condition] = {
+            "cosine": float(cosines.mean()),
+            "distance": float(apart / scale) if scale else 0.0,
+        }
+    return found
+
+
 def choice_metrics(scores: np.ndarray, labels: Sequence[int], task: Task) -> dict[str, float]:
     """Metrics of option probabilities [n, classes]."""
     predictions = scores.argmax(1)

@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,17 +22,18 @@ from typing import Any
 import torch
 import yaml
 
-from fedmllm import checkpoint, manifest, results
+from fedmllm import checkpoint, heterogeneity, manifest, results
 from fedmllm.algorithms import make_algorithm
-from fedmllm.algorithms.base import Algorithm, Params, ServerState
+from fedmllm.algorithms.base import Algorithm, Alignment, Params, Proximal, ServerState
+from fedmllm.alignment import PROTOTYPES
 from fedmllm.client import LocalPlan, learning_rate
-from fedmllm.config import HASH_KEY, Config, config_hash, options_of
+from fedmllm.config import HASH_KEY, Config, StrategySection, config_hash, options_of
 from fedmllm.data import load_dataset
 from fedmllm.data.dataset import Dataset
 from fedmllm.data.images import ArchiveImage, EncodedImage, ImageFile
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
-from fedmllm.evaluation import TestSet, mean_over
+from fedmllm.evaluation import TestSet, mean_over, modality_alignment
 from fedmllm.federation import (
     InProcessRunner,
     RoundRecord,
@@ -48,6 +49,7 @@ from fedmllm.partition import held_out
 from fedmllm.prompts import render
 from fedmllm.report.loading import result_digest
 from fedmllm.revisions import revisions_of
+from fedmllm.strategies import edge_layers, party_weights, with_strategy
 
 Event = Mapping[str, Any]
 Listener = Callable[[Event], None]
@@ -124,15 +126,36 @@ class Shared:
         return self.tests[key]
 
     def encode(self, config: Config, task: Task, sample: Sample) -> Encoded:
-        """A training sample as its party sees it."""
+        """A training sample as its party sees it; with its masked views where the strategy reads
+        them."""
         length, long_text = config.training.max_length, config.training.long_text
         held = (sample.id, sample.image is None, sample.text is None)
         key = (*held, config.prompt, length, long_text, self.data_key(config))
         if key not in self.encoded:
-            self.encoded[key] = self.mllm.encode(
+            encoded = self.mllm.encode(
                 render(sample, task, config.prompt), max_length=length, long_text=long_text
             )
-        return self.encoded[key]
+            self.encoded[key] = replace(encoded, complete=heterogeneity.is_complete(sample))
+        if not config.strategy.uses_views:
+            return self.encoded[key]
+        views = [self.encode_view(config, task, view) for view in masked_views(sample)]
+        return replace(self.encoded[key], views=tuple(views))
+
+    def encode_view(self, config: Config, task: Task, view: Sample) -> Encoded:
+        """A masked view, which has none of its own."""
+        plain = config.model_copy(update={"strategy": StrategySection()})
+        return self.encode(plain, task, view)
+
+
+def masked_views(sample: Sample) -> list[Sample]:
+    """The sample without its image and without its text, if it has both; a question is never
+    taken."""
+    if not heterogeneity.is_complete(sample):
+        return []
+    views = [sample.masked(keep_image=False, keep_text=True)]
+    if sample.text is not None:
+        views.append(sample.masked(keep_image=True, keep_text=False))
+    return views
 
 
 @dataclass
@@ -177,11 +200,16 @@ def run(
     results.reset_peak_memory()
     folder = Path(out) if out is not None else Path("runs") / config.name
     check_folder(folder, config, resume=resume, overwrite=overwrite)
-    algorithm_of(config, config.partition.clients)
+    make_algorithm(
+        config.algorithm["name"],
+        num_clients=config.partition.clients,
+        **options_of(config.algorithm),
+    )
     dataset = shared.dataset(config) if shared else load_dataset(**config.data)
     held = make_manifest(config, dataset)
     if shared is None:
         shared = Shared(mllm or load_model(config), {Shared.data_key(config): dataset})
+    algorithm_of(config, len(held.clients), shared.mllm, dataset.task)
     if resume:
         _check_manifest(folder / MANIFEST_FILE, held)
     make_folder(folder, config, overwrite=overwrite)  # only now: bad input has lost nothing
@@ -396,7 +424,10 @@ def federations(config: Config, dataset: Dataset, held: manifest.Manifest) -> li
 @dataclass(frozen=True)
 class Outcome:
     """A finished federation: its adapter, its rounds, its test metrics by condition, and what it
-    answered to open test questions."""
+    answered to open test questions.
+
+    measured: `modality_alignment` of the final adapter. heterogeneity, once: see `Parties`.
+    """
 
     name: str
     params: Params
@@ -404,6 +435,9 @@ class Outcome:
     metrics: dict[str, dict[str, float]]
     evaluate_seconds: float
     answers: list[dict[str, str]] = field(default_factory=list)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+    heterogeneity: dict[str, Any] | None = None
+    once: tuple[int, int] = (0, 0)
 
 
 def run_federation(
@@ -415,11 +449,16 @@ def run_federation(
 ) -> Outcome:
     """Run (or go on with) one federation to its last round and test it.
 
-    runner: where its clients train, by default in this process. algorithm: by default the config's.
+    runner: where its clients train, by default in this process; elsewhere parties send no profiles.
+    algorithm: by default the config's.
     """
     config = session.config
-    algorithm = algorithm or algorithm_of(config, len(federation.samples))
-    runner = runner or local_runner(session, federation)
+    if algorithm is None:
+        algorithm = algorithm_of(config, len(federation.samples), session.mllm, session.task)
+    parties = Parties({}, {})
+    if runner is None:
+        parties = parties_of(session, federation)
+        runner = local_runner(session, federation, parties.weights)
     folder = session.folder / "state" / federation.name
     state = algorithm.init(session.mllm.init_adapter(config.seed))
     history: list[dict[str, Any]] = []
@@ -433,6 +472,7 @@ def run_federation(
             config.training.clients_per_round,
             seed=config.seed,
             round_=state.round + 1,
+            chances=parties.chances,
         )
         lr = learning_rate(
             state.round + 1,
@@ -440,22 +480,121 @@ def run_federation(
             peak=config.training.lr,
             warmup=config.training.warmup,
         )
-        state, record = run_round(runner, algorithm, state, cohort, lr=lr)
+        state, record = run_round(
+            runner,
+            algorithm,
+            state,
+            cohort,
+            lr=lr,
+            scales=parties.scales,
+            drift=config.evaluation.drift,
+        )
         history.append(_record(session, federation, record, state.params))
         checkpoint.save(folder, checkpoint.Checkpoint(state, runner.memory, history))
         _write_history(session.folder, federation.name, history)
         _tell(session, "round", federation=federation.name, rounds=federation.rounds, **history[-1])
-    return _test(session, federation, state, history)
+    outcome = _test(session, federation, state, history)
+    return replace(outcome, heterogeneity=parties.facts(config), once=parties.once)
 
 
-def algorithm_of(config: Config, clients: int) -> Algorithm:
-    """The config's algorithm for a federation of so many clients."""
+def algorithm_of(config: Config, clients: int, mllm: Mllm, task: Task) -> Algorithm:
+    """The config's algorithm, with its strategy, for a federation of so many clients."""
     name, options = config.algorithm["name"], options_of(config.algorithm)
-    return make_algorithm(name, num_clients=clients, **options)
+    return apply_strategy(
+        config,
+        make_algorithm(name, num_clients=clients, **options),
+        layers=mllm.num_layers,
+        classes=len(task.classes),
+        width=mllm.width,
+    )
 
 
-def local_runner(session: Session, federation: Federation) -> InProcessRunner:
-    """The runner that trains a federation's clients in this process."""
+def apply_strategy(
+    config: Config, algorithm: Algorithm, *, layers: int, classes: int, width: int
+) -> Algorithm:
+    """The algorithm with the config's strategy. layers, width: of the decoder; classes: of the
+    task, 0 for open questions. Raises `UserError` if the strategy does not fit them."""
+    given = config.strategy
+    keys = Alignment.__dataclass_fields__
+    # the parties' own weights hold w
+    mu = Proximal(given.mu, edge_layers=edge_layers(layers, given.edge_layers))
+    return with_strategy(
+        algorithm,
+        adaptive=mu if given.mu else None,
+        alignment=Alignment(**{key: getattr(given, key) for key in keys}),
+        classes=classes,
+        width=width,
+        momentum=given.momentum,
+    )
+
+
+@dataclass(frozen=True)
+class Parties:
+    """What the server makes of the parties' profiles, by client: weights of the adaptive
+    regularisation, factors on updates and chances to be drawn (None: all alike).
+
+    once: bytes that crossed for it, up and down, before the first round.
+    """
+
+    found: Mapping[str, heterogeneity.Standing]
+    weights: Mapping[str, float]
+    scales: Mapping[str, float] | None = None
+    chances: Mapping[str, float] | None = None
+    once: tuple[int, int] = (0, 0)
+
+    def facts(self, config: Config) -> dict[str, Any] | None:
+        """What a result says of it; None if no profile was sent."""
+        if not self.once[0]:
+            return None
+        rows = [
+            {
+                "id": client,
+                **dict(zip(heterogeneity.COMBINATIONS, each.profile.modalities, strict=True)),
+                "labels": list(each.profile.labels),
+                "incomplete": each.incomplete,
+                "divergence": each.divergence,
+                "label_divergence": each.label_divergence,
+                "index": each.index,
+                "weight": self.weights[client] if config.strategy.mu else None,
+                "scale": self.scales[client] if self.scales else None,
+                "chance": self.chances[client] if self.chances else None,
+            }
+            for client, each in self.found.items()
+        ]
+        return {"epsilon": config.strategy.epsilon, "clients": rows}
+
+
+def parties_of(session: Session, federation: Federation) -> Parties:
+    """Every party describes itself, once; the server weighs them."""
+    config, given = session.config, session.config.strategy
+    classes = len(session.task.classes)
+    profiles = {
+        client: heterogeneity.noised(
+            heterogeneity.profile_of(samples, classes),
+            given.epsilon,
+            client=client,
+            seed=config.seed,
+        )
+        for client, samples in federation.samples.items()
+    }
+    found = heterogeneity.standings(profiles)
+    weights = party_weights(given.weight, given.w, config.scenario["name"], found)
+    if not given.uses_profiles or config.topology != "federated":
+        return Parties(found, weights)
+    return Parties(
+        found,
+        weights,
+        scales=heterogeneity.factors(found, given.aggregation) if given.aggregation else None,
+        chances=heterogeneity.factors(found, given.sampling) if given.sampling else None,
+        once=heterogeneity.traffic(profiles.values(), weighted=bool(given.mu)),
+    )
+
+
+def local_runner(
+    session: Session, federation: Federation, weights: Mapping[str, float]
+) -> InProcessRunner:
+    """The runner that trains a federation's clients in this process. weights: by client, of the
+    adaptive regularisation."""
     config, training = session.config, session.config.training
     encoded: dict[str, list[Encoded]] = {}
 
@@ -484,6 +623,7 @@ def local_runner(session: Session, federation: Federation) -> InProcessRunner:
         plan=plan,
         seed=config.seed,
         clients_at_once=training.clients_at_once,
+        weights=weights,
     )
 
 
@@ -502,8 +642,9 @@ def _record(
         seconds = time.perf_counter() - began
     line = asdict(record)
     line["clients"] = list(line.pop("cohort"))
-    if not line["missing"]:
-        del line["missing"]
+    for name in ("missing", "measured"):
+        if not line[name]:
+            del line[name]
     if session.config.topology != "federated":  # nothing crossed a network
         line.update(bytes_up=0, bytes_down=0)
     return {**line, "metrics": found, "evaluate_seconds": seconds}
@@ -529,7 +670,12 @@ def _test(
         history[-1] = {**history[-1], "metrics": found}
         _write_history(session.folder, federation.name, history)
     seconds = time.perf_counter() - began + sum(r["evaluate_seconds"] for r in history)
-    return Outcome(federation.name, state.params, history, found, seconds, answers)
+    measured = {}
+    if evaluation.drift:
+        measured = modality_alignment(
+            session.test, limit=evaluation.limit, batch_size=evaluation.batch_size
+        )
+    return Outcome(federation.name, state.params, history, found, seconds, answers, measured)
 
 
 def _answers(
@@ -638,9 +784,12 @@ def make_result(
         "metrics": results.mean_metrics([outcome.metrics for outcome in outcomes]),
         "history": results.mean_history([outcome.history for outcome in outcomes]),
         "bytes": {
-            "up": sum(line["bytes_up"] for line in lines),
-            "down": sum(line["bytes_down"] for line in lines),
-            "per_client_round": _by_component(session.mllm, outcomes[0].params),
+            "up": sum(line["bytes_up"] for line in lines) + outcomes[0].once[0],
+            "down": sum(line["bytes_down"] for line in lines) + outcomes[0].once[1],
+            "per_client_round": {
+                **_by_component(session.mllm, outcomes[0].params),
+                **_prototype_bytes(session),
+            },
         },
         "parameters": session.mllm.parameter_counts(),
         "time": {
@@ -661,6 +810,11 @@ def make_result(
         result["manifest"] = results.holdings(held)
     if cut := session.shortened | session.test.shortened():
         result["shortened"] = {"samples": len(cut), "first": sorted(cut)[:5]}
+    if outcomes[0].heterogeneity:
+        up, down = outcomes[0].once
+        result["heterogeneity"] = {**outcomes[0].heterogeneity, "bytes": {"up": up, "down": down}}
+    if outcomes[0].measured and len(outcomes) == 1:
+        result["modality_alignment"] = outcomes[0].measured
     if config.topology == "local":
         result["per_client"] = {outcome.name: outcome.metrics for outcome in outcomes}
         result["spread"] = {
@@ -706,6 +860,14 @@ def _by_component(mllm: Mllm, params: Params) -> dict[str, int]:
         )
         for component in COMPONENTS
     }
+
+
+def _prototype_bytes(session: Session) -> dict[str, int]:
+    """Bytes of the prototypes that a client receives, and of the sums that it sends, if any."""
+    if not session.config.strategy.prototypes or session.config.topology != "federated":
+        return {}
+    algorithm = algorithm_of(session.config, 1, session.mllm, session.task)
+    return {PROTOTYPES: payload(algorithm.init({}).slots[PROTOTYPES])}
 
 
 def _tell(session: Session, kind: str, **facts: Any) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedmllm.algorithms.base import Algorithm, Params, ServerState, StreamingMean, Update
 from fedmllm.client import Job, LocalPlan, train_client
 from fedmllm.cohort import train_cohort
+from fedmllm.drift import Drift
 from fedmllm.models.cohort import obstacle
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.rng import stream
@@ -26,7 +27,8 @@ class RoundRecord:
     """What is kept of a round. bytes_up, bytes_down: all clients together, payload only.
 
     cohort: the clients whose updates are in it. missing: those that were asked in vain. loss: the
-    mean over the clients that tell theirs; NaN if none does.
+    mean over the clients that tell theirs; NaN if none does. measured: the mean over clients of
+    what they state beside the loss, and the drift if asked for.
     """
 
     round: int
@@ -37,6 +39,7 @@ class RoundRecord:
     bytes_down: int
     seconds: float
     missing: tuple[str, ...] = ()
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 class Runner(Protocol):
@@ -62,30 +65,57 @@ class Runner(Protocol):
         ...
 
 
-def cohort_of(clients: Sequence[str], size: int, *, seed: int, round_: int) -> list[str]:
-    """The clients of a round: `size` of them without replacement, a function of (seed, round)."""
+def cohort_of(
+    clients: Sequence[str],
+    size: int,
+    *,
+    seed: int,
+    round_: int,
+    chances: Mapping[str, float] | None = None,
+) -> list[str]:
+    """The clients of a round: `size` of them without replacement, a function of (seed, round).
+
+    chances: of each client, up to a common factor; by default all alike.
+    """
     names = sorted(clients)
     if size >= len(names):
         return names
-    chosen = stream(seed, "cohort", round_).choice(len(names), size, replace=False)
+    total = sum(chances[name] for name in names) if chances else 0.0
+    odds = [chances[name] / total for name in names] if chances else None
+    chosen = stream(seed, "cohort", round_).choice(len(names), size, replace=False, p=odds)
     return [names[i] for i in sorted(chosen)]
 
 
 def run_round(
-    runner: Runner, algorithm: Algorithm, state: ServerState, cohort: Sequence[str], *, lr: float
+    runner: Runner,
+    algorithm: Algorithm,
+    state: ServerState,
+    cohort: Sequence[str],
+    *,
+    lr: float,
+    scales: Mapping[str, float] | None = None,
+    drift: bool = False,
 ) -> tuple[ServerState, RoundRecord]:
-    """One round. Returns the next state and the round's record."""
+    """One round. Returns the next state and the round's record.
+
+    scales: factors on the weights of the clients' updates. drift: measure how far they differ.
+    """
     began = time.perf_counter()
     mean = StreamingMean(algorithm.weighting)
     losses, up = [], 0
     delivered: list[str] = []
+    apart, stated = Drift(), dict[str, list[float]]()
     arrivals = runner.train(state.round + 1, cohort, algorithm, state, lr=lr)
     for client, update in zip(cohort, in_order(arrivals, len(cohort)), strict=True):
         if update is None:
             continue
-        mean.fold(update)
+        mean.fold(update, (scales or {}).get(client, 1.0))
         delivered.append(client)
         losses += [update.metrics["loss"]] if "loss" in update.metrics else []
+        for name in update.metrics.keys() - {"loss"}:
+            stated.setdefault(name, []).append(update.metrics[name])
+        if drift:
+            apart.fold(update)
         up += payload(update.delta, *update.extra.values())
         del update  # its memory is for the step, or for the next one
     sent = payload(state.params, *(state.slots[slot] for slot in algorithm.broadcast))
@@ -98,6 +128,10 @@ def run_round(
         bytes_down=sent * len(cohort),
         seconds=time.perf_counter() - began,
         missing=tuple(client for client in cohort if client not in delivered),
+        measured={
+            **{name: sum(stated[name]) / len(stated[name]) for name in sorted(stated)},
+            **{f"drift_{name}": value for name, value in apart.facts().items()},
+        },
     )
     return algorithm.step(state, mean), record
 
@@ -133,6 +167,7 @@ class InProcessRunner:
     memory: what clients keep between rounds (SCAFFOLD's c_k), part of a checkpoint.
     clients_at_once: how many share a pass (`train_cohort`); a group of one takes the plain path
     (`train_client`), and so do all on a model that has an `obstacle`.
+    weights: of each client in the adaptive regularisation; 1 for one that is not named.
     """
 
     mllm: Mllm
@@ -141,6 +176,7 @@ class InProcessRunner:
     seed: int
     memory: dict[str, Params] = field(default_factory=dict)
     clients_at_once: int = 1
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def ready(self, clients: Sequence[str]) -> Sequence[str]:
         return clients
@@ -180,11 +216,20 @@ class InProcessRunner:
             "objective": algorithm.local,
             "broadcast": {slot: state.slots[slot] for slot in algorithm.broadcast},
         }
-        jobs = [Job(client, self.samples(client), self.memory.get(client)) for client in group]
+        jobs = [
+            Job(name, self.samples(name), self.memory.get(name), self.weights.get(name, 1.0))
+            for name in group
+        ]
         if len(jobs) > 1:
             return train_cohort(self.mllm, state.params, jobs, **common)
         job = jobs[0]
         alone = train_client(
-            self.mllm, state.params, job.samples, client=job.client, memory=job.memory, **common
+            self.mllm,
+            state.params,
+            job.samples,
+            client=job.client,
+            memory=job.memory,
+            weight=job.weight,
+            **common,
         )
         return [alone]

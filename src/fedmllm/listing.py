@@ -19,6 +19,16 @@ PROMPTS = {
     "agnostic": "the paper's prompt strategy: every sample reads the same whatever it holds",
 }
 
+STRATEGIES = {
+    "mu": "adaptive regularisation: a proximal term on the middle layers, weighed by party",
+    "aggregation": "less weight for the updates of parties whose modalities diverge",
+    "sampling": "the same of their chance to be drawn for a round",
+    "prototypes": "representations are pulled to the class means of all parties",
+    "distillation": "a masked view of a whole sample is pulled to the whole",
+    "views": "the masked view's own answer is learnt",
+    "incomplete": "factor on the loss of samples that lack a modality",
+}
+
 
 def sections() -> list[tuple[str, list[tuple[str, str]]]]:
     """(title, [(name, one line)]) for each registry."""
@@ -32,4 +42,5 @@ def sections() -> list[tuple[str, list[tuple[str, str]]]]:
         ("trained  trained.name", [(n, s.summary) for n, s in POLICIES.items()]),
         ("topologies  topology", list(TOPOLOGIES.items())),
         ("strategies  prompt", list(PROMPTS.items())),
+        ("strategies  strategy.KEY", list(STRATEGIES.items())),
     ]

@@ -15,7 +15,7 @@ from typing import Any
 
 # Part -> revision; a part that is not listed is at 1. Parts: core (model, client, loop,
 # evaluation, metrics, partition), data:NAME, algorithm:NAME, scenario:NAME, topology:NAME,
-# prompt:NAME.
+# prompt:NAME, strategy:NAME (regularisation, profiles, alignment; only where in use).
 REVISIONS: dict[str, int] = {}
 
 
@@ -27,7 +27,23 @@ def revisions_of(config: Mapping[str, Any]) -> dict[str, int]:
     if topology != "zero-shot":
         parts.append(f"scenario:{_name(config, 'scenario', 'aligned')}")
         parts.append(f"algorithm:{_name(config, 'algorithm', 'fedavg')}")
+        parts += [f"strategy:{part}" for part in strategy_parts(config.get("strategy") or {})]
     return {part: REVISIONS.get(part, 1) for part in parts}
+
+
+def strategy_parts(strategy: Mapping[str, Any]) -> list[str]:
+    """The parts of a config's strategy that are on."""
+    on = {
+        "regularisation": strategy.get("mu"),
+        "profiles": strategy.get("aggregation")
+        or strategy.get("sampling")
+        or (strategy.get("mu") and strategy.get("weight") == "profile"),
+        "alignment": strategy.get("prototypes")
+        or strategy.get("distillation")
+        or strategy.get("views")
+        or strategy.get("incomplete", 1.0) != 1.0,
+    }
+    return [part for part, used in on.items() if used]
 
 
 def _name(config: Mapping[str, Any], section: str, default: str) -> str:

@@ -73,15 +73,16 @@ class StreamingMean:
         self._delta = WeightedSum()
         self._extra: dict[str, WeightedSum] = {}
 
-    def fold(self, update: Update) -> None:
-        """Add one update.
+    def fold(self, update: Update, scale: float = 1.0) -> None:
+        """Add one update. scale: a positive factor on its weight; the extras have none.
 
         Raises `UserError` naming the client if the update claims no samples, is not finite or has
         other tensors than the updates before it; the sums are then as they were.
         """
         _check_update(update)
         self._check_same_layout(update)
-        self._delta.add(update.delta, update.num_samples if self.weighting == "samples" else 1)
+        weight = update.num_samples if self.weighting == "samples" else 1
+        self._delta.add(update.delta, weight if scale == 1 else weight * scale)
         for slot, values in update.extra.items():
             self._extra.setdefault(slot, WeightedSum()).add(values, 1)
         self.count += 1
@@ -173,18 +174,54 @@ ServerOptimizer = Callable[[ServerState, StreamingMean], ServerState]
 
 
 @dataclass(frozen=True)
+class Proximal:
+    """mu/2 * weight * ||theta - theta_global||^2 over the adapters of the decoder layers
+    s <= l <= L-1-s, with s = `edge_layers`. A client multiplies it by a weight of its own."""
+
+    mu: float = 0.0
+    weight: float = 1.0
+    edge_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What a client adds to a sample's loss so that its reading depends less on which modalities
+    are there; `fedmllm.alignment` has the terms. All off by default.
+
+    prototypes: weight of the distance to the prototype of the sample's class. prototype_loss,
+        temperature: which distance, and the temperature of the contrastive one.
+    distillation: weight of the distance from a masked view to the whole sample.
+        distillation_target: of answers' tokens (``logits``) or of representations (``hidden``).
+    views: weight of the loss of the masked view's own answer.
+    incomplete: factor on the loss of a sample that lacks a modality.
+    """
+
+    prototypes: float = 0.0
+    prototype_loss: str = "cosine"
+    temperature: float = 0.1
+    distillation: float = 0.0
+    distillation_target: str = "logits"
+    views: float = 0.0
+    incomplete: float = 1.0
+
+
+@dataclass(frozen=True)
 class LocalObjective:
     """What an algorithm or strategy adds to a client's own loss.
 
     mu: proximal coefficient; the term is mu/2 * weight * ||theta - theta_global||^2 over the
         adapters of the layers s <= l <= L-1-s, with s = `edge_layers` (FedProx: s = 0, weight 1).
     control: correct gradients with SCAFFOLD's control variates.
+    adaptive: a second proximal term, that of the strategy: FedProx may have both.
+    alignment: what the strategies add to the loss of a sample.
     """
 
     mu: float = 0.0
     weight: float = 1.0
     edge_layers: int = 0
     control: bool = False
+    adaptive: Proximal = Proximal()
+    alignment: Alignment = Alignment()
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ def estimates(
     seconds = {}
     for cell in cells:
         config = cell.config
-        key = repr((config.model, config.lora.rank, config.data["name"], config.threads))
+        views = config.strategy.uses_views
+        key = repr((config.model, config.lora.rank, config.data["name"], config.threads, views))
         if key not in rates:
             rates[key] = fitting_rates(found, config)
         rate = rates[key]

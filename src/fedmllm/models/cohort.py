@@ -25,7 +25,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fedmllm.models.lora import decoder_of
-from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.mllm import Encoded, Mllm, Reading
 
 _NAME = "default"  # of the adapter in PEFT
 
@@ -107,7 +107,11 @@ class Cohort:
             yield
 
     def loss_sums(self, batches: Mapping[int, Sequence[Encoded]]) -> dict[int, torch.Tensor]:
-        """For each client number its samples' `loss_sum`, all from one pass.
+        """For each client number its samples' `loss_sum`, all from one pass."""
+        return {client: found.losses.sum() for client, found in self.read(batches).items()}
+
+    def read(self, batches: Mapping[int, Sequence[Encoded]]) -> dict[int, Reading]:
+        """For each client number `Mllm.read` of its samples, all from one pass.
 
         Clients with as many rows stand together, so that one product serves them.
         """
@@ -118,8 +122,8 @@ class Cohort:
             self.shares.append(_Share(client, start, stop, max(map(len, batches[client]))))
             start = stop
         self._drawn = {}
-        losses = self.mllm.losses([item for client in order for item in batches[client]])
-        return {each.client: losses[each.start : each.stop].sum() for each in self.shares}
+        found = self.mllm.read([item for client in order for item in batches[client]])
+        return {each.client: found.rows(each.start, each.stop) for each in self.shares}
 
     def dropped(self, module: nn.Module, rows_BTD: torch.Tensor, rate: float) -> torch.Tensor:
         """`rows_BTD` with each client's own dropout; what lies beyond a client's width is 0.

@@ -57,7 +57,10 @@ _MARK = "ANSWER"  # stands for an answer while a chat template is read
 @dataclass(frozen=True)
 class Encoded:
     """A sample as token ids: `prompt` up to and including the words that open the answer,
-    `answer` with its end-of-turn token; the image by reference. shortened: words were left out."""
+    `answer` with its end-of-turn token; the image by reference. shortened: words were left out.
+
+    For strategies only: whether it is `complete` in its modalities, and its masked `views`.
+    """
 
     id: str
     prompt: tuple[int, ...]
@@ -65,6 +68,8 @@ class Encoded:
     image: ImageSource | None
     options: tuple[tuple[int, ...], ...] = ()
     shortened: bool = False
+    complete: bool = True
+    views: tuple[Encoded, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -73,6 +78,28 @@ class Encoded:
     def longest(self) -> int:
         """Tokens with the answer or the longest option."""
         return len(self.prompt) + max(map(len, (self.answer, *self.options)))
+
+    @property
+    def deciding(self) -> int:
+        """Index of the answer's token at which the options part; 0 where there is none."""
+        return (_shared_length(self.options) or 0) if self.options else 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the model makes of a batch at the tokens of its answers; A of them in a sample.
+
+    losses: mean token loss of each answer [B]. logits: [A, V] and hidden: [A, D] by sample, the
+    latter as the head gets them, after the last norm. Row j is where token j is predicted.
+    """
+
+    losses: torch.Tensor
+    logits: tuple[torch.Tensor, ...]
+    hidden: tuple[torch.Tensor, ...]
+
+    def rows(self, start: int, stop: int) -> Reading:
+        """The reading of a part of the batch."""
+        return Reading(self.losses[start:stop], self.logits[start:stop], self.hidden[start:stop])
 
 
 class Mllm:
@@ -391,21 +418,44 @@ class Mllm:
         return self.losses(batch).sum()
 
     def losses(self, batch: Sequence[Encoded]) -> torch.Tensor:
-        """The terms of `loss_sum` [B]. The head runs only where a row has an answer's token."""
+        """The terms of `loss_sum` [B]."""
+        return self.read(batch).losses
+
+    def read(self, batch: Sequence[Encoded]) -> Reading:
+        """One pass with all that losses are made of. The head runs only where a row has an
+        answer's token."""
         rows = [item.prompt + item.answer for item in batch]
         places = [
             (b, len(item.prompt) - 1 + j)
             for b, item in enumerate(batch)
             for j in range(len(item.answer))
         ]
-        with self._only_at(places):
+        with self._only_at(places) as states:
             logits_1NV = self.model(**self._inputs(batch, rows), use_cache=False).logits
-        parts = logits_1NV[0].split([len(item.answer) for item in batch])
+        sizes = [len(item.answer) for item in batch]
+        parts = logits_1NV[0].split(sizes)
         losses = []
         for item, logits_TV in zip(batch, parts, strict=True):
             target = torch.tensor(item.answer, device=self.device)
             losses.append(nn.functional.cross_entropy(logits_TV.float(), target))
-        return torch.stack(losses)
+        return Reading(torch.stack(losses), tuple(parts), tuple(states[0].split(sizes)))
+
+    @torch.no_grad()
+    def represent(self, items: Sequence[Encoded], *, batch_size: int = 64) -> torch.Tensor:
+        """Where each answer is decided: the hidden state [B, D] from which its deciding token
+        (`Encoded.deciding`) is predicted; float32 on the CPU."""
+        self.model.eval()
+        found: list[torch.Tensor] = [torch.empty(0)] * len(items)
+        for chunk in by_length(items, batch_size):
+            batch = [items[i] for i in chunk]
+            for index, item, hidden in zip(chunk, batch, self.read(batch).hidden, strict=True):
+                found[index] = hidden[item.deciding].float().cpu()
+        return torch.stack(found)
+
+    @property
+    def width(self) -> int:
+        """Width of a hidden state, D."""
+        return int(self.base.config.get_text_config().hidden_size)
 
     @torch.no_grad()
     def score_options(self, items: Sequence[Encoded], *, batch_size: int = 64) -> torch.Tensor:
@@ -528,9 +578,10 @@ class Mllm:
         return list(logits_1NV[0].split(list(lengths)))
 
     @contextlib.contextmanager
-    def _only_at(self, places: Sequence[tuple[int, int]]) -> Iterator[None]:
+    def _only_at(self, places: Sequence[tuple[int, int]]) -> Iterator[list[torch.Tensor]]:
         """The head runs at `places` (row, position) only, N in all, and gives [1, N, V]: at all
-        positions a vocabulary of 250,000 would not fit into memory.
+        positions a vocabulary of 250,000 would not fit into memory. Yields a list that then holds
+        what the head got there, [N, D].
 
         So does the last layer's feed-forward block, whose output elsewhere nobody reads; but for
         gradient checkpointing, which runs the layer again when this is over.
@@ -548,12 +599,19 @@ class Mllm:
         def spread(_: nn.Module, __: Any, made_1ND: torch.Tensor) -> torch.Tensor:
             return made_1ND.new_zeros(kept.pop().shape).index_put((row, column), made_1ND[0])
 
-        hooks = [self.base.get_output_embeddings().register_forward_pre_hook(pick)]
+        states: list[torch.Tensor] = []
+
+        def pick_for_head(head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            picked = pick(head, args)
+            states.append(picked[0][0])
+            return picked
+
+        hooks = [self.base.get_output_embeddings().register_forward_pre_hook(pick_for_head)]
         if self._last_block is not None and not self.base.is_activation_checkpointing:
             hooks.append(self._last_block.register_forward_pre_hook(pick_and_keep))
             hooks.append(self._last_block.register_forward_hook(spread))
         try:
-            yield
+            yield states
         finally:
             for hook in hooks:
                 hook.remove()

@@ -16,7 +16,9 @@ from fedmllm.data import DATASETS, load_dataset
 from fedmllm.data.images import ArchiveImage, ImageFile
 from fedmllm.data.sample import ImageSource
 from fedmllm.errors import UserError
-from fedmllm.experiment import make_manifest
+from fedmllm.experiment import apply_strategy, make_manifest
+from fedmllm.heterogeneity import profile_of
+from fedmllm.heterogeneity import traffic as profile_traffic
 from fedmllm.models import model_path
 from fedmllm.models.components import make_policy
 from fedmllm.plan.capacity import Capacity, find_capacity, resident_now
@@ -46,12 +48,14 @@ _KNOBS = {
 
 @dataclass(frozen=True)
 class Parties:
-    """What the data say: samples by client, test samples, different images, kind of task."""
+    """What the data say: samples by client, test samples, different images, kind of task, and
+    the number of its classes."""
 
     sizes: Mapping[str, int]
     test: int
     images: int
     open: bool
+    classes: int
 
 
 @dataclass(frozen=True)
@@ -121,14 +125,22 @@ def make_plan(
     algorithm = make_algorithm(
         config.algorithm["name"], num_clients=clients, **options_of(config.algorithm)
     )
+    text = skeleton.config.get_text_config()
     traffic = count_traffic(
-        algorithm,
+        apply_strategy(
+            config,
+            algorithm,
+            layers=text.num_hidden_layers,
+            classes=parties.classes if parties else 1,
+            width=text.hidden_size,
+        ),
         skeleton.adapter,
         {component: 4 * count for component, count in skeleton.by_component().items()},
         topology=config.topology,
         clients=clients,
         cohort=config.training.clients_per_round,
         rounds=config.training.rounds,
+        once=_once(config, clients, parties.classes if parties else 0),
     )
     load = _load(config, skeleton, parties, tokens=tokens, slices=slices)
     slots = len(algorithm.init({}).slots)
@@ -151,6 +163,7 @@ def make_plan(
         warnings=tuple(_warnings(config, skeleton, load, estimated, capacity)),
         notes=(
             *notes,
+            *_strategy_notes(config, parties),
             *_unknown_quantisation(skeleton),
             *_notes(config, load, estimated, capacity, time),
         ),
@@ -192,6 +205,7 @@ def _parties(config: Config) -> tuple[Parties | None, list[str]]:
             test=len(dataset.test),
             images=len({_picture(sample.image) for sample in samples if sample.image is not None}),
             open=dataset.task.kind == "open",
+            classes=len(dataset.task.classes),
         ),
         [],
     )
@@ -232,6 +246,14 @@ def _load(
         connector=config.trained["connector"] == "full",
         vision=config.trained["vision"] == "lora",
     )
+
+
+def _once(config: Config, clients: int, classes: int) -> tuple[int, int]:
+    """Bytes of all clients before the first round."""
+    if not config.strategy.uses_profiles or config.topology != "federated":
+        return 0, 0
+    profiles = [profile_of((), classes)] * clients
+    return profile_traffic(profiles, weighted=bool(config.strategy.mu))
 
 
 def _at_once(config: Config) -> int:
@@ -312,6 +334,18 @@ def _notes(
         lines.append(f"memory of {config.model.device} is not known here: give --memory")
     if time is None:
         lines.append("time: no measured run of this model and data on this machine was found")
+    return lines
+
+
+def _strategy_notes(config: Config, parties: Parties | None) -> list[str]:
+    strategy, lines = config.strategy, []
+    if strategy.uses_views:
+        lines.append(
+            "masked views: a second pass for every sample with both modalities; memory is that of "
+            "one pass"
+        )
+    if parties is None and (strategy.prototypes or strategy.uses_profiles):
+        lines.append("the classes are not known: prototypes are counted for one, labels for none")
     return lines
 
 

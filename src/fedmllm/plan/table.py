@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fedmllm.plan.build import SCHEMA, Plan, size
 from fedmllm.plan.structure import weight_bytes
+from fedmllm.plan.traffic import Traffic
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,6 +40,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "bytes": {
             "up": traffic.up,
             "down": traffic.down,
+            **_once(traffic),
             "per_round": {"up": traffic.round_up, "down": traffic.round_down},
             "per_client_round": {
                 **traffic.components,
@@ -65,6 +67,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "notes": list(plan.notes),
     }
+
+
+def _once(traffic: Traffic) -> dict[str, Any]:
+    """Bytes before the first round, where there are any."""
+    if not traffic.once_up:
+        return {}
+    return {"once": {"up": traffic.once_up, "down": traffic.once_down}}
 
 
 def as_table(plan: Plan) -> RenderableType:
@@ -120,6 +129,7 @@ def _bytes(plan: Plan) -> Rows:
         ("", "a client and round, down", f"{traffic.client_down:,}"),
         ("", f"{clients}, up", f"{traffic.round_up:,}"),
         ("", f"{clients}, down", f"{traffic.round_down:,}"),
+        *([("", "profiles, once, up", f"{traffic.once_up:,}")] if traffic.once_up else []),
         ("", f"{rounds}, up", f"{traffic.up:,}"),
         ("", f"{rounds}, down", f"{traffic.down:,}"),
     ]

@@ -1,8 +1,8 @@
 """Time of a run from a run that was measured: seconds a sample, trained and tested apart.
 
-A measurement counts only if it was made with the same model, dtype, LoRA rank and data set, on
-the same processor, accelerator and number of threads. Nothing else is scaled, and nothing is
-guessed when there is none.
+A measurement counts only if it was made with the same model, dtype, LoRA rank and data set, with
+masked views or without as here, on the same processor, accelerator and number of threads. Nothing
+else is scaled, and nothing is guessed when there is none.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def _rates(config: Config, result: Mapping[str, Any]) -> tuple[float, float] | N
             other.model == config.model
             and other.lora.rank == config.lora.rank
             and other.data["name"] == config.data["name"]
+            and other.strategy.uses_views == config.strategy.uses_views
             and _machine(result["hardware"]) == _machine(hardware(config.threads, _device(config)))
         )
         if not same or other.topology == "zero-shot":

@@ -19,6 +19,16 @@ from fedmllm.scenarios import SETTINGS
 
 METHODS = {"zero-shot": "Zero-shot", "local": "Local", "centralised": "Centralised"}
 STRATEGIES = {"plain": "", "agnostic": "prompt"}
+# the keys of a config's strategy that switch a part of it on
+PARTS = {
+    "mu": "regularisation",
+    "aggregation": "profiles",
+    "sampling": "profiles",
+    "prototypes": "prototypes",
+    "distillation": "distillation",
+    "views": "views",
+    "incomplete": "whole samples",
+}
 # Keys that say where a run stands and not what was done; evaluation costs, but changes nothing.
 _PLACE = (*NO_NUMBERS[""], "seed", "scenario", "data", "model", "evaluation")
 
@@ -94,9 +104,14 @@ def method_of(result: Result) -> str:
 
 
 def strategy_of(result: Result) -> str:
-    """``prompt`` for the modality-agnostic prompt, empty for none."""
+    """``prompt + prototypes`` for the modality-agnostic prompt and class prototypes; empty for
+    none."""
     style = str(facts.lookup(result, "config", "prompt") or "plain")
-    return STRATEGIES.get(style, style)
+    names = [STRATEGIES.get(style, style)]
+    given = facts.lookup(result, "config", "strategy") or {}
+    off = LATER["strategy"]
+    names += [name for key, name in PARTS.items() if given.get(key, off[key]) != off[key]]
+    return " + ".join(dict.fromkeys(name for name in names if name))
 
 
 def setting_of(result: Result) -> str:

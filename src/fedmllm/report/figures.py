@@ -503,6 +503,38 @@ def draw_classes(ax: Axes, result: Result) -> None:
     _bars(ax, clients, parts)
 
 
+def draw_profiles(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A bar a party: shares of its samples by modality, and what the server made of them."""
+    left = [0.0] * len(rows)
+    totals = [sum(row[key] for key in HOLDINGS) or 1 for row in rows]
+    for key in HOLDINGS:
+        name, colour = HOLDING_STYLES[key]
+        shares = [row[key] / total for row, total in zip(rows, totals, strict=True)]
+        if any(shares):
+            look: dict[str, Any] = {"height": 0.74, "edgecolor": PAPER, "linewidth": 0.7}
+            ax.barh(range(len(rows)), shares, left=left, label=name, color=colour, **look)
+        left = [at + share for at, share in zip(left, shares, strict=True)]
+    if len(rows) <= 24:
+        for i, row in enumerate(rows):
+            ax.text(1.02, i, _weights_words(row), va="center", fontsize=7.5, color=INK)
+    _name_rows(ax, [str(row["id"]) for row in rows])
+    _thin_names(ax, len(rows))
+    _finish(ax, "", "share of samples", grid="x")
+    ax.set_xlim(0, 1)
+    _legend_above(ax)
+
+
+def _weights_words(row: Mapping[str, Any]) -> str:
+    """``h 0.75  w 0.075``: only what the run used."""
+    words = {"index": "h", "weight": "w", "scale": "n ×", "chance": "p ×"}
+    digits = {"index": 2, "weight": 3, "scale": 2, "chance": 2}
+    return "  ".join(
+        f"{short} {row[key]:.{digits[key]}f}"
+        for key, short in words.items()
+        if row.get(key) is not None
+    )
+
+
 def _bars(
     ax: Axes, clients: Sequence[dict[str, Any]], parts: dict[tuple[str, str], list[int]]
 ) -> None:

@@ -39,17 +39,36 @@ NO_NUMBERS: dict[str, tuple[str, ...]] = {
     ),
 }
 # keys that came later, with what runs did before them: so a hash means the same before and after
+_STRATEGY: dict[str, Any] = {
+    "mu": 0.0,
+    "w": 0.1,
+    "weight": "fixed",
+    "edge_layers": None,
+    "epsilon": None,
+    "aggregation": 0.0,
+    "sampling": 0.0,
+    "prototypes": 0.0,
+    "prototype_loss": "cosine",
+    "temperature": 0.1,
+    "momentum": 0.5,
+    "distillation": 0.0,
+    "distillation_target": "logits",
+    "views": 0.0,
+    "incomplete": 1.0,
+}
 LATER: dict[str, dict[str, Any]] = {
     "": {
+        "strategy": _STRATEGY,
         "trained": {
             "name": "paper",
             "connector": "frozen",
             "embeddings": "frozen",
             "vision": "frozen",
-        }
+        },
     },
     "model": {"quantization": "none"},
-    "evaluation": {"held_out": 0.0},
+    "strategy": _STRATEGY,
+    "evaluation": {"held_out": 0.0, "drift": False},
     "training": {"long_text": "refuse", "clients_at_once": 1},
 }
 _LOADED = ("_path", "_judged")  # what `load_results` adds
@@ -131,6 +150,7 @@ def _faults(data: Any) -> Iterator[str]:
         yield from _metric_faults(data)
         yield from _history_faults(data.get("history") or [], data["task"]["metric"])
         yield from _manifest_faults(data.get("manifest") or {})
+        yield from _heterogeneity_faults(data.get("heterogeneity"))
         if data.get("config_sha256") not in (None, config_digest(data["config"])):
             yield "was changed after it was written: its config does not match its config_sha256"
         if data.get("result_sha256") not in (None, result_digest(data)):
@@ -186,7 +206,7 @@ def _shape_faults(data: Result) -> Iterator[str]:
     yield from _task_faults(data.get("task"))
     if not isinstance(data.get("metrics"), dict):
         yield "has no metrics"
-    for key in (*_SECTIONS, "hardware", "manifest"):
+    for key in (*_SECTIONS, "hardware", "manifest", "heterogeneity"):
         if data.get(key) is not None and not isinstance(data[key], dict):
             yield f"{key} is {_kind(data[key])}, not an object"
     if not isinstance(data.get("history") or [], list):
@@ -331,6 +351,24 @@ def _adds_up(kept: Any, labels: Mapping[str, int]) -> bool:
         if not all(map(_is_count, by.values())) or sum(by.values()) != labels[label]:
             return False
     return True
+
+
+def _heterogeneity_faults(found: Any) -> Iterator[str]:
+    """What the server saw of each party: counts from zero up, and numbers or null."""
+    rows = _object(found).get("clients") or []
+    if not isinstance(rows, list):
+        yield f"heterogeneity.clients is {_kind(rows)}, not a list"
+        return
+    for i, row in enumerate(rows):
+        where = f"heterogeneity.clients[{i}]"
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+            yield f"{where} has no id"
+            continue
+        if not all(_is_count(row.get(key)) for key in HOLDINGS):
+            yield f"{where} has a count that is not a whole number from zero up"
+        for key in ("index", "divergence", "weight", "scale", "chance"):
+            if row.get(key) is not None and not _is_amount(row[key]):
+                yield f"{where}.{key} is {row[key]!r}, not a number from zero up"
 
 
 def _object(value: Any) -> Mapping[str, Any]:

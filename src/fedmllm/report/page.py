@@ -7,6 +7,7 @@ of its own: the same results make the same page. This module gathers what the pa
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,6 +97,7 @@ def _contents(
         "intro": _intro(ordered),
         "tasks": [_task(group, ordered, i) for i, group in enumerate(facts.by_task(results))],
         "holdings": _holdings(ordered),
+        "profiles": _profiles(ordered),
         "problems": problems,
         "provenance": provenance(ordered, folder),
         "versions": facts.lookup(ordered[0], "versions") or {},
@@ -371,6 +373,26 @@ def _party_row(client: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
     counts = [client.get(key, 0) for key in HOLDINGS]
     counts += [facts.class_counts(client).get(name, 0) for name in classes]
     return [client["id"], *(facts.format_count(n) for n in [client["samples"], *counts])]
+
+
+def _profiles(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """What each run's server made of the parties' profiles, where they sent any."""
+    names = dict(zip(map(id, results), facts.labels(results), strict=True))
+    panels: dict[str, dict[str, Any]] = {}
+    for result in results:
+        found = result.get("heterogeneity") or {}
+        rows = found.get("clients") or []
+        if not rows:
+            continue
+        key = json.dumps(found, sort_keys=True)
+        if key not in panels:
+            size = (figures.HALF[0], figures.holdings_height(result))
+            figure = figures.draw_panels([(figures.draw_profiles, (rows,))], size=size)
+            title = "Shares of each party's samples, and its weights"
+            svg = figures.inline(figure, f"p{len(panels)}", title)
+            panels[key] = {"runs": [], "svg": svg, "epsilon": found.get("epsilon"), "rows": rows}
+        panels[key]["runs"].append(names[id(result)])
+    return list(panels.values())
 
 
 # --- provenance ------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def _serve(
     if config.model.drop_tower and dataset is not None:
         mllm.drop_tower(dataset.test)
     federation = Federation(EVERYONE, dict.fromkeys(runner.sites, ()), config.training.rounds)
-    algorithm = algorithm_of(config, len(runner.sites))
+    algorithm = algorithm_of(config, len(runner.sites), mllm, session.task)
     runner.weighted = all(facts["reveal"]["samples"] for facts in runner.facts.values())
     if not runner.weighted:
         algorithm = replace(algorithm, weighting="uniform")

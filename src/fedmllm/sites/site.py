@@ -37,6 +37,7 @@ from fedmllm.experiment import (
     local_runner,
     make_manifest,
     own_samples,
+    parties_of,
     score_own,
 )
 from fedmllm.models import model_path
@@ -58,15 +59,19 @@ class Site:
             kit / self.file.experiments, config_sha256, who=f"site {self.name}"
         )
         self.config = agreed.site_config(kit, self.file, experiment)
+        if self.config.strategy.prototypes and not self.file.reveal.samples:
+            raise RefusedError(
+                f"{self.name} does not reveal how many samples it has, and prototypes count them "
+                "by class: leave strategy.prototypes out, or set reveal.samples at the site"
+            )
         torch.set_num_threads(self.config.threads)
         dataset = load_dataset(**self.config.data)
         held = make_manifest(self.config, dataset)
         self.manifest_sha256 = self._checked(held)
         train, self.held_out = self._own(held, dataset)
         self.session = session_of(self.config, load_model(self.config), dataset, kit)
-        self.runner = local_runner(
-            self.session, Federation(EVERYONE, {self.name: train}, self.config.training.rounds)
-        )
+        own = Federation(EVERYONE, {self.name: train}, self.config.training.rounds)
+        self.runner = local_runner(self.session, own, parties_of(self.session, own).weights)
         self.samples = len(train)
         if self.config.model.drop_tower:
             self.session.mllm.drop_tower([*train, *self.held_out])
@@ -98,7 +103,9 @@ class Site:
         """One round on this site's own samples: `train_client` as in process."""
         facts, state = message.facts, unpack_state(message)
         round_, run = state.round + 1, self._run_folder(str(facts["run"]))
-        algorithm = algorithm_of(self.config, int(facts["clients"]))
+        algorithm = algorithm_of(
+            self.config, int(facts["clients"]), self.session.mllm, self.session.task
+        )
         kept = self._memory(run, int(facts["since"]))
         self.runner.memory = {} if kept is None else {self.name: kept}
         arrivals = self.runner.train(round_, [self.name], algorithm, state, lr=float(facts["lr"]))
