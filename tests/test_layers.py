@@ -33,6 +33,7 @@ LAYERS = [
         "cli_data",
         "cli_cache",
         "cli_judge",
+        "cli_deploy",
         "demo",
         "listing",
         "parallel",
@@ -41,6 +42,7 @@ LAYERS = [
         "progress",
         "rerun",
         "revisions",
+        "sites",
     },
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

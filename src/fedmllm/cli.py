@@ -1,5 +1,5 @@
 """The command line: `fedmllm run | plan | bench | ls | data | predict | judge | report | compare |
-rerun | cache | demo`.
+rerun | cache | deploy | demo`.
 
 Heavy modules are imported inside the commands, so that `--help` answers at once. A `UserError`
 is printed without a traceback and exits with code 2.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmllm import cli_data, cli_judge
+from fedmllm import cli_data, cli_deploy, cli_judge
 from fedmllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_deploy.app, name="deploy")
 
 
 @app.command()

@@ -34,7 +34,14 @@ from fedmllm.data.images import ArchiveImage, EncodedImage, ImageFile
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.evaluation import TestSet, mean_over, modality_alignment
-from fedmllm.federation import InProcessRunner, RoundRecord, cohort_of, payload, run_round
+from fedmllm.federation import (
+    InProcessRunner,
+    RoundRecord,
+    Runner,
+    cohort_of,
+    payload,
+    run_round,
+)
 from fedmllm.models import model_path, weights_digest
 from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.mllm import Encoded, Mllm
@@ -63,6 +70,8 @@ WRITTEN = (
     "judged.json*",
     "verdicts.jsonl",
     "report.html",
+    "network.json*",  # of a run over several machines (sites/)
+    "status.json*",
 )
 
 
@@ -200,7 +209,7 @@ def run(
     held = make_manifest(config, dataset)
     if shared is None:
         shared = Shared(mllm or load_model(config), {Shared.data_key(config): dataset})
-    _algorithm(config, len(held.clients), shared.mllm, dataset.task)
+    algorithm_of(config, len(held.clients), shared.mllm, dataset.task)
     if resume:
         _check_manifest(folder / MANIFEST_FILE, held)
     make_folder(folder, config, overwrite=overwrite)  # only now: bad input has lost nothing
@@ -229,15 +238,11 @@ def run(
         trained = [s for party in found for held_ in party.samples.values() for s in held_]
         model.drop_tower([*trained, *dataset.test])
     outcomes = [run_federation(session, federation) for federation in found]
-    _save_adapter(session, outcomes)
-    result = _result(session, held, outcomes, time.perf_counter() - began)
+    save_adapter(session, outcomes)
+    result = make_result(session, held, outcomes, time.perf_counter() - began)
     if config.evaluation.held_out:
         result["held_out"] = _held_out(session, own_samples(config, dataset, held)[1], outcomes)
-    result["data_sha256"] = data_digest(dataset)
-    if answers := [line for outcome in outcomes for line in outcome.answers]:
-        result["answers_sha256"] = results.write_lines(folder / ANSWERS_FILE, answers)
-    result["result_sha256"] = result_digest(result)
-    results.write_json(folder / "result.json", result)
+    write_result(folder, result, outcomes, dataset)
     _tell(
         session,
         "done",
@@ -246,6 +251,18 @@ def run(
         shortened=result.get("shortened"),
     )
     return result
+
+
+def write_result(
+    folder: Path, result: dict[str, Any], outcomes: Sequence[Outcome], dataset: Dataset | None
+) -> None:
+    """Complete a result by its digests and write it, after the answers that it is made of."""
+    if dataset is not None:
+        result["data_sha256"] = data_digest(dataset)
+    if answers := [line for outcome in outcomes for line in outcome.answers]:
+        result["answers_sha256"] = results.write_lines(folder / ANSWERS_FILE, answers)
+    result["result_sha256"] = result_digest(result)
+    results.write_json(folder / "result.json", result)
 
 
 def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
@@ -423,12 +440,25 @@ class Outcome:
     once: tuple[int, int] = (0, 0)
 
 
-def run_federation(session: Session, federation: Federation) -> Outcome:
-    """Run (or go on with) one federation to its last round and test it."""
+def run_federation(
+    session: Session,
+    federation: Federation,
+    *,
+    runner: Runner | None = None,
+    algorithm: Algorithm | None = None,
+) -> Outcome:
+    """Run (or go on with) one federation to its last round and test it.
+
+    runner: where its clients train, by default in this process; elsewhere parties send no profiles.
+    algorithm: by default the config's.
+    """
     config = session.config
-    algorithm = _algorithm(config, len(federation.samples), session.mllm, session.task)
-    parties = _parties(session, federation)
-    runner = _runner(session, federation, parties.weights)
+    if algorithm is None:
+        algorithm = algorithm_of(config, len(federation.samples), session.mllm, session.task)
+    parties = Parties({}, {})
+    if runner is None:
+        parties = parties_of(session, federation)
+        runner = local_runner(session, federation, parties.weights)
     folder = session.folder / "state" / federation.name
     state = algorithm.init(session.mllm.init_adapter(config.seed))
     history: list[dict[str, Any]] = []
@@ -438,7 +468,7 @@ def run_federation(session: Session, federation: Federation) -> Outcome:
         runner.memory = dict(found.memory)
     while state.round < federation.rounds:
         cohort = cohort_of(
-            list(federation.samples),
+            runner.ready(list(federation.samples)),
             config.training.clients_per_round,
             seed=config.seed,
             round_=state.round + 1,
@@ -467,8 +497,8 @@ def run_federation(session: Session, federation: Federation) -> Outcome:
     return replace(outcome, heterogeneity=parties.facts(config), once=parties.once)
 
 
-def _algorithm(config: Config, clients: int, mllm: Mllm, task: Task) -> Algorithm:
-    """The config's algorithm with its strategy."""
+def algorithm_of(config: Config, clients: int, mllm: Mllm, task: Task) -> Algorithm:
+    """The config's algorithm, with its strategy, for a federation of so many clients."""
     name, options = config.algorithm["name"], options_of(config.algorithm)
     return apply_strategy(
         config,
@@ -534,7 +564,7 @@ class Parties:
         return {"epsilon": config.strategy.epsilon, "clients": rows}
 
 
-def _parties(session: Session, federation: Federation) -> Parties:
+def parties_of(session: Session, federation: Federation) -> Parties:
     """Every party describes itself, once; the server weighs them."""
     config, given = session.config, session.config.strategy
     classes = len(session.task.classes)
@@ -560,9 +590,11 @@ def _parties(session: Session, federation: Federation) -> Parties:
     )
 
 
-def _runner(
+def local_runner(
     session: Session, federation: Federation, weights: Mapping[str, float]
 ) -> InProcessRunner:
+    """The runner that trains a federation's clients in this process. weights: by client, of the
+    adaptive regularisation."""
     config, training = session.config, session.config.training
     encoded: dict[str, list[Encoded]] = {}
 
@@ -600,7 +632,7 @@ def _record(
 ) -> dict[str, Any]:
     """A round's line, with the test metrics when an evaluation is due."""
     evaluation = session.config.evaluation
-    due = evaluation.every and record.round % evaluation.every == 0
+    due = session.test.samples and evaluation.every and record.round % evaluation.every == 0
     found, seconds = None, 0.0
     if due and record.round < federation.rounds and session.config.topology != "local":
         began = time.perf_counter()
@@ -610,8 +642,9 @@ def _record(
         seconds = time.perf_counter() - began
     line = asdict(record)
     line["clients"] = list(line.pop("cohort"))
-    if not line["measured"]:
-        del line["measured"]
+    for name in ("missing", "measured"):
+        if not line[name]:
+            del line[name]
     if session.config.topology != "federated":  # nothing crossed a network
         line.update(bytes_up=0, bytes_down=0)
     return {**line, "metrics": found, "evaluate_seconds": seconds}
@@ -626,7 +659,7 @@ def _test(
     session.mllm.set_adapter(state.params)
     found: dict[str, dict[str, float]] = {}
     answers: list[dict[str, str]] = []
-    for condition in evaluation.conditions:
+    for condition in evaluation.conditions if session.test.samples else ():
         given: list[str] = []
         found[condition] = session.test.evaluate(
             condition, batch_size=evaluation.batch_size, given=given
@@ -669,29 +702,39 @@ def _held_out(
     session: Session, samples: Mapping[str, list[Sample]], outcomes: list[Outcome]
 ) -> dict[str, Any]:
     """The final adapter (a local run: its own) on what each party held out, as the party holds
-    it; by client, and mean, spread and extremes over them.
-
-    A metric that a party's few samples do not allow (an AUC of one class) is null and left out
-    of the mean; `accuracy` always has a value.
-    """
-    config = session.config
+    it."""
     adapters = {outcome.name: outcome.params for outcome in outcomes}
     found: dict[str, dict[str, float]] = {}
     for client in sorted(name for name in samples if samples[name]):
         session.mllm.set_adapter(adapters.get(client, outcomes[0].params))
-        own = TestSet(
-            session.mllm,
-            session.task,
-            samples[client],
-            style=config.prompt,
-            max_length=config.training.max_length,
-            long_text=config.training.long_text,
-        )
-        found[client] = own.evaluate("both", batch_size=config.evaluation.batch_size)
+        found[client] = score_own(session, samples[client])
+    return over_parties(found)
+
+
+def score_own(session: Session, samples: Sequence[Sample]) -> dict[str, float]:
+    """The model's present adapter on a party's own samples, as the party holds them."""
+    config = session.config
+    own = TestSet(
+        session.mllm,
+        session.task,
+        samples,
+        style=config.prompt,
+        max_length=config.training.max_length,
+        long_text=config.training.long_text,
+    )
+    return own.evaluate("both", batch_size=config.evaluation.batch_size)
+
+
+def over_parties(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Metrics by client, and mean, spread and extremes over the clients.
+
+    A metric that a party's few samples do not allow (an AUC of one class) is null and left out
+    of the mean; `accuracy` always has a value.
+    """
     names = sorted({name for scores in found.values() for name in scores})
     known = {n: [s[n] for s in found.values() if n in s and s[n] == s[n]] for n in names}
     spread = {n: mean_over([{n: v} for v in vs])[n] for n, vs in known.items() if vs}
-    return {"per_client": found, "spread": spread}
+    return {"per_client": dict(found), "spread": spread}
 
 
 def _write_history(folder: Path, federation: str, history: list[dict[str, Any]]) -> None:
@@ -704,8 +747,8 @@ def _write_history(folder: Path, federation: str, history: list[dict[str, Any]])
     draft.replace(folder / name)
 
 
-def _save_adapter(session: Session, outcomes: list[Outcome]) -> None:
-    """adapter/ in PEFT's format; a local run has one per client, under adapter/CLIENT."""
+def save_adapter(session: Session, outcomes: list[Outcome]) -> None:
+    """Write adapter/ in PEFT's format; a local run has one per client, under adapter/CLIENT."""
     for outcome in outcomes:
         folder = session.folder / "adapter"
         if outcome.name:
@@ -722,9 +765,10 @@ def _save_adapter(session: Session, outcomes: list[Outcome]) -> None:
         results.write_json(folder / ADAPTER_FACTS, facts)
 
 
-def _result(
-    session: Session, held: manifest.Manifest, outcomes: list[Outcome], seconds: float
+def make_result(
+    session: Session, held: manifest.Manifest | None, outcomes: list[Outcome], seconds: float
 ) -> dict[str, Any]:
+    """A run's result but for its digests; without a manifest it does not say who holds what."""
     config = session.config
     lines = [line for outcome in outcomes for line in outcome.history]
     result: dict[str, Any] = {
@@ -754,15 +798,16 @@ def _result(
             "total_seconds": seconds,
             "resumed": session.resumed,  # then the total is of the last stretch only
         },
-        "samples": _samples(config, held, outcomes),
         "peak_memory_bytes": results.peak_memory_bytes(),
         "versions": results.versions(),
         "revisions": revisions_of(config.model_dump(mode="json")),
         "commit": results.commit(),
         "hardware": results.hardware(config.threads, config.model.device),
         "started": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds"),
-        "manifest": results.holdings(held),
     }
+    if held is not None:
+        result["samples"] = _samples(config, held, outcomes)
+        result["manifest"] = results.holdings(held)
     if cut := session.shortened | session.test.shortened():
         result["shortened"] = {"samples": len(cut), "first": sorted(cut)[:5]}
     if outcomes[0].heterogeneity:
@@ -821,7 +866,7 @@ def _prototype_bytes(session: Session) -> dict[str, int]:
     """Bytes of the prototypes that a client receives, and of the sums that it sends, if any."""
     if not session.config.strategy.prototypes or session.config.topology != "federated":
         return {}
-    algorithm = _algorithm(session.config, 1, session.mllm, session.task)
+    algorithm = algorithm_of(session.config, 1, session.mllm, session.task)
     return {PROTOTYPES: payload(algorithm.init({}).slots[PROTOTYPES])}
 
 

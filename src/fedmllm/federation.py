@@ -7,6 +7,7 @@ updates as they arrive; in process that is one after another, on several machine
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,9 @@ from fedmllm.rng import stream
 class RoundRecord:
     """What is kept of a round. bytes_up, bytes_down: all clients together, payload only.
 
-    measured: the mean over clients of what they state beside the loss, and the drift if asked for.
+    cohort: the clients whose updates are in it. missing: those that were asked in vain. loss: the
+    mean over the clients that tell theirs; NaN if none does. measured: the mean over clients of
+    what they state beside the loss, and the drift if asked for.
     """
 
     round: int
@@ -35,6 +38,7 @@ class RoundRecord:
     bytes_up: int
     bytes_down: int
     seconds: float
+    missing: tuple[str, ...] = ()
     measured: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -42,6 +46,10 @@ class Runner(Protocol):
     """Where clients train. memory: what clients keep between rounds, part of a checkpoint."""
 
     memory: dict[str, Params]
+
+    def ready(self, clients: Sequence[str]) -> Sequence[str]:
+        """Those of `clients` that can be asked now; waits until there are enough of them."""
+        ...
 
     def train(
         self,
@@ -51,8 +59,9 @@ class Runner(Protocol):
         state: ServerState,
         *,
         lr: float,
-    ) -> Iterator[tuple[int, Update]]:
-        """Yield (position in the cohort, update) in any order, each once."""
+    ) -> Iterator[tuple[int, Update | None]]:
+        """Yield (position in the cohort, update) in any order, each once; None for a client that
+        did not deliver."""
         ...
 
 
@@ -93,12 +102,16 @@ def run_round(
     """
     began = time.perf_counter()
     mean = StreamingMean(algorithm.weighting)
-    loss, up = 0.0, 0
+    losses, up = [], 0
+    delivered: list[str] = []
     apart, stated = Drift(), dict[str, list[float]]()
     arrivals = runner.train(state.round + 1, cohort, algorithm, state, lr=lr)
-    for update in in_order(arrivals, len(cohort)):
-        mean.fold(update, (scales or {}).get(update.client, 1.0))
-        loss += update.metrics.get("loss", 0.0) / len(cohort)
+    for client, update in zip(cohort, in_order(arrivals, len(cohort)), strict=True):
+        if update is None:
+            continue
+        mean.fold(update, (scales or {}).get(client, 1.0))
+        delivered.append(client)
+        losses += [update.metrics["loss"]] if "loss" in update.metrics else []
         for name in update.metrics.keys() - {"loss"}:
             stated.setdefault(name, []).append(update.metrics[name])
         if drift:
@@ -108,12 +121,13 @@ def run_round(
     sent = payload(state.params, *(state.slots[slot] for slot in algorithm.broadcast))
     record = RoundRecord(
         round=state.round + 1,
-        cohort=tuple(cohort),
-        loss=loss,
+        cohort=tuple(delivered),
+        loss=sum(loss / len(losses) for loss in losses) if losses else math.nan,
         lr=lr,
         bytes_up=up,
         bytes_down=sent * len(cohort),
         seconds=time.perf_counter() - began,
+        missing=tuple(client for client in cohort if client not in delivered),
         measured={
             **{name: sum(stated[name]) / len(stated[name]) for name in sorted(stated)},
             **{f"drift_{name}": value for name, value in apart.facts().items()},
@@ -122,14 +136,14 @@ def run_round(
     return algorithm.step(state, mean), record
 
 
-def in_order(arrivals: Iterable[tuple[int, Update]], count: int) -> Iterator[Update]:
+def in_order(arrivals: Iterable[tuple[int, Update | None]], count: int) -> Iterator[Update | None]:
     """Updates in cohort order, each as soon as its predecessors are there.
 
     Sums of floats depend on their order; this makes a round's result independent of who was
-    quicker. Only updates that overtook another are held. Raises ValueError unless all `count`
-    come.
+    quicker. Only updates that overtook another are held. None stands for a client that did not
+    deliver. Raises ValueError unless all `count` are told of.
     """
-    held: dict[int, Update] = {}
+    held: dict[int, Update | None] = {}
     position = 0
     for index, update in arrivals:
         held[index] = update
@@ -163,6 +177,9 @@ class InProcessRunner:
     memory: dict[str, Params] = field(default_factory=dict)
     clients_at_once: int = 1
     weights: Mapping[str, float] = field(default_factory=dict)
+
+    def ready(self, clients: Sequence[str]) -> Sequence[str]:
+        return clients
 
     def train(
         self,

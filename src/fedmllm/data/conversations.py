@@ -52,6 +52,8 @@ from fedmllm.data.own import (
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError, problem_list, unknown
 
+NONE = "none"
+
 
 @dataclass(frozen=True)
 class _Reader:
@@ -76,19 +78,20 @@ def load(
     """Load conversations of ready-made parties.
 
     root: data folder. parties: a pattern of files, relative to root; a party bears its file's
-    name without the ending. test: the file of test samples. task: ``open`` (accuracy) or
-    ``choice`` over `classes`, asked by `question` (with ``{modality}``); metric for choice:
-    ``macro_f1`` (default), or ``auc`` for two classes. verify: read every image's header now.
+    name without the ending. test: the file of test samples. Either may be ``none``, for a machine
+    that holds only the other. task: ``open`` (accuracy) or ``choice`` over `classes`, asked by
+    `question` (with ``{modality}``); metric for choice: ``macro_f1`` (default), or ``auc`` for two
+    classes. verify: read every image's header now.
 
     Sample ids are ``party/id``. Raises one `UserError` that lists the problems of all files.
     """
     folder = folder_of(root, dataset="conversations", what="your JSON files")
     asked = task_of("conversations", task, classes=tuple(classes), question=question, metric=metric)
     reader = _Reader(folder, asked, verify)
-    files = _party_files(reader.root, parties, reader.root / test)
+    files = _party_files(reader.root, parties, reader.root / test) if parties != NONE else []
     problems: list[str] = []
     train = {file.stem: _read(file, file.stem, reader, problems) for file in files}
-    tested = _read(reader.root / test, "test", reader, problems)
+    tested = _read(reader.root / test, "test", reader, problems) if test != NONE else []
     if problems:
         raise UserError(problem_list(problems))
     samples = [sample for name in sorted(train) for sample in train[name]]

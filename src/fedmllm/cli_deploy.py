@@ -1,0 +1,136 @@
+"""`fedmllm deploy`: one experiment over several machines.
+
+init makes the kits; node and supervise are for the machines; start, status, stop and resume try
+all of it on one machine, with real processes, mutual TLS and loopback only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedmllm.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Run an experiment over several machines (needs fedmllm[nvflare]).",
+)
+
+Folder = Annotated[Path, typer.Argument(help="The folder that `deploy init` made.")]
+
+
+def _needs_nvflare() -> None:
+    if importlib.util.find_spec("nvflare") is None:
+        raise UserError('deploy needs NVFlare: pip install "fedmllm[nvflare]"')
+
+
+@app.command()
+def init(
+    experiment: Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. partition.clients=3.")
+    ] = None,
+    sites: Annotated[str, typer.Option(help="How many, or their names: clinic-a,clinic-b.")] = "3",
+    out: Annotated[Path, typer.Option(help="Where the kits go.")] = Path("federation"),
+    server: Annotated[
+        str, typer.Option(help="The server's host name. localhost: all on this machine.")
+    ] = "localhost",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="[default: 8002; localhost: a free one]")
+    ] = None,
+    min_sites: Annotated[
+        int | None, typer.Option(min=1, help="Updates that make a round. [default: most sites]")
+    ] = None,
+    deadline: Annotated[
+        float, typer.Option(min=1, help="Seconds that a round waits for slow sites.")
+    ] = 3600.0,
+) -> None:
+    """Write a kit for the server, each site and the administrator: keys, policies, settings."""
+    _needs_nvflare()
+    from fedmllm.config import load_config
+    from fedmllm.sites.flare.kits import Plan, make_kits
+    from fedmllm.sites.flare.local import free_port, site_names
+
+    config = load_config(experiment, overrides or [])
+    names = site_names(config, sites)
+    near = server in ("localhost", "127.0.0.1")
+    plan = Plan(
+        config,
+        names,
+        host=server,
+        port=port or (free_port() if near else 8002),
+        min_sites=min_sites or len(names) // 2 + 1,
+        deadline=deadline,
+    )
+    make_kits(plan, out)
+    print(f"kits      {out / 'kits'}: server, admin, {', '.join(names)}")
+    print(f"authority {out / 'authority'}: the root key; keep it off all machines")
+    print(f"next      README.md in each kit; on this machine alone: fedmllm deploy start {out}")
+
+
+@app.command()
+def node(
+    kit: Annotated[Path, typer.Argument(help="The kit of a server or a site.")],
+) -> None:
+    """Run a server or a site, in the foreground."""
+    _needs_nvflare()
+    from fedmllm.sites.flare.node import run_node
+
+    run_node(kit)
+
+
+@app.command()
+def supervise(
+    server: Annotated[Path, typer.Argument(help="The server's kit, on this machine.")],
+    admin: Annotated[Path, typer.Option(help="The administrator's kit.")],
+    experiment: Annotated[str, typer.Option(help="A name in the server's experiments/.")],
+) -> None:
+    """Submit an experiment, and again from its checkpoint when the server or a site was killed."""
+    _needs_nvflare()
+    from fedmllm.sites.flare.supervise import Supervisor
+
+    Supervisor(server.resolve(), admin.resolve(), experiment).run()
+
+
+@app.command()
+def start(folder: Folder) -> None:
+    """Run server, sites and supervisor on this machine, in the background."""
+    _needs_nvflare()
+    from fedmllm.sites.flare.local import start as start_here
+
+    print(f"started   {start_here(folder)}; see: fedmllm deploy status {folder}")
+
+
+@app.command()
+def resume(folder: Folder) -> None:
+    """Start again what was stopped or killed; runs go on from their checkpoints."""
+    start(folder)
+
+
+@app.command()
+def stop(folder: Folder) -> None:
+    """End all processes that `start` began."""
+    from fedmllm.sites.flare.local import stop as stop_here
+
+    print("stopped" if stop_here(folder) else "nothing runs")
+
+
+@app.command()
+def status(
+    folder: Folder,
+    json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say what runs, round by round, and whom it waits for."""
+    from fedmllm.sites.flare.local import status as status_here
+    from fedmllm.sites.flare.local import status_lines
+
+    found = status_here(folder)
+    if json_:
+        print(json.dumps(found, indent=1))
+        return
+    for line in status_lines(found):
+        print(line)

@@ -1,0 +1,130 @@
+"""An experiment as one machine runs it: the file that all agree on, with this machine's data and
+settings.
+
+What a machine may set for itself is in `LOCAL`; it is not part of the experiment's hash.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmllm.config import Config, config_hash, load_config
+from fedmllm.data import DATASETS
+from fedmllm.errors import UserError, unknown
+from fedmllm.sites.handshake import RefusedError
+from fedmllm.sites.settings import FILE, ServerData, ServerFile, SiteData, SiteFile
+
+# config keys that a machine may set for itself: they change speed, memory and rounding
+LOCAL = (
+    "threads",
+    "model.path",
+    "model.dtype",
+    "model.device",
+    "model.quantization",
+    "model.gradient_checkpointing",
+    "model.feature_cache",
+    "model.feature_cache_gb",
+    "model.drop_tower",
+    "training.batch_size",
+    "training.micro_batch",
+    "training.clients_at_once",
+    "evaluation.batch_size",
+)
+
+
+def find_experiment(folder: Path, sha256: str, *, who: str) -> Path:
+    """The experiment file of this config hash in a folder.
+
+    Raises `UserError` if there is none: a party runs what its administrator put there.
+    """
+    names: list[str] = []
+    for file in sorted(folder.glob("*.y*ml")):
+        try:
+            if config_hash(load_config(file)) == sha256:
+                return file
+            names.append(file.name)
+        except UserError:
+            continue  # a file that is no experiment
+    raise RefusedError(
+        f"{who} has not agreed to experiment {sha256[:12]}: it is not in its "
+        f"{folder.name}/ ({len(names)} others are); put the file there if it is to be run"
+    )
+
+
+def site_config(kit: Path, file: SiteFile, experiment: Path) -> Config:
+    """An experiment as this site runs it: with its own settings and data."""
+    agreed = load_config(experiment)
+    _check_kind(agreed)
+    data = _data_overrides(agreed, kit, file.data)
+    return load_config(experiment, [*_overrides(file.settings, kit / FILE), *data])
+
+
+def server_config(kit: Path, file: ServerFile, experiment: Path) -> Config:
+    """An experiment as the server runs it."""
+    agreed = load_config(experiment)
+    _check_kind(agreed)
+    data = [] if file.data.none else _test_overrides(agreed, kit, file.data)
+    return load_config(experiment, [*_overrides(file.settings, kit / FILE), *data])
+
+
+def _check_kind(config: Config) -> None:
+    if config.topology != "federated":
+        raise UserError(
+            f"topology {config.topology} has nobody to federate with: several machines run "
+            "topology federated"
+        )
+    if config.strategy.uses_profiles:
+        raise UserError(
+            "strategy.weight=profile, strategy.aggregation and strategy.sampling need the parties' "
+            "profiles, which sites do not send yet: choose strategy.weight=scenario or fixed, and "
+            "leave the other two at 0"
+        )
+
+
+def _data_overrides(config: Config, kit: Path, data: SiteData) -> list[str]:
+    if data.file is not None:
+        if config.data["name"] != "conversations":
+            raise UserError(
+                f"data.file holds conversations, and the experiment's data is "
+                f"{config.data['name']}: give data.root, or an experiment with data conversations"
+            )
+        if config.scenario["name"] != "aligned":
+            raise UserError(
+                f"scenario {config.scenario['name']} cannot be drawn over a file of one's own: "
+                "choose scenario aligned, which trains on data as it is held"
+            )
+        where = kit / data.file
+        return [_set("data.root", str(where.parent)), _set("data.parties", where.name), _NO_TEST]
+    return _root(config, kit, data.root)
+
+
+def _test_overrides(config: Config, kit: Path, data: ServerData) -> list[str]:
+    if data.file is not None:
+        where = kit / data.file
+        return [_set("data.root", str(where.parent)), _set("data.test", where.name), _NO_PARTIES]
+    return _root(config, kit, data.root)
+
+
+def _root(config: Config, kit: Path, root: str | None) -> list[str]:
+    if root is None:
+        return []
+    if "root" not in DATASETS[config.data["name"]].options:
+        raise UserError(f"data {config.data['name']} is drawn and has no root: leave it out")
+    return [_set("data.root", str(kit / root))]
+
+
+_NO_TEST, _NO_PARTIES = "data.test=none", "data.parties=none"
+
+
+def _overrides(settings: Mapping[str, Any], source: Path) -> list[str]:
+    for key in settings:
+        if key not in LOCAL:
+            raise UserError(f"{source}: settings: {unknown('setting of a machine', key, LOCAL)}")
+    return [_set(key, value) for key, value in settings.items()]
+
+
+def _set(key: str, value: Any) -> str:
+    return f"{key}={json.dumps(value)}"

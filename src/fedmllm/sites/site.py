@@ -1,0 +1,202 @@
+"""A site's work: its data, its base model, and the functions of an in-process run on them.
+
+Runs in a process of its own (`trainer.py`), which keeps the base loaded over all rounds of a job.
+What a client keeps between rounds (SCAFFOLD's c_k) stays on the site's disk, one file a round; the
+server says which of them its state builds on, so that a run that goes on after a kill, and a round
+whose update came too late, leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import fedmllm
+from fedmllm import manifest as manifests
+from fedmllm.algorithms.base import Params, Update
+from fedmllm.config import Config
+from fedmllm.data import load_dataset
+from fedmllm.data.dataset import Dataset
+from fedmllm.errors import UserError
+from fedmllm.evaluation import TestSet
+from fedmllm.experiment import (
+    EVERYONE,
+    Federation,
+    Session,
+    Shared,
+    algorithm_of,
+    load_model,
+    local_runner,
+    make_manifest,
+    own_samples,
+    parties_of,
+    score_own,
+)
+from fedmllm.models import model_path
+from fedmllm.models.mllm import Mllm
+from fedmllm.sites import agreed, digests, handshake, settings
+from fedmllm.sites.handshake import RefusedError
+from fedmllm.sites.wire import Message, pack_update, unpack_state
+
+KEEP = 3  # memories of a client
+
+
+class Site:
+    """One site with its model and data loaded. Raises `UserError` if it cannot take part."""
+
+    def __init__(self, kit: Path, config_sha256: str) -> None:
+        self.kit, self.file = kit, settings.load_site(kit)
+        self.name, self.sha256 = self.file.name, config_sha256
+        experiment = agreed.find_experiment(
+            kit / self.file.experiments, config_sha256, who=f"site {self.name}"
+        )
+        self.config = agreed.site_config(kit, self.file, experiment)
+        if self.config.strategy.prototypes and not self.file.reveal.samples:
+            raise RefusedError(
+                f"{self.name} does not reveal how many samples it has, and prototypes count them "
+                "by class: leave strategy.prototypes out, or set reveal.samples at the site"
+            )
+        torch.set_num_threads(self.config.threads)
+        dataset = load_dataset(**self.config.data)
+        held = make_manifest(self.config, dataset)
+        self.manifest_sha256 = self._checked(held)
+        train, self.held_out = self._own(held, dataset)
+        self.session = session_of(self.config, load_model(self.config), dataset, kit)
+        own = Federation(EVERYONE, {self.name: train}, self.config.training.rounds)
+        self.runner = local_runner(self.session, own, parties_of(self.session, own).weights)
+        self.samples = len(train)
+        if self.config.model.drop_tower:
+            self.session.mllm.drop_tower([*train, *self.held_out])
+        self.base_sha256 = digests.base_digest(
+            model_path(self.config.model.name, self.config.model.path)
+        )
+
+    def hello(self, server: Mapping[str, Any]) -> Message:
+        """What this site is, and why it will not train with this server if it will not."""
+        mllm = self.session.mllm
+        facts = {
+            **handshake.common(fedmllm.__version__),
+            "config_sha256": self.sha256,
+            "base_sha256": self.base_sha256,
+            "tokenizer_sha256": digests.tokenizer_digest(mllm.processor),
+            "layout": digests.layout(mllm.get_adapter()),
+            "manifest_sha256": self.manifest_sha256,
+            "samples": self.samples,
+            "held_out": bool(self.held_out),
+            "task": asdict(self.session.task),
+            "reveal": self.file.reveal.model_dump(),
+        }
+        problems = handshake.differences(server, facts)
+        if not self.file.reveal.samples:
+            facts["samples"] = None
+        return Message(facts={**facts, "problems": problems})
+
+    def train(self, message: Message) -> Message:
+        """One round on this site's own samples: `train_client` as in process."""
+        facts, state = message.facts, unpack_state(message)
+        round_, run = state.round + 1, self._run_folder(str(facts["run"]))
+        algorithm = algorithm_of(
+            self.config, int(facts["clients"]), self.session.mllm, self.session.task
+        )
+        kept = self._memory(run, int(facts["since"]))
+        self.runner.memory = {} if kept is None else {self.name: kept}
+        arrivals = self.runner.train(round_, [self.name], algorithm, state, lr=float(facts["lr"]))
+        update = next(update for _, update in arrivals)
+        memory = self.runner.memory.get(self.name)
+        if memory is not None:
+            _keep(run, round_, memory)
+        packed = pack_update(self._revealed(update))
+        return Message(packed.tensors, {"update": packed.facts, "memory": memory is not None})
+
+    def evaluate(self, message: Message) -> Message:
+        """Scores of the adapter on what this site held out; nothing where it reveals none."""
+        if not self.held_out or not self.file.reveal.metrics:
+            return Message(facts={"metrics": {}})
+        self.session.mllm.set_adapter(unpack_state(message).params)
+        return Message(facts={"metrics": score_own(self.session, self.held_out)})
+
+    # -- what it holds -------------------------------------------------------------------------
+
+    def _checked(self, held: manifests.Manifest) -> str | None:
+        """The hash of the split; None for a file of one's own, which no other site can know."""
+        if self.file.data.file is not None:
+            return None
+        if self.file.data.manifest is not None:
+            given = manifests.load(self.kit / self.file.data.manifest)
+            if given.sha256 != held.sha256:
+                found = manifests.differences(given, held)[:3]
+                print(*found, sep="\n", file=sys.stderr)
+                raise RefusedError(
+                    f"the manifest of {self.name} ({given.sha256[:12]}) is not of the data there "
+                    f"({held.sha256[:12]}): restore the data, or the manifest"
+                )
+        return held.sha256
+
+    def _own(self, held: manifests.Manifest, dataset: Dataset) -> tuple[list[Any], list[Any]]:
+        train, out = own_samples(self.config, dataset, held)
+        if self.name not in train:
+            raise RefusedError(
+                f"the data at {self.name} is another party's: a site bears its party's name, and "
+                "so does its file (NAME.json)"
+            )
+        if not train[self.name]:
+            raise RefusedError(f"{self.name} has no samples to train on: at least 1 is needed")
+        return train[self.name], out[self.name]
+
+    def _revealed(self, update: Update) -> Update:
+        if not self.file.reveal.samples:
+            update = replace(update, num_samples=1)
+        return update if self.file.reveal.metrics else replace(update, metrics={})
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def _run_folder(self, run: str) -> Path:
+        if not run.isalnum():
+            raise UserError(f"{run!r} is not the name of a run")
+        folder = self.kit / self.file.state / run
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _memory(self, run: Path, since: int) -> Params | None:
+        """What this client kept from round `since`, on which the server's state builds."""
+        if not since:
+            return None
+        file = run / _name(since)
+        if not file.exists():
+            raise RefusedError(
+                f"{self.name} has lost what it kept from round {since} ({_name(since)}): restore "
+                "it; without it this algorithm would go on from a state that never was"
+            )
+        return dict(sorted(load_file(file).items()))
+
+
+def session_of(config: Config, mllm: Mllm, dataset: Dataset, folder: Path) -> Session:
+    """What the functions of a run share. No test is made of it at a site."""
+    shared = Shared(mllm, {Shared.data_key(config): dataset})
+    test = TestSet(
+        mllm, dataset.task, [], style=config.prompt, max_length=config.training.max_length
+    )
+    listener: Callable[[Mapping[str, Any]], None] = lambda event: None  # noqa: E731
+    return Session(config, folder, shared, dataset.task, test, listener, time.perf_counter())
+
+
+def _keep(run: Path, round_: int, memory: Params) -> None:
+    draft = run / "draft.safetensors"
+    save_file(memory, draft)
+    with draft.open("rb") as opened:
+        os.fsync(opened.fileno())
+    draft.replace(run / _name(round_))
+    for old in sorted(run.glob("memory-*.safetensors"))[:-KEEP]:
+        old.unlink()
+
+
+def _name(round_: int) -> str:
+    return f"memory-{round_:06d}.safetensors"

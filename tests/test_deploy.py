@@ -1,0 +1,472 @@
+"""The same experiment over a real network: server and sites as processes, mutual TLS, loopback."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+pytest.importorskip("nvflare", reason='needs pip install "fedmllm[nvflare]"')
+
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from sites import SITES, SMALL
+
+from fedmllm.algorithms.base import Update
+from fedmllm.config import config_hash, load_config, make_config
+from fedmllm.errors import UserError
+from fedmllm.experiment import run
+from fedmllm.sites import settings, wire
+from fedmllm.sites.flare import codec
+from fedmllm.sites.flare.filters import clip
+from fedmllm.sites.flare.kits import Plan, add_experiment, make_kits, write_job
+from fedmllm.sites.flare.local import free_port, site_names, status, stop
+from fedmllm.sites.flare.node import node_command, prepare_node
+from fedmllm.sites.flare.supervise import Nodes, Supervisor
+
+TESTS = Path(__file__).parent
+
+
+class Here:
+    """A federation on this machine: kits, nodes, and a supervisor in this process."""
+
+    def __init__(self, folder: Path, *configs: Any, **plan: Any) -> None:
+        self.root, self.configs = folder / "federation", configs
+        options = {"min_sites": 3, "port": free_port(), **plan}
+        make_kits(Plan(configs[0], SITES, **options), self.root)
+        self.kits = {kit.name: kit for kit in (self.root / "kits").iterdir()}
+        for kit in self.kits.values():
+            for config in configs[1:]:
+                if kit.name != "admin":
+                    add_experiment(kit, config)
+        self.nodes = Nodes([kit for name, kit in self.kits.items() if name != "admin"])
+        self.said: list[str] = []
+
+    def set(self, kit: str, **facts: Any) -> None:
+        """Change a kit's settings."""
+        file = self.kits[kit] / "local" / "fedmllm.yml"
+        file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **facts}))
+
+    def run(
+        self, name: str, *, meanwhile: Callable[[dict[str, Any]], None] = lambda status: None
+    ) -> Path:
+        """See an experiment through; `meanwhile` is called with the status again and again."""
+        server, until = self.kits["server"], time.monotonic() + 400
+        boss = Supervisor(server, self.kits["admin"], name, say=self.said.append)
+
+        def tend() -> None:
+            assert time.monotonic() < until, (self.said, boss.status())
+            self.nodes.tend()
+            meanwhile(boss.status())
+
+        boss.tend = tend
+        boss.run()
+        return server / "runs" / name
+
+
+@contextmanager
+def federation(folder: Path, *configs: Any, **plan: Any) -> Iterator[Here]:
+    here = Here(folder, *configs, **plan)
+    try:
+        yield here
+    finally:
+        here.nodes.end()
+
+
+def small(name: str, **change: Any) -> Any:
+    raw = copy.deepcopy(SMALL)
+    for section, values in change.items():
+        raw[section] = {**raw.get(section, {}), **values} if isinstance(values, dict) else values
+    return make_config({"name": name, **raw})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    one, other = weights(a), weights(b)
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def record_what_leaves(here: Here, site: str) -> None:
+    """Put a recorder behind the gate at a site's border."""
+    local = here.kits[site] / "local"
+    policy = json.loads((local / "privacy.json").read_text())
+    policy["scopes"][0]["task_result_filters"].append(
+        {"path": "recording.Recorder", "args": {}, "direction": "out"}
+    )
+    (local / "privacy.json").write_text(json.dumps(policy))
+    allowed = json.loads((local / "resources.json").read_text())
+    allowed["class_allow_list"].append("recording.Recorder")
+    (local / "resources.json").write_text(json.dumps(allowed))
+
+
+def processes(kit: Path, word: str) -> list[int]:
+    """Processes whose command line names this kit and this word."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (folder / "cmdline").read_bytes()
+            if str(kit.resolve()).encode() in words and word.encode() in words:
+                found.append(int(folder.name))
+    return found
+
+
+def test_three_sites_over_tls_give_the_weights_of_one_process(tmp_path, mllm, monkeypatch) -> None:
+    """And nothing but the adapter's differences, counts and metrics leaves a site."""
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    config = small("tiny")
+    result = run(config, out=tmp_path / "here", mllm=mllm)
+    with federation(tmp_path, config) as here:
+        record_what_leaves(here, "client-01")
+        folder = here.run("tiny")
+        assert same(folder, tmp_path / "here")
+        assert json.loads((folder / "result.json").read_text())["metrics"] == result["metrics"]
+        lines = (here.kits["client-01"] / "sent.jsonl").read_text().splitlines()
+        check_what_left([json.loads(line)["content"] for line in lines], weights(folder))
+
+
+def check_what_left(messages: list[dict[str, Any]], adapter: dict[str, torch.Tensor]) -> None:
+    """One handshake and two updates: tensors of the adapter's shapes, numbers, no words of data."""
+    facts = []
+    for message in messages:
+        assert set(message) <= {"DXO", "__headers__"}, message.keys()
+        assert not any("memes" in str(value) for value in message["__headers__"].values())
+        dxo = message["DXO"]
+        assert set(dxo["meta"]) == {"fedmllm"}
+        facts.append(json.loads(dxo["meta"]["fedmllm"]))
+        for name, what in dxo["data"].items():
+            key = name.removeprefix("delta||")
+            assert what == f"tensor torch.float32 {list(adapter[key].shape)}"
+        assert set(dxo["data"]) in (set(), {f"delta||{name}" for name in adapter})
+    assert [set(each) == {"update", "memory"} for each in facts] == [False, True, True]
+    assert set(facts[0]["task"]) == {"name", "kind", "metric", "classes", "question"}
+    for each in facts[1:]:
+        update = each["update"]
+        assert set(update) == {"client", "num_samples", "extra", "metrics"}
+        assert (update["client"], update["num_samples"], update["extra"]) == ("client-01", 8, {})
+        assert set(update["metrics"]) == {"loss"}
+
+
+@pytest.mark.slow
+def test_other_algorithms_over_tls(tmp_path, mllm) -> None:
+    configs = [small(name, algorithm={"name": name}) for name in ("fedadam", "scaffold")]
+    strategy = {"mu": 0.5, "weight": "scenario", "prototypes": 0.5, "distillation": 0.5}
+    configs.append(small("strategies", strategy=strategy, prompt="agnostic"))
+    with federation(tmp_path, *configs) as here:
+        for config in configs:
+            run(config, out=tmp_path / config.name, mllm=mllm)
+            assert same(here.run(config.name), tmp_path / config.name)
+
+
+KILLED = {
+    "trainer": ("client-01", "fedmllm.sites.trainer"),
+    "site's job": ("client-01", "worker_process"),
+    "site": ("client-01", ""),
+    "server's job": ("server", "runner_process"),
+    "server": ("server", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", KILLED)
+def test_a_real_kill_in_round_2_changes_no_bit(tmp_path, mllm, who: str) -> None:
+    """All three are needed for a round: it waits, goes on from what is sure, and ends the same."""
+    config = small("kill", training={"rounds": 4}, algorithm={"name": "scaffold"})
+    run(config, out=tmp_path / "here", mllm=mllm)
+    kit, word = KILLED[who]
+    killed = []
+
+    with federation(tmp_path, config) as here:
+
+        def kill(status: dict[str, Any]) -> None:
+            if killed or status.get("rounds_done") != 1 or status.get("doing") != "training":
+                return
+            time.sleep(0.3)
+            found = processes(here.kits[kit], word) if word else []
+            if word and not found:
+                return
+            for process in found:
+                os.kill(process, signal.SIGKILL)
+            if not word:
+                os.killpg(here.nodes.processes[here.kits[kit].resolve()].pid, signal.SIGKILL)
+            killed.append(time.monotonic())
+
+        folder = here.run("kill", meanwhile=kill)
+        assert killed
+        assert same(folder, tmp_path / "here")
+        result = json.loads((folder / "result.json").read_text())
+        assert [line["clients"] for line in result["history"]] == [list(SITES)] * 4
+        assert not any("missing" in line for line in result["history"])
+
+
+@pytest.mark.slow
+def test_a_site_that_is_too_slow_is_dropped_and_taken_back(tmp_path) -> None:
+    """Its trainer stands still (SIGSTOP) in round 2, and goes on two rounds later."""
+    config = small("slow", training={"rounds": 30})
+    stopped: list[int] = []
+    woken: list[int] = []
+    with federation(tmp_path, config, min_sites=2, deadline=8.0) as here:
+
+        def meddle(status: dict[str, Any]) -> None:
+            done = status.get("rounds_done", 0)
+            if done >= 1 and not stopped:
+                stopped.extend(processes(here.kits["client-02"], "fedmllm.sites.trainer"))
+                for process in stopped:
+                    os.kill(process, signal.SIGSTOP)
+            if done >= 4 and stopped and not woken:
+                woken.append(done)
+                for process in stopped:
+                    os.kill(process, signal.SIGCONT)
+
+        try:
+            folder = here.run("slow", meanwhile=meddle)
+        finally:
+            for process in stopped:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
+        history = json.loads((folder / "result.json").read_text())["history"]
+    without = [line["round"] for line in history if "client-02" not in line["clients"]]
+    asked_in_vain = [line["round"] for line in history if line.get("missing")]
+    assert len(asked_in_vain) == 1
+    assert without[0] == asked_in_vain[0] <= 3
+    assert len(without) >= 2
+    assert "client-02" in history[-1]["clients"]
+
+
+# -- kits ------------------------------------------------------------------------------------------
+
+
+def test_kits_have_safe_defaults(tmp_path) -> None:
+    root = tmp_path / "federation"
+    make_kits(Plan(small("tiny"), SITES, host="fed.example.org", min_sites=2), root)
+    kits = {kit.name: kit for kit in (root / "kits").iterdir()}
+    assert set(kits) == {"server", "admin", *SITES}
+    assert root.stat().st_mode & 0o077 == 0
+    assert (root / "authority").stat().st_mode & 0o077 == 0
+    keys = [*root.rglob("*.key"), *(root / "authority").iterdir()]
+    assert len(keys) >= 6
+    for name, kit in kits.items():
+        if name == "admin":
+            continue
+        policy = json.loads((kit / "local" / "authorization.json").read_text())["permissions"]
+        for role in policy.values():
+            for right in ("byoc", "shell_commands", "download_job"):
+                assert role.get(right, "none") == "none"
+        resources = json.loads((kit / "local" / "resources.json").read_text())
+        assert resources["class_list_enforcement_mode"] == "enforce"
+        assert resources["class_allow_list"] == ["fedmllm.sites.flare"]
+        assert not {"site_log_streamer", "log_receiver"} & {
+            c["id"] for c in resources["components"]
+        }
+        config = load_config(kit / "experiments" / "tiny.yaml")
+        assert config_hash(config) == config_hash(small("tiny"))
+        assert "fed.example.org:8002" in (kit / "README.md").read_text()
+        unit = (kit / "systemd" / f"fedmllm-{name}.service").read_text()
+        assert f"deploy node /srv/fedmllm/{name}\n" in unit
+        listed = (kit / "requirements.txt").read_text().splitlines()[1:]
+        names = {line.split("==")[0] for line in listed}
+        assert {"fedmllm", "nvflare", "torch", "grpcio", "cryptography", "transformers"} <= names
+        assert not {"pytest", "ruff"} & names
+        assert not any("+" in line for line in listed)
+        prepare_node(kit)
+        assert "/tmp/nvflare" not in (kit / "local" / "resources.json").read_text()
+    policy = json.loads((kits[SITES[0]] / "local" / "privacy.json").read_text())
+    gates = policy["scopes"][0]["task_result_filters"]
+    assert [gate["path"] for gate in gates] == ["fedmllm.sites.flare.filters.ReleaseFilter"]
+    assert policy["default_scope"] == policy["scopes"][0]["name"]
+    assert settings.load_server(kits["server"]).sites == SITES
+    assert settings.load_site(kits[SITES[1]]).name == SITES[1]
+    moved = json.loads((kits["server"] / "local" / "resources.json").read_text())
+    assert str(kits["server"].resolve()) in json.dumps(moved["snapshot_persistor"])
+    job = write_job(tmp_path / "job", "0" * 64, name="x")
+    files = {str(path.relative_to(job)) for path in job.rglob("*") if path.is_file()}
+    app = "app/config/config_fed_"
+    assert files == {"meta.json", f"{app}server.json", f"{app}client.json"}  # no code
+    with pytest.raises(UserError, match="exists"):
+        make_kits(Plan(small("tiny"), SITES), root)
+
+
+def test_wrong_kits_are_refused(tmp_path) -> None:
+    for change, words in [
+        ({"sites": ["a b"]}, "a site cannot be called 'a b'"),
+        ({"sites": ["server"]}, "a site cannot be called 'server'"),
+        ({"sites": ["a", "a"]}, "different names"),
+        ({"host": "no host"}, "is not a host name"),
+        ({"min_sites": 4}, "min-sites is 4: 1 to 3"),
+    ]:
+        plan = Plan(**{"config": small("tiny"), "sites": SITES, **change})
+        with pytest.raises(UserError, match=words):
+            make_kits(plan, tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"give partition.clients=4 or --sites 3"):
+        site_names(small("tiny"), "4")
+    assert site_names(small("tiny"), "3") == list(SITES)
+    own = make_config({"name": "x", "data": {"name": "conversations", "root": "r"}})
+    assert site_names(own, "clinic-a, clinic-b") == ["clinic-a", "clinic-b"]
+    assert site_names(own, "2") == ["site-1", "site-2"]
+    with pytest.raises(UserError, match="is no kit of a server or a site"):
+        node_command(tmp_path)
+    with pytest.raises(UserError, match="is not a federation"):
+        status(tmp_path)
+
+
+def test_a_site_cannot_bear_another_name_than_its_certificate(tmp_path) -> None:
+    here = Here(tmp_path, small("tiny"))
+    assert "uid=client-00" in node_command(here.kits["client-00"])
+    here.set("client-00", name="client-01")
+    with pytest.raises(UserError, match="'client-01', and the certificate here is of 'client-00'"):
+        node_command(here.kits["client-00"])
+
+
+def test_what_the_gate_blocks_never_leaves() -> None:
+    """A filter's exception becomes an answer without content (tested by NVFlare); ours raises."""
+    update = wire.pack_update(Update("k", 5, {"w": torch.full((4,), 2.0)}, metrics={"loss": 0.5}))
+    message = wire.Message(update.tensors, {"update": update.facts, "memory": False})
+    shareable = codec.answer(message, "train")
+    assert codec.to_message(shareable).facts == message.facts
+    assert from_shareable(shareable).data_kind == DataKind.WEIGHT_DIFF
+    clip(message.tensors, 1.0)
+    assert message.tensors["delta||w"].tolist() == [0.5] * 4  # norm 4 becomes 1
+    clip(message.tensors, 3.0)
+    assert message.tensors["delta||w"].tolist() == [0.5] * 4
+    reply = codec.failure("no", final=True)
+    assert codec.from_reply(reply) == (None, "no", True)
+    assert codec.from_reply(DXO(DataKind.WEIGHTS, data={}).to_shareable())[0] is None
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def fedmllm(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedmllm.cli", "deploy", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_start_status_stop_resume(tmp_path, mllm) -> None:
+    """The commands of docs/deployment.md, on one machine; stopped in the middle, to the bit."""
+    config = small("tiny", training={"rounds": 6})
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    run(config, out=tmp_path / "here", mllm=mllm)
+    root = tmp_path / "federation"
+    made = fedmllm("init", str(file), "--sites", "3", "--min-sites", "3", "--out", str(root))
+    assert made.returncode == 0, made.stderr
+    try:
+        assert "not running" in fedmllm("status", str(root)).stdout
+        assert fedmllm("start", str(root)).returncode == 0
+        again = fedmllm("start", str(root))
+        assert (again.returncode, "runs already" in again.stderr) == (2, True)
+        wait_for(root, lambda run: run.get("rounds_done", 0) >= 1)
+        listening = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True).stdout
+        port = yaml.safe_load((root / "project.yml").read_text())["participants"][0]
+        lines = [line for line in listening.splitlines() if f":{port['fed_learn_port']} " in line]
+        assert not listening or (lines and all("127.0.0.1:" in line for line in lines))
+        assert stop(root)
+        assert 1 <= status(root)["runs"]["tiny"]["rounds_done"] < 6
+        assert processes(root / "kits" / "client-00", "") == []
+        assert processes(root / "kits" / "server", "") == []
+        assert fedmllm("stop", str(root)).stdout == "nothing runs\n"
+        assert fedmllm("resume", str(root)).returncode == 0
+        wait_for(root, lambda run: run.get("doing") == "done")
+        assert "tiny: done (6 of 6 rounds done)" in fedmllm("status", str(root)).stdout
+    finally:
+        stop(root)
+    assert (root / "supervisor.log").read_text().count("submitted tiny") == 2
+    assert same(root / "kits" / "server" / "runs" / "tiny", tmp_path / "here")
+
+
+def wait_for(root: Path, met: Callable[[dict[str, Any]], bool]) -> None:
+    until = time.monotonic() + 300
+    while not met(status(root)["runs"].get("tiny", {})):
+        assert time.monotonic() < until, (root / "supervisor.log").read_text()
+        time.sleep(0.5)
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_strangers_are_refused(tmp_path) -> None:
+    """A site of another authority; code in a job; a component that the site's policy lacks."""
+    config = small("tiny")
+    with federation(tmp_path, config, min_sites=1) as here:
+        port = yaml.safe_load((here.root / "project.yml").read_text())["participants"][0]
+        stranger = tmp_path / "other"
+        make_kits(Plan(config, SITES, port=port["fed_learn_port"]), stranger)
+        here.nodes.kits = [here.kits["server"].resolve(), here.kits["client-00"].resolve()]
+        here.nodes.kits.append((stranger / "kits" / "client-01").resolve())
+        boss = Supervisor(here.kits["server"], here.kits["admin"], "tiny", say=here.said.append)
+        try:
+            until = time.monotonic() + 60
+            connected: set[str] = set()
+            while "client-00" not in connected and time.monotonic() < until:
+                here.nodes.tend()
+                time.sleep(1)
+                with suppress(Exception):
+                    connected = boss._connected()
+            time.sleep(10)
+            assert boss._connected() == {"client-00"}
+            for spoil, word in [(with_code, "byoc"), (with_other_component, "not authorized")]:
+                name = spoil.__name__
+                job = spoil(write_job(tmp_path / name, boss.sha256, name=name))
+                number = boss._admin().submit_job(str(job))
+                until, state = time.monotonic() + 90, ""
+                while not state.startswith("FINISHED") and time.monotonic() < until:
+                    time.sleep(1)
+                    state = str(boss._admin().get_job_status(number))
+                assert state.startswith("FINISHED")
+                assert state != "FINISHED:COMPLETED"
+                logs = "".join(
+                    (here.kits[k] / "node.log").read_text() for k in ("server", "client-00")
+                )
+                assert word in logs.lower()
+            assert not (here.kits["server"] / "runs" / "tiny" / "result.json").exists()
+        finally:
+            boss._close()  # its threads would keep this process from ending
+
+
+def with_code(job: Path) -> Path:
+    (job / "app" / "custom").mkdir()
+    (job / "app" / "custom" / "evil.py").write_text("raise SystemExit\n")
+    return job
+
+
+def with_other_component(job: Path) -> Path:
+    file = job / "app" / "config" / "config_fed_client.json"
+    found = json.loads(file.read_text())
+    found["executors"][0]["executor"] = {"path": "subprocess.Popen", "args": {"args": ["true"]}}
+    file.write_text(json.dumps(found))
+    return job
+
+
+@pytest.mark.slow
+def test_nothing_else_is_called(tmp_path) -> None:
+    """A whole federation in a network namespace that holds a loopback device and nothing else."""
+    alone = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody make a network namespace")
+    name = f"{__file__}::{test_three_sites_over_tls_give_the_weights_of_one_process.__name__}"
+    python = [sys.executable, "-m", "pytest", name, "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*alone, *python, f"--basetemp={tmp_path / 'alone'}"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=TESTS.parent,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
