@@ -20,7 +20,7 @@ from fedmllm.prompts import render
 from fedmllm.rng import uniform
 
 A, B = (5, 1, 9), (5, 2, 9)
-ADAMW = LocalPlan(epochs=2, batch_size=2, micro_batch=2)
+ADAMW = LocalPlan(epochs=2, batch_size=3, micro_batch=2)
 PLAIN = LocalObjective(control=True, adaptive=Proximal(mu=0.4, edge_layers=1))
 COMMON = {"plan": ADAMW, "lr": 1e-2}
 

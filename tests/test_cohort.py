@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_models import TINY, make_model
 
 from fedmllm.algorithms import make_algorithm
-from fedmllm.algorithms.base import LocalObjective
+from fedmllm.algorithms.base import LocalObjective, Proximal
 from fedmllm.client import Job, LocalPlan, train_client
 from fedmllm.cohort import train_cohort
 from fedmllm.config import config_hash, make_config
@@ -42,7 +42,7 @@ ADAMW = LocalPlan(epochs=2, batch_size=3, micro_batch=2)
 OBJECTIVES = {
     "fedavg": LocalObjective(),
     "fedprox": LocalObjective(mu=0.5),
-    "band": LocalObjective(mu=0.5, weight=0.3, edge_layers=1),
+    "band": LocalObjective(adaptive=Proximal(mu=0.5, weight=0.3, edge_layers=1)),
     "scaffold": LocalObjective(control=True),
 }
 

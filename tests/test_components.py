@@ -12,7 +12,7 @@ from test_families import WIDE, choices, encoded, has_plain_path, plain_inputs, 
 from tiny_models import TINY, make_model
 from transformers import AutoModelForImageTextToText
 
-from fedmllm.algorithms.base import LocalObjective
+from fedmllm.algorithms.base import LocalObjective, Proximal
 from fedmllm.client import LocalPlan, add_proximal_gradient, train_client
 from fedmllm.config import make_config
 from fedmllm.data.images import ImageFile
@@ -236,7 +236,7 @@ def test_fedprox_holds_all_components_and_a_band_only_its_layers(small: Mllm) ->
     for edge, expected in ((0, set(COMPONENTS)), (1, set())):
         for p in small.trainable.values():
             p.grad = torch.zeros_like(p)
-        add_proximal_gradient(small, start, LocalObjective(mu=0.5, edge_layers=edge))
+        add_proximal_gradient(small, start, Proximal(mu=0.5, edge_layers=edge))
         assert changed(small, {n: p.grad for n, p in small.trainable.items()}) == expected
         if edge == 0:
             for name, p in small.trainable.items():

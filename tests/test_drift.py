@@ -39,6 +39,18 @@ def test_against_the_pairs() -> None:
     assert found["dispersion"] == pytest.approx(float(spread), rel=1e-6)
 
 
+def test_an_update_that_is_nothing_has_no_direction() -> None:
+    """u, u and 0: one pair has a cosine, and it is 1."""
+    drift = Drift()
+    for k, row in enumerate([[1.0, 2.0], [0.0, 0.0], [2.0, 4.0]]):
+        drift.fold(update(str(k), row))
+    assert drift.facts()["cosine"] == pytest.approx(1.0)
+    alone = Drift()
+    for k, row in enumerate([[1.0, 2.0], [0.0, 0.0]]):
+        alone.fold(update(str(k), row))
+    assert set(alone.facts()) == {"dispersion"}
+
+
 def test_prototypes_are_compared_where_two_clients_have_the_class() -> None:
     """Class 0: (1, 0), (0, 2), (3, 0): cosines 0, 1, 0. Class 1: one client only. Class 2: 60
     degrees apart."""

@@ -240,8 +240,13 @@ def test_a_run_folder_is_never_lost(tmp_path, mllm: Mllm) -> None:
     with pytest.raises(UserError, match="another config"):
         run(small(seed=3), out=tmp_path / "r", resume=True, mllm=mllm)
     assert (tmp_path / "r" / "result.json").read_bytes() == before
+    verdicts = tmp_path / "r" / "verdicts.jsonl"
+    verdicts.write_text("paid for\n")
+    (tmp_path / "r" / "judged.json").write_text("{}")
     run(small(seed=3), out=tmp_path / "r", overwrite=True, mllm=mllm)
     assert (tmp_path / "r" / "result.json").read_bytes() != before
+    assert verdicts.read_text() == "paid for\n"
+    assert not (tmp_path / "r" / "judged.json").exists()
     (tmp_path / "r" / "thesis.txt").write_text("keep")  # a run folder with something else in it
     with pytest.raises(UserError, match=r"holds 'thesis.txt'"):
         run(small(seed=4), out=tmp_path / "r", overwrite=True, mllm=mllm)

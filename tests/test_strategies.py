@@ -101,7 +101,7 @@ def test_a_round_takes_the_scales() -> None:
 
         def train(self, round_, cohort, algorithm, state, *, lr):
             for k, name in enumerate(cohort):
-                made = {"w": torch.full((3,), float(k))}
+                made = {"w": torch.full((3,), float(2 * k + 1))}
                 yield k, Update(name, 1, made, metrics={"loss": 1.0, "view_loss": float(k)})
 
     algorithm = make_algorithm("fedavg", num_clients=2)
@@ -109,7 +109,7 @@ def test_a_round_takes_the_scales() -> None:
     after, record = run_round(
         Fixed(), algorithm, state, ["a", "b"], lr=1.0, scales={"a": 3.0, "b": 1.0}, drift=True
     )
-    assert after.params["w"].tolist() == [0.25] * 3
+    assert after.params["w"].tolist() == [1.5] * 3  # (3 * 1 + 1 * 3) / 4
     assert record.measured["view_loss"] == 0.5
     assert set(record.measured) == {"view_loss", "drift_cosine", "drift_dispersion"}
     _, plain = run_round(Fixed(), algorithm, state, ["a", "b"], lr=1.0)
@@ -206,8 +206,10 @@ def test_defaults_are_off_and_in_no_hash() -> None:
     assert config_hash(plain) == config_hash(small(strategy={}))
     assert config_hash(plain) == config_hash(small(strategy={"mu": 0}))
     hashes = {config_hash(plain)}
+    switches = {"epsilon": "aggregation", "momentum": "prototypes", "edge_layers": "mu"}
+    switches |= {"w": "mu", "weight": "mu"}
     for key, value in {**EVERYTHING, "edge_layers": 0, "w": 0.2, "momentum": 0.1}.items():
-        change = {**({"aggregation": 1.0} if key == "epsilon" else {}), key: value}
+        change = {**({switches[key]: 1.0} if key in switches else {}), key: value}
         hashes.add(config_hash(small(strategy=change)))
     assert len(hashes) == 1 + len(EVERYTHING) + 3
     assert config_hash(small(evaluation={"drift": True})) != config_hash(small(evaluation={}))
@@ -257,6 +259,15 @@ def test_one_line_sets_any_combination() -> None:
         ({"strategy": {"mu": 0.1}, "topology": "centralised"}, "strategy.mu: topology central"),
         ({"strategy": {"sampling": 1.0}, "topology": "local"}, "strategy.sampling: topology local"),
         ({"strategy": {"momentum": 1.0}}, "strategy.momentum"),
+        ({"strategy": {"momentum": 0.9}}, "strategy.momentum: does nothing without strategy.proto"),
+        ({"strategy": {"w": 0.2}}, "strategy.w: does nothing without strategy.mu"),
+        ({"strategy": {"edge_layers": 3}}, "strategy.edge_layers: does nothing"),
+        ({"strategy": {"distillation_target": "hidden"}}, "without strategy.distillation"),
+        ({"strategy": {"mu": 1e308}}, "strategy.mu"),
+        ({"strategy": {"epsilon": 5e-324, "aggregation": 1.0}}, "strategy.epsilon"),
+        ({"strategy": {"views": 1.0}, "topology": "zero-shot"}, "zero-shot trains nothing"),
+        ({"strategy": {"mu": 1.0}, "topology": "zero-shot"}, "zero-shot trains nothing"),
+        ({"evaluation": {"drift": True}, "topology": "local"}, "no common adapter"),
         ({"strategy": {"temperature": 0}}, "strategy.temperature"),
     ],
 )
@@ -274,9 +285,11 @@ def test_a_band_too_wide_is_told_before_anything_is_written(tmp_path, mllm: Mllm
     assert not (tmp_path / "r").exists()
 
 
-def test_an_untrained_model_has_no_strategy() -> None:
-    cells = [small(topology="zero-shot", strategy=s) for s in ({}, {"distillation": 1.0})]
-    assert len({deciding_digest(config) for config in cells}) == 1
+def test_drift_is_measured_on_so_many_samples() -> None:
+    """Without tests on the way the limit means nothing, but for what drift measures at the end."""
+    for drift, different in ((False, 1), (True, 2)):
+        cells = [small(evaluation={"every": 0, "drift": drift, "limit": limit}) for limit in (2, 6)]
+        assert len({deciding_digest(config) for config in cells}) == different
 
 
 def test_revisions_name_the_strategies_in_use() -> None:
@@ -433,6 +446,59 @@ def test_scaffold_in_the_cross_scenario(shared: Shared, tmp_path) -> None:
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
         assert (one.get("measured") or {}) == pytest.approx(other.get("measured") or {}, rel=1e-2)
         assert one["clients"] == other["clients"]
+
+
+@pytest.mark.parametrize("change", [{"aggregation": 3.0}, {"momentum": 0.0}])
+def test_an_option_reaches_the_run(shared: Shared, tmp_path, change) -> None:
+    """The same run with and without it ends in another adapter."""
+    base = {"prototypes": 1.0} if "momentum" in change else {}
+    results = []
+    for name, strategy in (("a", base), ("b", {**base, **change})):
+        config = small(
+            name,
+            setting="missing-b0.5",
+            strategy=strategy,
+            training={"rounds": 3, "clients_per_round": 3, "lr": 0.003},
+        )
+        results.append(run(config, out=tmp_path / name, shared=shared))
+    first, second = (result["history"][2]["loss"] for result in results)
+    assert first != second
+
+
+def test_noise_reaches_the_profiles(shared: Shared, tmp_path) -> None:
+    counts = []
+    for name, epsilon in (("a", None), ("b", 0.1)):
+        strategy = {"aggregation": 1.0, "epsilon": epsilon}
+        config = small(name, training={"rounds": 1, "clients_per_round": 1}, strategy=strategy)
+        found = run(config, out=tmp_path / name, shared=shared)["heterogeneity"]
+        counts.append([row["labels"] for row in found["clients"]])
+        assert found["bytes"]["down"] == 0  # no weight of a regulariser goes back
+    assert counts[0] != counts[1]
+
+
+def test_alone_each_party_states_its_own(shared: Shared, tmp_path) -> None:
+    """A local run's measures are means over its parties."""
+    config = small("local", topology="local", strategy={"views": 0.5})
+    result = run(config, out=tmp_path / "r", shared=shared)
+    files = sorted((tmp_path / "r").glob("metrics-*.jsonl"))
+    lines = [json.loads(file.read_text().splitlines()[0]) for file in files]
+    stated = [line["measured"]["view_loss"] for line in lines]
+    assert len(set(stated)) == 3
+    assert result["history"][0]["measured"]["view_loss"] == pytest.approx(sum(stated) / 3)
+
+
+def test_views_end_where_the_shortened_answer_ends(shared: Shared) -> None:
+    """An image takes room from an answer that a view without it would keep."""
+    config = small(
+        data={"name": "medical", "train": 8, "test": 4, "flashcards": 8},
+        partition={"clients": 2, "name": "even"},
+        training={"rounds": 1, "max_length": 35, "long_text": "shorten"},
+        strategy={"distillation": 0.5},
+    )
+    data = shared.dataset(config)
+    items = [shared.encode(config, data.task, sample) for sample in data.train]
+    assert any(item.shortened for item in items)
+    assert all(view.answer == item.answer for item in items for view in item.views)
 
 
 def test_distillation_on_open_questions(shared: Shared, tmp_path) -> None:

@@ -182,9 +182,7 @@ class LocalTraining:
                 f"{', '.join(item.id for item in batch[:4])}"
             )
         own = self.objective
-        add_proximal_gradient(
-            self.adapter, self.params, Proximal(own.mu, own.weight, own.edge_layers)
-        )
+        add_proximal_gradient(self.adapter, self.params, Proximal(own.mu))
         add_proximal_gradient(self.adapter, self.params, own.adaptive, weight=self.job.weight)
         if self.plan.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.tensors, self.plan.max_grad_norm)

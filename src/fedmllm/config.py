@@ -121,6 +121,14 @@ class TrainingSection(_Section):
     long_text: Literal["refuse", "shorten"] = "refuse"
 
 
+_HUGE = 1e6  # a weight above it is a slip, and float32 ends at 3e38
+_SWITCH = {  # a key of the strategy section that means nothing while another is off
+    **dict.fromkeys(("w", "weight", "edge_layers"), "mu"),
+    **dict.fromkeys(("prototype_loss", "temperature", "momentum"), "prototypes"),
+    "distillation_target": "distillation",
+}
+
+
 class StrategySection(_Section):
     """The strategies but for the prompt, which is `prompt: agnostic` (docs/strategies.md).
 
@@ -130,27 +138,31 @@ class StrategySection(_Section):
     prototype_loss, temperature, momentum; distillation, distillation_target; views; incomplete.
     """
 
-    mu: float = Field(0.0, ge=0)
-    w: float = Field(0.1, ge=0)
+    mu: float = Field(0.0, ge=0, le=_HUGE)
+    w: float = Field(0.1, ge=0, le=_HUGE)
     weight: Literal["fixed", "scenario", "profile"] = "fixed"
     edge_layers: int | None = Field(None, ge=0)
-    epsilon: float | None = Field(None, gt=0)
+    epsilon: float | None = Field(None, ge=1e-6)
     aggregation: float = Field(0.0, ge=-20, le=20)
     sampling: float = Field(0.0, ge=-20, le=20)
-    prototypes: float = Field(0.0, ge=0)
+    prototypes: float = Field(0.0, ge=0, le=_HUGE)
     prototype_loss: Literal["cosine", "squared", "contrastive"] = "cosine"
     temperature: float = Field(0.1, gt=0)
     momentum: float = Field(0.5, ge=0, lt=1)
-    distillation: float = Field(0.0, ge=0)
+    distillation: float = Field(0.0, ge=0, le=_HUGE)
     distillation_target: Literal["logits", "hidden"] = "logits"
-    views: float = Field(0.0, ge=0)
-    incomplete: float = Field(1.0, ge=0)
+    views: float = Field(0.0, ge=0, le=_HUGE)
+    incomplete: float = Field(1.0, ge=0, le=_HUGE)
 
     @property
     def uses_profiles(self) -> bool:
         """Whether parties send their profiles."""
-        weighs = bool(self.mu and self.weight == "profile")
-        return weighs or bool(self.aggregation) or bool(self.sampling)
+        return self.weighs_by_profile or bool(self.aggregation) or bool(self.sampling)
+
+    @property
+    def weighs_by_profile(self) -> bool:
+        """Whether the server sends each party its weight of the regularisation."""
+        return bool(self.mu and self.weight == "profile")
 
     @property
     def uses_views(self) -> bool:
@@ -466,7 +478,25 @@ def _combinations(config: Config) -> list[str]:
             f"{config.algorithm['name']} would do nothing: leave fedavg or choose "
             "topology federated"
         )
-    strategy = config.strategy
+    problems += _strategy_problems(config)
+    if config.evaluation.limit is not None and config.evaluation.limit < 2:
+        problems.append("evaluation.limit: at least 2 samples are needed for a metric")
+    return problems
+
+
+def _strategy_problems(config: Config) -> list[str]:
+    """Keys of the strategy that would do nothing, which is never what was meant."""
+    strategy, plain, problems = config.strategy, StrategySection(), []
+    given = [key for key in type(strategy).model_fields if _differs(strategy, plain, key)]
+    for key in given:
+        switch = _SWITCH.get(key)
+        if switch and not getattr(strategy, switch):
+            problems.append(f"strategy.{key}: does nothing without strategy.{switch}: set that too")
+    if config.topology == "zero-shot" and given:
+        problems.append(
+            f"strategy.{given[0]}: topology zero-shot trains nothing: leave the strategy out"
+        )
+        return problems
     for key in ("mu", "aggregation", "sampling") if config.topology != "federated" else ():
         if getattr(strategy, key):
             problems.append(
@@ -478,9 +508,16 @@ def _combinations(config: Config) -> list[str]:
             "strategy.epsilon: no party sends a profile to add noise to: set strategy.mu with "
             "strategy.weight=profile, strategy.aggregation or strategy.sampling, or leave it null"
         )
-    if config.evaluation.limit is not None and config.evaluation.limit < 2:
-        problems.append("evaluation.limit: at least 2 samples are needed for a metric")
+    if config.evaluation.drift and config.topology == "local":
+        problems.append(
+            "evaluation.drift: parties that train alone have no common adapter to drift from: "
+            "leave it out or choose topology federated"
+        )
     return problems
+
+
+def _differs(section: StrategySection, plain: StrategySection, key: str) -> bool:
+    return bool(getattr(section, key) != getattr(plain, key))
 
 
 def _nearest_file(file: Path) -> str:

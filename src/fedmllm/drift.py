@@ -2,7 +2,7 @@
 
 For the updates d_1 … d_K of a round with mean d:
 
-    cosine      mean of cos(d_j, d_k) over pairs j != k
+    cosine      mean of cos(d_j, d_k) over pairs j != k of updates that are not 0
     dispersion  sqrt(mean ||d_k - d||^2) / ||d||
 
 Clients that pull one way have a cosine near 1 and a dispersion near 0. Of their class prototypes
@@ -24,7 +24,7 @@ class Drift:
     """Fold the updates of a round, then ask for its `facts`."""
 
     def __init__(self) -> None:
-        self.count, self.squares = 0, 0.0
+        self.count, self.units, self.squares = 0, 0, 0.0
         self._sum: Params = {}
         self._units: Params = {}
         self._prototypes: torch.Tensor | None = None
@@ -39,6 +39,7 @@ class Drift:
             _add(self._sum, name, value.double())
             if norm:
                 _add(self._units, name, value.double() / norm)
+        self.units += norm > 0
         if PROTOTYPES in update.extra:
             self._fold_prototypes(update.extra[PROTOTYPES])
 
@@ -48,7 +49,10 @@ class Drift:
             return {}
         length = _norm(self._sum) / self.count
         spread = max(0.0, self.squares / self.count - length**2)
-        found = {"cosine": (_norm(self._units) ** 2 - self.count) / (self.count**2 - self.count)}
+        found = {}
+        if self.units > 1:
+            pairs = self.units**2 - self.units
+            found["cosine"] = (_norm(self._units) ** 2 - self.units) / pairs
         if length:
             found["dispersion"] = math.sqrt(spread) / length
         if self._prototypes is not None and self._held is not None:

@@ -58,6 +58,7 @@ ADAPTER_FACTS = "fedmllm.json"
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 ANSWERS_FILE = "answers.jsonl"
+VERDICTS_FILE = "verdicts.jsonl"  # replies of a judge, which may have been paid for
 # what a run writes; a folder with anything else is never overwritten
 WRITTEN = (
     f"{CONFIG_FILE}*",
@@ -68,7 +69,7 @@ WRITTEN = (
     "answers.jsonl*",
     "result.json*",
     "judged.json*",
-    "verdicts.jsonl",
+    VERDICTS_FILE,
     "report.html",
     "network.json*",  # of a run over several machines (sites/)
     "status.json*",
@@ -139,7 +140,9 @@ class Shared:
         if not config.strategy.uses_views:
             return self.encoded[key]
         views = [self.encode_view(config, task, view) for view in masked_views(sample)]
-        return replace(self.encoded[key], views=tuple(views))
+        whole = self.encoded[key]  # where its answer was shortened, that of its views is as well
+        views = [replace(view, answer=view.answer[: len(whole.answer)]) for view in views]
+        return replace(whole, views=tuple(views))
 
     def encode_view(self, config: Config, task: Task, view: Sample) -> Encoded:
         """A masked view, which has none of its own."""
@@ -306,7 +309,10 @@ def make_folder(folder: Path, config: Config, *, overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if overwrite:
         for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != VERDICTS_FILE:  # known by what was judged, so still true
+                path.unlink()
     facts = {**config.model_dump(mode="json"), HASH_KEY: config_hash(config)}
     draft = folder / f"{CONFIG_FILE}.draft"
     draft.write_text(yaml.safe_dump(facts, sort_keys=False))
@@ -586,7 +592,7 @@ def parties_of(session: Session, federation: Federation) -> Parties:
         weights,
         scales=heterogeneity.factors(found, given.aggregation) if given.aggregation else None,
         chances=heterogeneity.factors(found, given.sampling) if given.sampling else None,
-        once=heterogeneity.traffic(profiles.values(), weighted=bool(given.mu)),
+        once=heterogeneity.traffic(profiles.values(), weighted=given.weighs_by_profile),
     )
 
 
@@ -671,7 +677,7 @@ def _test(
         _write_history(session.folder, federation.name, history)
     seconds = time.perf_counter() - began + sum(r["evaluate_seconds"] for r in history)
     measured = {}
-    if evaluation.drift:
+    if evaluation.drift and session.test.samples:
         measured = modality_alignment(
             session.test, limit=evaluation.limit, batch_size=evaluation.batch_size
         )

@@ -11,7 +11,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -127,9 +127,18 @@ def mean_history(histories: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     for lines in zip(*histories, strict=True):
         mean = {key: sum(line[key] for line in lines) / len(lines) for key in ("loss", "seconds")}
         merged.append({**lines[0], **mean, "clients": [c for x in lines for c in x["clients"]]})
+        stated = {name for line in lines for name in line.get("measured", {})}
+        if stated:
+            merged[-1]["measured"] = {name: _mean_stated(lines, name) for name in sorted(stated)}
         if lines[0]["metrics"]:
             merged[-1]["metrics"] = mean_metrics([line["metrics"] for line in lines])
     return merged
+
+
+def _mean_stated(lines: Sequence[Mapping[str, Any]], name: str) -> float:
+    """The mean over the clients that state it."""
+    found = [line["measured"][name] for line in lines if name in line.get("measured", {})]
+    return float(sum(found) / len(found))
 
 
 def holdings(held: manifest.Manifest) -> dict[str, Any]:

@@ -209,16 +209,13 @@ class Alignment:
 class LocalObjective:
     """What an algorithm or strategy adds to a client's own loss.
 
-    mu: proximal coefficient; the term is mu/2 * weight * ||theta - theta_global||^2 over the
-        adapters of the layers s <= l <= L-1-s, with s = `edge_layers` (FedProx: s = 0, weight 1).
+    mu: FedProx's coefficient: the term is mu/2 * ||theta - theta_global||^2.
     control: correct gradients with SCAFFOLD's control variates.
     adaptive: a second proximal term, that of the strategy: FedProx may have both.
     alignment: what the strategies add to the loss of a sample.
     """
 
     mu: float = 0.0
-    weight: float = 1.0
-    edge_layers: int = 0
     control: bool = False
     adaptive: Proximal = Proximal()
     alignment: Alignment = Alignment()

@@ -39,7 +39,10 @@ def deciding(config: Config) -> dict[str, Any]:
     if config.topology in _READ_OF_TRAINING:
         read = _READ_OF_TRAINING[config.topology]
         facts["training"] = {k: v for k, v in facts["training"].items() if k in read}
-    if not config.evaluation.every:
+    limit = config.evaluation.limit
+    if config.evaluation.drift:  # measures on the first so many samples
+        facts["evaluation"]["limit"] = limit
+    elif not config.evaluation.every:
         _drop(facts, "evaluation.limit")
     return facts
 

@@ -2,8 +2,8 @@
 
     cohort = Cohort(mllm, adapters, seeds)
     with cohort.training():
-        losses = cohort.loss_sums({0: batch_of_client_0, 2: batch_of_client_2})
-        torch.stack(list(losses.values())).sum().backward()
+        found = cohort.read({0: batch_of_client_0, 2: batch_of_client_2})
+        sum(reading.losses.sum() for reading in found.values()).backward()
 
 The frozen base sees one batch. In each LoRA layer of PEFT, A, B and the dropout are replaced for
 the time of training by modules that know whose rows are whose; the layer's own forward remains,
@@ -105,10 +105,6 @@ class Cohort:
                     stack.enter_context(_replaced(layer.lora_dropout, _Dropout(self, rate)))
             stack.enter_context(self.mllm.training(0))  # the seed of no draw
             yield
-
-    def loss_sums(self, batches: Mapping[int, Sequence[Encoded]]) -> dict[int, torch.Tensor]:
-        """For each client number its samples' `loss_sum`, all from one pass."""
-        return {client: found.losses.sum() for client, found in self.read(batches).items()}
 
     def read(self, batches: Mapping[int, Sequence[Encoded]]) -> dict[int, Reading]:
         """For each client number `Mllm.read` of its samples, all from one pass.

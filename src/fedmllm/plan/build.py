@@ -253,7 +253,7 @@ def _once(config: Config, clients: int, classes: int) -> tuple[int, int]:
     if not config.strategy.uses_profiles or config.topology != "federated":
         return 0, 0
     profiles = [profile_of((), classes)] * clients
-    return profile_traffic(profiles, weighted=bool(config.strategy.mu))
+    return profile_traffic(profiles, weighted=config.strategy.weighs_by_profile)
 
 
 def _at_once(config: Config) -> int:
