@@ -257,6 +257,7 @@ def test_a_time_limit_is_bounded(judge, serve, tmp_path, timeout) -> None:
     code, _, err = judge(server, open_run(tmp_path), "--yes", "--timeout", timeout)
     assert code == 2
     assert "timeout" in err
+    assert "tries" not in err
     assert "Traceback" not in err
     assert server.seen == []
 
@@ -376,6 +377,11 @@ def test_a_reply_that_was_spent_on_thoughts_is_asked_again(serve, judge, tmp_pat
     assert judge(server, folder, *QUICK)[0] == 0
     assert len(server.seen) == 6
     assert marks(folder)["conditions"]["both"]["unparsable"] == 1
+    refuses = serve(
+        lambda n, body: fair(n, body) if n == 0 else (401, {}) if n > 1 else choice("length")
+    )
+    code, _, err = judge(refuses, open_run(tmp_path, "b"), *QUICK)
+    assert (code, "1 of 5 replies are kept" in err) == (2, True)
 
 
 def test_a_local_run_by_party(serve, judge, tmp_path) -> None:

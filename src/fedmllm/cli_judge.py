@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from pathlib import Path
@@ -56,8 +55,6 @@ def judge(
 
     check_conditions(condition or [])
     scheme = Scheme(model, parse_fields(request or []), second=second, seed=seed)
-    if math.isnan(timeout):  # no bound holds it
-        raise UserError("--timeout nan: must be from 0.1 to 86400 seconds")
     found, problems = load_results(runs)
     work, more = make_work(found, scheme, condition or [])
     for line in [*problems, *more, *estimate_lines(work, price_in=price_in, price_out=price_out)]:
