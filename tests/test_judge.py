@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,13 +22,23 @@ from test_cli import call
 from fedmllm.config import make_config
 from fedmllm.errors import UserError
 from fedmllm.experiment import run
-from fedmllm.judge import Endpoint, Judge, Reply, Scheme, endpoint_from, make_work, parse_fields
+from fedmllm.judge import (
+    Endpoint,
+    Judge,
+    Reply,
+    Scheme,
+    ask_all,
+    endpoint_from,
+    make_work,
+    parse_fields,
+)
 from fedmllm.judge.marks import Item, agreement, mean_of_parties, sampled, scores
-from fedmllm.judge.prompt import read_verdict
+from fedmllm.judge.prompt import PARSING, read_verdict
 from fedmllm.judge.store import Verdicts
 from fedmllm.report import csv_table, load_results, markdown_table, write_report, write_tables
+from fedmllm.report.facts import judge_of
 from fedmllm.report.grid_tables import grid_tables, markdown_grid, note
-from fedmllm.report.judged import judged_digest
+from fedmllm.report.judged import judged_digest, write_judged
 
 KEY = "sk-a-secret-of-the-user"
 
@@ -89,10 +100,20 @@ def item(question: str, expected: str = "yes", given: str = "yes", kind: str = "
         ("<think>a</think>CORRECT", True),
         ("<think>is it the same?\nCORRECT", None),  # cut off in its thoughts
         ("正确", None),
+        ("CORRECT <think>sure</think>", True),  # closed at the end
+        ("Shall I <think> aloud?\nCORRECT", None),  # never closed
+        ("answer\nInCorrect 🙂\n \t", False),
+        ("answercorrect", None),
     ],
 )
 def test_only_a_plain_verdict_is_one(reply, verdict) -> None:
     assert read_verdict(reply) is verdict
+
+
+def test_the_rule_of_reading_says_what_is_done() -> None:
+    """Each sentence has its cases above; an open thought decides, not how the reply ends."""
+    assert "with a <think> that is not closed is unparsable" in PARSING
+    assert "ends in them" not in PARSING
 
 
 def test_scores_by_hand() -> None:
@@ -181,6 +202,16 @@ def test_a_key_goes_to_its_own_address_only() -> None:
         ({"OPENAI_API_KEY": "k"}, "no judge is named"),  # a key alone names no address
         ({"OPENAI_BASE_URL": "ftp://x"}, "OPENAI_BASE_URL is no address"),
         ({"FEDMLLM_JUDGE_URL": "localhost:80"}, "FEDMLLM_JUDGE_URL is no address"),
+        ({"OPENAI_BASE_URL": "https://[::1/v1"}, "OPENAI_BASE_URL is no address: its host or port"),
+        ({"OPENAI_BASE_URL": "https://h:abc/v1"}, "is no address: its host or port"),
+        ({"OPENAI_BASE_URL": "https://ex..ample/v1"}, "is no address: its host or port"),
+        ({"OPENAI_BASE_URL": f"https://{'a' * 64}.test/v1"}, "is no address: its host or port"),
+        ({"OPENAI_BASE_URL": "https://h:65536/v1"}, "its port must be from 1 to 65535"),
+        ({"OPENAI_BASE_URL": "https://h:0/v1"}, "its port must be from 1 to 65535"),
+        ({"OPENAI_BASE_URL": "https://h/v1?api-version=1"}, r"without \? or #"),
+        ({"OPENAI_BASE_URL": "https://h/v1#a"}, r"without \? or #"),
+        ({"OPENAI_BASE_URL": "https://h /v1"}, "a space or a control character"),
+        ({"OPENAI_BASE_URL": "https:///v1"}, "must begin with"),
         ({"OPENAI_BASE_URL": "http://x", "OPENAI_API_KEY": "a\nb"}, "OPENAI_API_KEY holds"),
         ({"OPENAI_BASE_URL": "http://x", "OPENAI_API_KEY": "schlüssel"}, "OPENAI_API_KEY holds"),
     ],
@@ -204,6 +235,62 @@ def test_fields_of_a_request() -> None:
     for bad in ("temperature", "=1", "model=x", "n=3"):
         with pytest.raises(UserError, match="--request"):
             parse_fields([bad])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "temperature=NaN",
+        "top_p=-Infinity",
+        "max_tokens=1e400",
+        'logit_bias={"1": [0, NaN]}',
+    ],
+)
+def test_numbers_of_a_request_are_finite(given) -> None:
+    with pytest.raises(UserError, match="must be a finite number"):
+        parse_fields([given])
+
+
+@pytest.mark.parametrize("timeout", ["inf", "nan", "86401", "0"])
+def test_a_time_limit_is_bounded(judge, serve, tmp_path, timeout) -> None:
+    server = serve()
+    code, _, err = judge(server, open_run(tmp_path), "--yes", "--timeout", timeout)
+    assert code == 2
+    assert "timeout" in err
+    assert "tries" not in err
+    assert "Traceback" not in err
+    assert server.seen == []
+
+
+SECRET_NAMES = ["api_key", "apikey", "apiKey", "x-api-key", "key", "token", "access_token"]
+SECRET_NAMES += ["Authorization", "auth", "bearer", "client_secret", "password", "HF_TOKEN"]
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES)
+def test_a_request_holds_no_secret(name) -> None:
+    for given in (f"{name}=hush-hush", json.dumps({"a": [{name: "hush-hush"}]}).join(["x=", ""])):
+        with pytest.raises(UserError, match=f"{name}: looks like a secret") as caught:
+            parse_fields([given])
+        assert "hush" not in str(caught.value)
+
+
+def test_fields_that_only_sound_like_secrets() -> None:
+    given = ["max_tokens=9", "max_completion_tokens=9", "stop_token_ids=[1]", "prompt_cache_key=a"]
+    assert len(parse_fields([*given, "skip_special_tokens=true", "author=b"])) == 6
+
+
+def test_a_request_that_cannot_be_sent_is_told_at_once(serve) -> None:
+    server = serve()
+    for url, request in (
+        (f"{server.url}/chat/completions", {"seed": float("nan")}),
+        (f"{server.url}/chat/completions", {"user": "\ud800"}),
+        ("https://h:abc/v1/chat/completions", {}),
+    ):
+        asking = Judge(Endpoint(url, KEY), request)
+        with pytest.raises(UserError, match="the request cannot be sent"):
+            asking.ask("s", "m")
+        asking.close()
+    assert server.seen == []
 
 
 # -- from runs to marks ------------------------------------------------------------------------
@@ -248,6 +335,53 @@ def test_what_is_known_is_not_asked_again(serve, judge, tmp_path) -> None:
         assert len((folder / "verdicts.jsonl").read_text().splitlines()) == 5
     judge(server, two, "--yes", "--second", 0, "--request", "max_tokens=9")
     assert len(server.seen) == 10
+
+
+def test_no_endpoint_is_needed_where_nothing_is_asked(serve, judge, tmp_path) -> None:
+    folder = open_run(tmp_path)
+    judge(serve(), folder, *QUICK)
+    (folder / "judged.json").unlink()
+    assert judge(None, folder, "--second", 0)[0] == 0
+    assert marks(folder)["conditions"]["both"]["accuracy"] == pytest.approx(0.6)
+    code, _, err = judge(None, folder, "--second", 1, "--yes")
+    assert (code, "no judge is named" in err) == (2, True)
+
+
+def test_a_reply_in_parts(serve, judge, tmp_path) -> None:
+    folder = open_run(tmp_path)
+
+    def parts(number: int, body: dict) -> dict:
+        first, rest = (word := fair(number, body))[:3], word[3:]
+        texts = [{"type": "text", "text": first}, {"type": "text", "text": rest}]
+        return (200, completion([{"type": "thinking", "thinking": []}, "?", *texts]))
+
+    assert judge(serve(parts), folder, *QUICK)[0] == 0
+    found = marks(folder)["conditions"]["both"]
+    assert (found["unparsable"], found["accuracy"]) == (0, pytest.approx(0.6))
+
+
+def test_a_reply_that_was_spent_on_thoughts_is_asked_again(serve, judge, tmp_path) -> None:
+    """Empty with finish_reason length: unparsable now, not kept. Empty for another reason: kept."""
+    folder = open_run(tmp_path)
+
+    def choice(reason: str) -> tuple:
+        message = {"role": "assistant", "content": None}
+        return (200, completion("", choices=[{"message": message, "finish_reason": reason}]))
+
+    ends = {0: "length", 1: "stop"}
+    server = serve(lambda n, body: choice(ends[n]) if n in ends else fair(n, body))
+    assert judge(server, folder, *QUICK)[0] == 0
+    assert marks(folder)["conditions"]["both"]["unparsable"] == 2
+    assert marks(folder)["tokens"]["in"] == 500
+    assert len((folder / "verdicts.jsonl").read_text().splitlines()) == 4
+    assert judge(server, folder, *QUICK)[0] == 0
+    assert len(server.seen) == 6
+    assert marks(folder)["conditions"]["both"]["unparsable"] == 1
+    refuses = serve(
+        lambda n, body: fair(n, body) if n == 0 else (401, {}) if n > 1 else choice("length")
+    )
+    code, _, err = judge(refuses, open_run(tmp_path, "b"), *QUICK)
+    assert (code, "1 of 5 replies are kept" in err) == (2, True)
 
 
 def test_a_local_run_by_party(serve, judge, tmp_path) -> None:
@@ -385,6 +519,102 @@ def test_a_refusal_is_told_at_once_without_the_key(serve, judge, tmp_path) -> No
     assert len(server.seen) == 1
 
 
+@pytest.mark.parametrize("before", range(170, 201, 3))
+def test_a_key_that_a_message_is_cut_in_is_hidden(serve, before) -> None:
+    """A message is cut at 200 characters; the key stands across that place."""
+    server = serve(lambda n, body: (401, {"error": {"message": "x" * before + f" {KEY} again"}}))
+    asking = Judge(Endpoint(server.url + "/chat/completions", KEY), {})
+    with pytest.raises(UserError) as caught:
+        asking.ask("s", "m")
+    asking.close()
+    assert "sk-" not in str(caught.value)
+    assert "xxx" in str(caught.value)
+
+
+def test_parts_of_a_key_are_hidden(serve) -> None:
+    key = "sk-proj-0123456789abcdefWXYZ"
+    said = ["sk-proj-0123456789", "'sk-proj-****WXYZ'", "(ends in WXYZ)", f"{key[:-1]}"]
+    server = serve(lambda n, body: (401, {"error": {"message": said[n]}}))
+    asking = Judge(Endpoint(server.url + "/chat/completions", key), {})
+    for _ in said:
+        with pytest.raises(UserError) as caught:
+            asking.ask("s", "m")
+        assert "…" in str(caught.value)
+        assert not any(part in str(caught.value) for part in ("sk-proj", "0123", "WXYZ"))
+    asking.close()
+    short = Judge(Endpoint(server.url + "/chat/completions", "abcdefgh-status"), {})
+    server.behave = lambda n, body: (401, {"error": {"message": "abcdefgh is no status"}})
+    with pytest.raises(UserError, match="status 401: abcdefgh is no status"):
+        short.ask("s", "m")
+    short.close()
+
+
+def test_a_reply_that_holds_the_key_is_kept_without_it(serve, judge, tmp_path) -> None:
+    folder = open_run(tmp_path)
+    echo = f"{KEY} and {KEY[:12]}, at SERVER:\nCORRECT"
+    server = serve()
+    text = echo.replace("SERVER", server.url)
+    server.behave = lambda n, body: (200, completion(text, model=f"m-{KEY}"))
+    assert judge(server, folder, *QUICK)[0] == 0
+    for file in folder.iterdir():
+        assert "sk-a-sec" not in file.read_text()
+        assert "127.0.0.1" not in file.read_text()
+    assert marks(folder)["conditions"]["both"]["correct"] == 5
+    assert marks(folder)["served"] == {"m-…": 5}
+
+
+def test_a_dummy_key_spoils_no_reply(serve) -> None:
+    server = serve(lambda n, body: "CORRECT")
+    asking = Judge(Endpoint(server.url + "/chat/completions", "R"), {})
+    assert asking.ask("s", "m").text == "CORRECT"
+    asking.close()
+
+
+def test_halves_of_letters_are_no_fault(serve, judge, tmp_path) -> None:
+    """JSON can hold half a surrogate pair, UTF-8 cannot: in an answer and in a model's name."""
+    rows = (("open", "which?", "a", "a\ud83d"), ("open", "what?", "b", "b"))
+    folder = open_run(tmp_path, rows=rows)
+    server = serve(lambda n, body: (200, completion("CORRECT\n\udc00", model="m\ud800")))
+    assert judge(None, folder, "--plan")[0] == 0
+    code, _, err = judge(server, folder, *QUICK)
+    assert (code, err) == (0, "")
+    assert {asked(body)["given answer"] for body in server.seen} == {"a\ud83d", "b"}
+    assert marks(folder)["served"] == {"m?": 2}
+    path = write_judged(tmp_path, {"served": {"m\ud800": 1}})  # kept by an older version
+    data = json.loads(path.read_text())
+    assert data["served"] == {"m\ud800": 1}
+    assert data["judged_sha256"] == judged_digest(data)
+
+
+def test_progress_counts_what_was_asked(tmp_path) -> None:
+    """While one request fails, the other thread goes through all that is left without asking."""
+    rows = tuple(("open", f"question {i}", "a", "a") for i in range(30))
+    found, _ = load_results([open_run(tmp_path, rows=rows)])
+    work, _ = make_work(found, Scheme("m", {}, second=0))
+
+    class Slow(threading.Event):
+        def set(self) -> None:
+            super().set()
+            time.sleep(0.3)
+
+    class Failing:
+        stopped, lock, calls = Slow(), threading.Lock(), 0
+
+        def ask(self, system: str, message: str) -> Reply:
+            with self.lock:
+                self.calls += 1
+                number = self.calls
+            if number == 3:
+                raise UserError("no more")
+            return Reply("CORRECT")
+
+    judge, told = Failing(), [0]
+    with pytest.raises(UserError, match="no more"):
+        ask_all(work, judge, concurrency=2, told=told.append)
+    assert told[-1] <= judge.calls - 1
+    assert told == list(range(len(told)))
+
+
 def test_a_redirection_is_not_followed_with_the_key(serve, judge, tmp_path) -> None:
     other = serve()
     server = serve(lambda n, body: (307, b"", {"Location": other.url + "/chat/completions"}))
@@ -495,6 +725,26 @@ def test_answers_that_are_not_those_of_the_result(serve, judge, tmp_path) -> Non
     assert server.seen == []
 
 
+@pytest.mark.parametrize("name", ["answers.jsonl", "verdicts.jsonl"])
+def test_a_folder_in_place_of_a_file_is_told(serve, judge, tmp_path, name) -> None:
+    folder, server = open_run(tmp_path), serve()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    code, _, err = judge(server, folder, "--yes")
+    assert code == 2
+    assert f"{name}: cannot be read: Is a directory" in err
+    assert server.seen == []
+
+
+def test_marks_that_nobody_would_read_are_not_made(serve, judge, tmp_path) -> None:
+    folder, server = open_run(tmp_path), serve()
+    (folder / "result.json").rename(folder / "other.json")
+    code, _, err = judge(server, folder / "other.json", "--yes")
+    assert (code, "is not named result.json" in err) == (2, True)
+    assert not (folder / "judged.json").exists()
+    assert server.seen == []
+
+
 def test_results_without_open_answers_are_named(serve, judge, tmp_path) -> None:
     write(tmp_path, [result("fedavg", "aligned-a0.5", 0)])
     old = open_run(tmp_path, "old")
@@ -601,6 +851,36 @@ def test_marks_of_two_judges_are_not_averaged(serve, judge, judged) -> None:
     tables = grid_tables(load_results([judged])[0])[0]
     assert [bool(t.judge) for t in tables] == [False, True, True]
     assert [c.seeds for t in tables[1:] for row in t.cells.values() for c in row.values()] == [1, 1]
+
+
+def test_marks_of_two_served_models_are_not_averaged(serve, judge, tmp_path) -> None:
+    """The same name at the endpoint, another model behind it from the second result on."""
+    for seed in range(3):
+        rows = tuple((kind, f"{question} {seed}", *rest) for kind, question, *rest in QUESTIONS)
+        folder = open_run(tmp_path, str(seed), seed=seed, rows=rows)
+        model = "judge-a" if seed == 0 else "judge-b"
+        first = (400, {"error": {"code": "content_filter"}})  # names no model: makes no difference
+
+        def behave(n: int, body: dict, model: str = model, first: object = first, seed: int = seed):
+            return first if n == seed == 1 else (200, completion(fair(n, body), model=model))
+
+        judge(serve(behave), folder, *QUICK)
+    found = sorted(load_results([tmp_path])[0], key=lambda r: r["seed"])
+    assert found[1]["_judged"]["served"] == {"judge-b": 4, "": 1}
+    names = [judge_of(r) for r in found]
+    assert names[0] != names[1] == names[2]
+    assert not any("served" in name for name in names)
+    tables = grid_tables(found)[0]
+    seeds = [c.seeds for t in tables if t.judge for row in t.cells.values() for c in row.values()]
+    assert sorted(seeds) == [1, 2]
+
+
+def test_several_models_behind_one_result_are_named(serve, judge, tmp_path) -> None:
+    server = serve(lambda n, body: (200, completion("CORRECT", model=f"judge-{'ba'[n % 2]}")))
+    judge(server, open_run(tmp_path), *QUICK)
+    found, _ = load_results([tmp_path])
+    assert "; served by judge-a, judge-b)" in judge_of(found[0])
+    assert "served by judge-a, judge-b" in markdown_table(found)
 
 
 def test_marks_of_another_result_are_named_and_left_out(judged) -> None:

@@ -35,7 +35,9 @@ def judge(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at the same time.")] = 4,
     retries: Annotated[int, typer.Option(min=0, help="Further tries of each request.")] = 5,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a request may take.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=86_400, help="Seconds a request may take.")
+    ] = 60.0,
     request: Annotated[
         list[str] | None,
         typer.Option(help="name=value: a field of each request; null leaves it out."),
@@ -53,20 +55,21 @@ def judge(
 
     check_conditions(condition or [])
     scheme = Scheme(model, parse_fields(request or []), second=second, seed=seed)
-    endpoint = None if plan else endpoint_from(os.environ)
     found, problems = load_results(runs)
     work, more = make_work(found, scheme, condition or [])
     for line in [*problems, *more, *estimate_lines(work, price_in=price_in, price_out=price_out)]:
         print(line)
-    if endpoint is None:
+    if plan:
         return
-    if work.asks and not yes:
-        _confirm()
-    asked = Judge(endpoint, scheme.fields, retries=retries, timeout=timeout)
-    try:
-        _ask(work, asked, concurrency)
-    finally:
-        asked.close()
+    if work.asks:
+        endpoint = endpoint_from(os.environ)
+        if not yes:
+            _confirm()
+        asked = Judge(endpoint, scheme.fields, retries=retries, timeout=timeout)
+        try:
+            _ask(work, asked, concurrency)
+        finally:
+            asked.close()
     for path, marks in write_all(work):
         print(*_lines(path, marks), sep="\n")
 

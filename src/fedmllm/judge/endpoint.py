@@ -7,9 +7,10 @@ server says is shown without them.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,29 +36,50 @@ class Endpoint:
 @dataclass(frozen=True)
 class Reply:
     """What the judge said. served: the model's name by its server. The tokens: 0 if it does not
-    say."""
+    say. spent: no text, since all tokens that it may write went into thoughts."""
 
     text: str
     served: str = ""
     tokens_in: int = 0
     tokens_out: int = 0
+    spent: bool = False
 
 
 def endpoint_from(environment: Mapping[str, str]) -> Endpoint:
-    """The endpoint that the environment names. Raises `UserError` if it names none."""
+    """The endpoint that the environment names. Raises `UserError`, which holds neither address nor
+    key, if it names none or one that cannot be."""
     for url_name, key_name in PAIRS:
         url = environment.get(url_name, "").strip().rstrip("/")
         if not url:
             continue
         key = environment.get(key_name, "").strip()
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"{url_name} is no address: it must begin with https:// or http://")
+        fault = _fault(url)
+        if fault:
+            raise UserError(f"{url_name} is no address: {fault}")
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise UserError(f"{key_name} holds a character that no key has")
         return Endpoint(url.removesuffix(_PATH) + _PATH, key)
     names = " or ".join(f"{url} (with {key}, if it wants a key)" for url, key in PAIRS)
     raise UserError(f"no judge is named: set the environment variable {names}")
+
+
+def _fault(url: str) -> str:
+    """Why it is no address to ask at; empty if it is one. The URL itself is not told."""
+    if any(sign.isspace() or not sign.isprintable() for sign in url):
+        return "it holds a space or a control character"
+    if "?" in url or "#" in url:
+        return "it must end in its path, without ? or #"
+    try:
+        parts = httpx2.URL(url)
+        parts.host.encode("idna")  # as the connection will
+        urlsplit(url)
+    except (httpx2.InvalidURL, ValueError):
+        return "its host or port cannot be read"
+    if parts.scheme not in ("http", "https") or not parts.host:
+        return "it must begin with https:// or http://"
+    if parts.port is not None and not 0 < parts.port < 65536:
+        return "its port must be from 1 to 65535"
+    return ""
 
 
 class _TryAgainError(Exception):
@@ -122,6 +144,9 @@ class Judge:
         except httpx2.RequestError as error:
             reason = f"the connection failed ({type(error).__name__}: {error})"
             raise _TryAgainError(self._clean(reason)) from error
+        except (httpx2.InvalidURL, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"the request cannot be sent: {self._clean(reason)}") from None
         status = response.status_code
         if status in (408, 409, 429) or status >= 500:
             reason = f"it answered with status {status}: {self._said(response)}"
@@ -130,7 +155,9 @@ class Judge:
             return Reply("")
         if status != 200:
             raise UserError(f"the judge refuses: status {status}: {self._said(response)}")
-        return _reply(response)
+        reply = _reply(response)
+        text, served = self._without_key(reply.text), self._without_key(reply.served)
+        return replace(reply, text=_encodable(text), served=_encodable(served))
 
     def _said(self, response: httpx2.Response) -> str:
         """A server's own words on an error, in short."""
@@ -140,15 +167,28 @@ class Judge:
             words = error
         elif isinstance(error, dict) and isinstance(error.get("message"), str):
             words = error["message"]
-        return self._clean(" ".join(words.split())[:200] or "nothing more")
+        # cut last: a key that is cut in two is not found
+        return _encodable(self._clean(" ".join(words.split()))[:200] or "nothing more")
 
     def _clean(self, words: str) -> str:
-        """Without the key, any part of it that is worth hiding, and the address."""
+        """Without the address and the key; of a key of 16 characters or more also without its first
+        eight, with what follows them up to a space, and its last four."""
+        words = self._without_key(words, shortest=1)
         parts = urlsplit(self.endpoint.url)
-        secrets = [self.endpoint.key, self.endpoint.url, parts.netloc, parts.hostname or ""]
-        for secret in filter(None, secrets):
+        tail = self.endpoint.key[-4:] if len(self.endpoint.key) >= 16 else ""
+        for secret in filter(None, (parts.netloc, parts.hostname, parts.password, tail)):
             words = words.replace(secret, "…")
         return words
+
+    def _without_key(self, words: str, *, shortest: int = 8) -> str:
+        """Without the URL and the key, and with a key of 16 characters or more without its first
+        eight and what follows them up to a space. A key below the shortest is a dummy: hiding
+        "1" would spoil replies."""
+        key = self.endpoint.key
+        words = words.replace(self.endpoint.url.removesuffix(_PATH), "…")
+        if len(key) >= shortest:
+            words = words.replace(key, "…")
+        return re.sub(re.escape(key[:8]) + r"\S*", "…", words) if len(key) >= 16 else words
 
 
 def _reply(response: httpx2.Response) -> Reply:
@@ -158,13 +198,27 @@ def _reply(response: httpx2.Response) -> Reply:
     choice = _object(choices[0]) if isinstance(choices, list) and choices else None
     if choice is None or not isinstance(choice.get("message"), dict):
         raise _TryAgainError("its reply is no chat completion")
-    text, usage = choice["message"].get("content"), _object(found.get("usage"))
+    text, usage = _text(choice["message"].get("content")), _object(found.get("usage"))
     return Reply(
-        text=text if isinstance(text, str) else "",
+        text=text,
         served=str(found.get("model") or ""),
         tokens_in=_count(usage.get("prompt_tokens")),
         tokens_out=_count(usage.get("completion_tokens")),
+        spent=not text.strip() and choice.get("finish_reason") == "length",
     )
+
+
+def _text(content: Any) -> str:
+    """A message's text, which may come in parts; parts that are no text are passed over."""
+    if isinstance(content, list):
+        texts = [_object(part).get("text") for part in content]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
+
+
+def _encodable(words: str) -> str:
+    """Without halves of surrogate pairs, which JSON can hold and no file."""
+    return words.encode("utf-8", "replace").decode()
 
 
 def _is_filtered(response: httpx2.Response) -> bool:

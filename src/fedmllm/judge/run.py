@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from fedmllm.report.judged import write_judged
 from fedmllm.report.loading import Result, result_digest
 
 ANSWERS_FILE = "answers.jsonl"
+_SECRETS = {"auth", "authorization", "bearer", "credential", "credentials", "passwd", "password"}
+_SECRETS |= {"secret", "secrets"}
 _FIELDS = ("federation", "condition", "kind", "question", "expected", "given")
 
 
@@ -85,6 +89,8 @@ def make_work(
 
 def _obstacle(result: Result, file: Path) -> str:
     """Why a result's answers cannot be judged."""
+    if file.name != "result.json":  # reports look for marks beside result.json alone
+        return "is not named result.json: nothing would read its marks; rename it"
     if result["task"].get("kind") == "choice":
         return "its answers are letters: there is nothing to judge"
     if not result.get("answers_sha256"):
@@ -96,7 +102,10 @@ def _obstacle(result: Result, file: Path) -> str:
 
 def read_answers(file: Path, sha256: str) -> list[Item]:
     """The answers of a run. Raises `UserError` if they are not those that its result states."""
-    content = file.read_bytes()
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{file}: is not what its result.json states: run it again")
     lines = [json.loads(line) for line in content.decode().split("\n") if line]
@@ -156,28 +165,32 @@ def ask_all(
     Raises the first failure after the requests under way have ended; what was answered is kept.
     """
 
-    def one(ask: Ask) -> None:
+    def one(ask: Ask) -> bool:
         if judge.stopped.is_set():
-            return
+            return False
         try:
             work.verdicts.keep(ask.folder, ask.key, judge.ask(SYSTEM, ask.message))
         except BaseException:
             judge.stopped.set()  # at once, before this thread takes the next
             raise
+        return True
 
     with ThreadPoolExecutor(concurrency) as pool:
         try:
             waiting = [pool.submit(one, ask) for ask in work.asks]
-            for count, future in enumerate(as_completed(waiting), 1):
-                future.result()
-                if told is not None:
+            count = 0
+            for future in as_completed(waiting):
+                asked = future.result()
+                count += asked
+                if asked and told is not None:
                     told(count)
         except BaseException as error:
             judge.stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
             if not isinstance(error, UserError):
                 raise
-            kept = sum(ask.key in work.verdicts.known for ask in work.asks)
+            known = [work.verdicts.known.get(ask.key) for ask in work.asks]
+            kept = sum(reply is not None and not reply.spent for reply in known)
             raise UserError(
                 f"{error}\n  {kept:,} of {len(work.asks):,} replies are kept: "
                 "the same command goes on from there"
@@ -253,6 +266,38 @@ def parse_fields(given: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--request {name}: is not yours to set")
         try:
             fields[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             fields[name] = value
+        _check_field(name, fields[name])
     return fields
+
+
+def _check_field(name: str, value: Any) -> None:
+    for inner, part in _parts(name, value):
+        if _is_secret(inner):
+            raise UserError(
+                f"--request {inner}: looks like a secret, which would stand in judged.json: "
+                "give the key in the environment"
+            )
+        if isinstance(part, float) and not math.isfinite(part):
+            raise UserError(f"--request {inner}: must be a finite number")
+
+
+def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A field and all that it holds, each with the name that it stands under."""
+    yield name, value
+    if isinstance(value, dict):
+        for inner, part in value.items():
+            yield from _parts(inner, part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _parts(name, part)
+
+
+def _is_secret(name: str) -> bool:
+    """Whether a field is named like a credential: api_key, x-auth-token, Authorization; but not
+    max_tokens, stop_token_ids or prompt_cache_key."""
+    words = re.findall("[a-z0-9]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    ends = bool(words) and words[-1].endswith(("key", "keys", "token"))
+    harmless = words[-2:] in (["cache", "key"], ["eos", "token"], ["bos", "token"])
+    return not _SECRETS.isdisjoint(words) or (ends and not harmless)

@@ -12,6 +12,7 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 
+from fedmllm.errors import UserError
 from fedmllm.judge.endpoint import Reply
 
 VERDICTS_FILE = "verdicts.jsonl"
@@ -31,7 +32,11 @@ class Verdicts:
         file = folder / VERDICTS_FILE
         if not file.exists():
             return
-        for line in file.read_bytes().split(b"\n"):
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        for line in content.split(b"\n"):
             try:
                 facts = json.loads(line)
                 key = facts.pop("key")
@@ -43,14 +48,17 @@ class Verdicts:
                 kept.add(key)
 
     def keep(self, folder: Path, key: str, reply: Reply) -> None:
-        """Keep a reply in a folder, once."""
+        """Keep a reply in a folder, once; one whose tokens were spent is known to this object
+        alone, so that it is asked again the next time."""
         with self._lock:
             self.known[key] = reply
             kept = self._kept.setdefault(folder, set())
-            if key in kept:
+            if key in kept or reply.spent:
                 return
             kept.add(key)
-            line = json.dumps({"key": key, **asdict(reply)}) + "\n"
+            facts = asdict(reply)
+            del facts["spent"]
+            line = json.dumps({"key": key, **facts}) + "\n"
             _append(folder / VERDICTS_FILE, line.encode())
 
 

@@ -106,13 +106,17 @@ def held_out_spread(result: Result) -> dict[str, float]:
 
 
 def judge_of(result: Result) -> str:
-    """The language model that marked the answers, with the start of a digest of how it was asked;
-    empty for none. Marks of one judge may be compared."""
+    """The language model that marked the answers, with the start of a digest of how it was asked
+    and what its server calls it; if that is more than one model, all of them. Empty for none. Marks
+    of one judge may be compared."""
     marks = result.get("_judged")
     if not marks:
         return ""
-    text = json.dumps(marks.get("scheme"), sort_keys=True)
-    return f"{marks.get('judge')} ({hashlib.sha256(text.encode()).hexdigest()[:6]})"
+    served = sorted(name for name in marks.get("served") or {} if name)  # a filter names no model
+    text = json.dumps([marks.get("scheme"), served], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    several = f"; served by {', '.join(served)}" if len(served) > 1 else ""
+    return f"{marks.get('judge')} ({digest}{several})"
 
 
 def judged(result: Result, condition: str) -> dict[str, Any]:

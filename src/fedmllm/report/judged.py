@@ -28,7 +28,9 @@ def write_judged(folder: Path, data: dict[str, Any]) -> Path:
     made = json.loads(json.dumps({"schema": SCHEMA, **data}, allow_nan=False))
     made["judged_sha256"] = judged_digest(made)
     draft = folder / f"{JUDGED_FILE}.draft"
-    draft.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+    # half a surrogate pair becomes its JSON escape, which reads as the same
+    draft.write_bytes(text.encode("utf-8", "backslashreplace"))
     os.replace(draft, folder / JUDGED_FILE)
     return folder / JUDGED_FILE
 
