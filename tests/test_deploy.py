@@ -276,7 +276,7 @@ def test_kits_have_safe_defaults(tmp_path) -> None:
         assert config_hash(config) == config_hash(small("tiny"))
         assert "fed.example.org:8002" in (kit / "README.md").read_text()
         unit = (kit / "systemd" / f"fedmllm-{name}.service").read_text()
-        assert f"deploy node /srv/fedmllm/{name}\n" in unit
+        assert "ExecStart=@VENV@/bin/fedmllm deploy node @KIT@\n" in unit
         listed = (kit / "requirements.txt").read_text().splitlines()[1:]
         names = {line.split("==")[0] for line in listed}
         assert {"fedmllm", "nvflare", "torch", "grpcio", "cryptography", "transformers"} <= names
@@ -459,7 +459,7 @@ def test_nothing_else_is_called(tmp_path) -> None:
     """A whole federation in a network namespace that holds a loopback device and nothing else."""
     alone = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
     if subprocess.run([*alone, "true"], capture_output=True).returncode:
-        pytest.skip("this system lets nobody make a network namespace")
+        pytest.fail("this system lets nobody make a network namespace: run it where one may")
     name = f"{__file__}::{test_three_sites_over_tls_give_the_weights_of_one_process.__name__}"
     python = [sys.executable, "-m", "pytest", name, "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
