@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import chisquare, dlaplace
 
+from fedmllm import rng
 from fedmllm.data.images import MemoryImage
 from fedmllm.data.sample import Sample
 from fedmllm.errors import UserError
@@ -143,6 +145,41 @@ def test_noise_is_a_function_of_seed_and_client() -> None:
     assert first not in others
     assert min((*first.modalities, *first.labels)) >= 0
     assert noised(profile, None, client="a", seed=0) is profile
+
+
+def test_noise_of_a_deployment_follows_the_same_law(monkeypatch) -> None:
+    """Drawn from the system's secrets; here from numbers that can be repeated."""
+    monkeypatch.setattr("fedmllm.rng.secret_uniform", random.Random(5).random)
+    profile = shares(1000, 1000, 1000, 1000, (1000,) * 96)
+    drawn = [
+        count - 1000
+        for _ in range(100)
+        for given in [noised(profile, 1.6, client="a", seed=None)]
+        for count in (*given.modalities, *given.labels)
+    ]
+    edge = 6
+    tally = Counter(max(-edge, min(edge, z)) for z in drawn)
+    law = dlaplace(0.8)
+    expected = [law.pmf(z) for z in range(-edge, edge + 1)]
+    expected[0], expected[-1] = law.cdf(-edge), law.sf(edge - 1)
+    observed = [tally[z] for z in range(-edge, edge + 1)]
+    assert chisquare(observed, np.array(expected) * len(drawn)).pvalue > 0.01
+    assert np.var(drawn) == pytest.approx(law.var(), rel=0.05)
+
+
+def test_secret_noise_by_hand(monkeypatch) -> None:
+    """epsilon = 2 ln 2, so that P(G >= g) = 2^-g: U = 0.8 is floor(log2 5) = 2, U = 0.4 is 0."""
+    numbers = iter([0.8, 0.4, 0.4, 0.8, 0.95, 0.0, 0.5, 0.51])
+    monkeypatch.setattr("fedmllm.rng.secret_uniform", lambda: next(numbers))
+    found = noised(shares(5, 1, 0, 7), 2 * math.log(2), client="a", seed=None)
+    assert found.modalities == (5 + 2, 0, 0 + 4, 7)  # 1 - 2 is cut at 0
+
+
+def test_secrets_are_drawn_from_the_system() -> None:
+    found = {rng.secret_uniform() for _ in range(100)}
+    assert len(found) == 100
+    assert min(found) >= 0
+    assert max(found) < 1
 
 
 @pytest.mark.parametrize("epsilon", [0, -1.0, float("nan")])

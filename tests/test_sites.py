@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -30,6 +31,7 @@ from fedmllm.federation import run_round
 from fedmllm.report import load_results
 from fedmllm.sites import agreed, handshake, settings, wire
 from fedmllm.sites.central import NetworkRunner, Reply
+from fedmllm.sites.profiles import Profiles
 from fedmllm.sites.release import check_release
 from fedmllm.sites.serving import serve
 from fedmllm.sites.settings import Reveal
@@ -536,6 +538,8 @@ def test_what_may_not_leave() -> None:
     update = wire.pack_update(Update("k", 5, {"w": torch.ones(2)}, metrics={"loss": 0.5}))
     good = Message(update.tensors, {"update": update.facts, "memory": False})
     check_release(good, Reveal())
+    profile = {"modalities": [1, 2, 3, 4], "labels": [5, 5]}
+    check_release(Message(facts={"profile": profile}), Reveal(metrics=False))
     for message, reveal, words in [
         (good, Reveal(samples=False), "number of samples"),
         (good, Reveal(metrics=False), "metrics, which"),
@@ -543,6 +547,11 @@ def test_what_may_not_leave() -> None:
         (Message({"pixels||w": torch.ones(2)}, good.facts), Reveal(), "not a tensor of an update"),
         (Message(good.tensors, {}), Reveal(), "belong to no update"),
         (Message(facts={"metrics": {"auc": "high"}}), Reveal(), "something else than numbers"),
+        (Message(facts={"profile": profile}), Reveal(samples=False), "a profile, which counts"),
+        (Message(facts={"profile": {**profile, "ages": [7]}}), Reveal(), "else than counts"),
+        (Message(facts={"profile": {**profile, "labels": ["Mrs"]}}), Reveal(), "else than counts"),
+        (Message(facts={"profile": {**profile, "labels": 3}}), Reveal(), "else than counts"),
+        (Message(facts={"profile": "words"}), Reveal(), "else than counts"),
         (
             Message(good.tensors, {"update": {**update.facts, "extra": {"a": {"b": "words"}}}}),
             Reveal(),
@@ -576,24 +585,185 @@ def test_strategies_give_the_weights_of_one_process(tmp_path, shared_model) -> N
             assert ours[key] == theirs[key], key
 
 
-def test_profiles_do_not_travel_yet(tmp_path) -> None:
-    for number, change in enumerate(
-        [{"mu": 0.1, "weight": "profile"}, {"aggregation": 1.0}, {"sampling": 1.0}]
-    ):
-        kits = make_kits(tmp_path / str(number), experiment(strategy=change))
-        for make, load, who in [
-            (agreed.site_config, settings.load_site, SITES[0]),
-            (agreed.server_config, settings.load_server, "server"),
-        ]:
-            file = kits[who] / "experiments" / "x.yaml"
-            with pytest.raises(UserError, match="which sites do not send yet"):
-                make(kits[who], load(kits[who]), file)
+WEIGHTED = {"mu": 100.0, "w": 1.0, "weight": "profile"}
+OF_PROFILES = {
+    "weight": WEIGHTED,
+    "aggregation": {"aggregation": 5.0},
+    "sampling": {"sampling": 20.0},
+    "noise": {**WEIGHTED, "aggregation": -5.0, "epsilon": 0.5},
+}
 
 
-def test_prototypes_would_tell_what_a_site_hides(tmp_path, shared_model) -> None:
-    kits = make_kits(tmp_path, experiment(strategy={"prototypes": 0.5}))
+def of_profiles(option: str) -> dict[str, Any]:
+    """An experiment whose parties differ in what they hold."""
+    return experiment(
+        strategy=OF_PROFILES[option],
+        scenario={"name": "hybrid", "p": 0.5},
+        training={"rounds": 2, "clients_per_round": 2},
+    )
+
+
+@pytest.mark.parametrize("option", OF_PROFILES)
+def test_profiles_give_the_weights_of_one_process(tmp_path, shared_model, option: str) -> None:
+    raw = of_profiles(option)
+    kits = make_kits(tmp_path, raw, server={"min_sites": 2})
+    for name in SITES:
+        change_settings(kits[name], noise="seed")
+    link = NearLink(kits, tmp_path)
+    found = serve(kits["server"], hash_of(kits["server"]), link)
+    here = run(make_config(raw), out=tmp_path / "here", mllm=shared_model)
+    assert same(weights(kits["server"] / "runs" / "x"), weights(tmp_path / "here"))
+    assert found["heterogeneity"] == here["heterogeneity"]
+    assert found["bytes"] == here["bytes"]
+    assert [line["clients"] for line in found["history"]] == [
+        line["clients"] for line in here["history"]
+    ]
+    told = {s: m.facts.get("weight") for s, task, m in link.sent if task == "train"}
+    shown = {party["id"]: party for party in here["heterogeneity"]["clients"]}
+    assert told == {s: shown[s]["weight"] if "mu" in OF_PROFILES[option] else None for s in told}
+    key = {"aggregation": "scale", "sampling": "chance"}.get(option, "divergence")
+    assert len({party[key] for party in shown.values()}) == 3  # so that it matters whose is whose
+
+
+def test_profiles_hold_for_the_run(tmp_path, shared_model) -> None:
+    """The server goes on with those that it has, and a site whose data changed is refused."""
+    raw = of_profiles("aggregation")
+    kits = make_kits(tmp_path, raw, server={"min_sites": 2})
+
+    def stop(site: str, task: str, message: Message) -> Message:
+        if task == "train" and message.facts["round"] == 1:
+            raise KeyboardInterrupt
+        return message
+
+    sha256 = hash_of(kits["server"])
+    with pytest.raises(KeyboardInterrupt):
+        serve(kits["server"], sha256, NearLink(kits, tmp_path, stop))
+    file = kits["server"] / "runs" / "x" / "network.json"
+    kept = json.loads(file.read_text())
+    assert set(kept["profiles"]) == set(SITES)
+    here = run(make_config(raw), out=tmp_path / "here", mllm=shared_model)
+    missing = (set(SITES) - set(here["history"][1]["clients"])).pop()
+    answers = NearLink(kits, tmp_path, lambda s, t, m: None if s == missing else m)
+    answers.lost = {missing}  # it is away from now on, and counts all the same
+    found = serve(kits["server"], sha256, answers)
+    assert found["history"][1]["clients"] == here["history"][1]["clients"]
+    assert same(weights(kits["server"] / "runs" / "x"), weights(tmp_path / "here"))
+    profiles = Profiles(make_config(raw), file)
+    hello = Site(kits[SITES[0]], sha256).hello({}).facts
+    assert profiles.take(SITES[0], hello) == []
+    other = {**hello, "profile": kept["profiles"][SITES[1]]}
+    assert "the site's data changed" in profiles.take(SITES[0], other)[0]
+    assert json.loads(file.read_text()) == kept
+
+
+def test_a_site_that_comes_later_joins_the_profiles(tmp_path) -> None:
+    """Two by hand: images only and texts only, each as far from the mean as the other; then one
+    of whole samples."""
+    file = tmp_path / "network.json"
+    file.write_text('{"run": "r"}')
+    profiles = Profiles(make_config(of_profiles("weight")), file)
+    task = {"classes": ["no", "yes"]}
+
+    def hello(*modalities: int) -> dict[str, Any]:
+        return {"task": task, "profile": {"modalities": list(modalities), "labels": [2, 6]}}
+
+    for site, facts in zip(SITES[::-1], (hello(0, 0, 4, 0), hello(0, 8, 0, 0)), strict=False):
+        assert profiles.take(site, facts) == []
+    assert profiles.parties().weights == {SITES[1]: 1.0, SITES[2]: 1.0}
+    assert profiles.take(SITES[0], hello(5, 0, 0, 0)) == []
+    found = Profiles(profiles.config, file).parties()  # as after a kill
+    assert list(found.found) == list(SITES)
+    # it lacks nothing; its (1, 0, 0) and the mean (1/3, 1/3, 1/3) have the middle (2/3, 1/6, 1/6)
+    divergence = (math.log2(3 / 2) + math.log2(1 / 2) / 3 + 2 / 3) / 2
+    assert found.weights[SITES[0]] == pytest.approx(divergence)
+    assert found.once == (3 * 4 * (4 + 2), 3 * 4)
+    assert json.loads(file.read_text())["run"] == "r"
+
+
+def test_what_is_no_profile_is_refused(tmp_path) -> None:
+    file = tmp_path / "network.json"
+    file.write_text('{"run": "r"}')
+    good = {"modalities": [1, 2, 3, 4], "labels": [1, 2]}
+    task = {"classes": ["no", "yes"]}
+    for facts, words in [
+        ({"task": task}, "profile: none"),
+        ({"task": task, "profile": [1, 2]}, "not one"),
+        ({"task": task, "profile": {**good, "ages": [1]}}, "not one"),
+        ({"task": task, "profile": {**good, "labels": [1]}}, "labels are not 2 counts"),
+        ({"task": task, "profile": {**good, "modalities": 3}}, "modalities are not 4 counts"),
+        ({"task": task, "profile": {**good, "labels": [1, -1]}}, "not whole numbers from 0"),
+        ({"task": task, "profile": {**good, "labels": [1, 2.0]}}, "not whole numbers from 0"),
+        ({"task": task, "profile": {**good, "labels": [1, True]}}, "not whole numbers from 0"),
+        ({"task": task, "profile": {**good, "labels": [1, 10**400]}}, "not whole numbers from 0"),
+        ({"task": None, "profile": good}, "the site states none"),
+    ]:
+        link = FakeLink(
+            lambda site, task, times, f=facts: (
+                Message(facts={**FACTS, **f}) if site == SITES[2] and task == "hello" else ...
+            )
+        )
+        runner, _ = network(link)
+        runner.accept = lambda site, facts: (
+            Profiles(make_config(of_profiles("weight")), file).take(site, facts)
+            if site == SITES[2]
+            else []
+        )
+        runner._unlike_others = lambda site, facts: []
+        runner.greet_all()
+        assert words in runner.refused.get(SITES[2], "")
+    assert "profiles" not in json.loads(file.read_text())
+
+
+def test_noise_on_a_profile_is_drawn_once_in_secret(tmp_path, shared_model, monkeypatch) -> None:
+    raw = of_profiles("noise")
+    kits = make_kits(tmp_path, raw)
+    sha256 = hash_of(kits["server"])
+    exact = {
+        **OF_PROFILES["noise"],
+        "epsilon": None,
+    }
+    counted = (
+        Site(
+            make_kits(tmp_path / "exact", {**raw, "strategy": exact})[SITES[0]],
+            hash_of(tmp_path / "exact" / "server"),
+        )
+        .hello({})
+        .facts["profile"]
+    )
+    monkeypatch.setattr("fedmllm.rng.secret_uniform", iter([0.999, 0.0] * 6).__next__)
+    first = Site(kits[SITES[0]], sha256).hello({}).facts["profile"]
+    # floor(ln(1000) / 0.25) = 27 more of each
+    assert first == {name: [n + 27 for n in counts] for name, counts in counted.items()}
+    again = Site(kits[SITES[0]], sha256).hello({}).facts["profile"]  # no number is left to draw
+    assert again == first
+    (kept,) = (kits[SITES[0]] / "state").glob("profile-*.json")
+    assert json.loads(kept.read_text()) == first
+    kept.write_text("{")
+    with pytest.raises(UserError, match="draws the noise on this site's profile a second time"):
+        Site(kits[SITES[0]], sha256)
+
+
+def test_a_weight_that_cannot_be_is_refused(tmp_path, shared_model) -> None:
+    kits = make_kits(tmp_path, of_profiles("weight"))
+    site = Site(kits[SITES[0]], hash_of(kits["server"]))
+    state = ServerState(0, shared_model.get_adapter())
+    facts = {"run": "r", "lr": 0.1, "clients": 3, "since": 0}
+    for wrong in ({}, *({"weight": each} for each in (1.5, -0.1, float("nan"), "1", True, None))):
+        with pytest.raises(UserError, match=r"it is a number from 0 to 1\.0"):
+            site.train(wire.pack_state(state, (), {**facts, **wrong}))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        ({"prototypes": 0.5}, "prototypes count them by class"),
+        ({"sampling": 1.0}, "a profile counts them by modality and by label"),
+    ],
+)
+def test_what_would_tell_what_a_site_hides(tmp_path, shared_model, strategy, words) -> None:
+    kits = make_kits(tmp_path, experiment(strategy=strategy))
     change_settings(kits[SITES[0]], reveal={"samples": False})
-    with pytest.raises(UserError, match="client-00 does not reveal how many samples it has"):
+    with pytest.raises(UserError, match=f"client-00 does not reveal how many samples it.*{words}"):
         serve(kits["server"], hash_of(kits["server"]), NearLink(kits, tmp_path))
 
 

@@ -452,19 +452,21 @@ def run_federation(
     *,
     runner: Runner | None = None,
     algorithm: Algorithm | None = None,
+    parties: Callable[[], Parties] | None = None,
 ) -> Outcome:
     """Run (or go on with) one federation to its last round and test it.
 
-    runner: where its clients train, by default in this process; elsewhere parties send no profiles.
-    algorithm: by default the config's.
+    runner: where its clients train, by default in this process. algorithm: by default the config's.
+    parties: what is made of the profiles that are known, asked before each round; by default those
+    of the clients in this process, and of a `runner`'s none.
     """
     config = session.config
     if algorithm is None:
         algorithm = algorithm_of(config, len(federation.samples), session.mllm, session.task)
-    parties = Parties({}, {})
+    known = Parties({}, {})
     if runner is None:
-        parties = parties_of(session, federation)
-        runner = local_runner(session, federation, parties.weights)
+        known = parties_of(session, federation)
+        runner = local_runner(session, federation, known.weights)
     folder = session.folder / "state" / federation.name
     state = algorithm.init(session.mllm.init_adapter(config.seed))
     history: list[dict[str, Any]] = []
@@ -473,12 +475,14 @@ def run_federation(
         state, history = found.state, found.history
         runner.memory = dict(found.memory)
     while state.round < federation.rounds:
+        ready = runner.ready(list(federation.samples))
+        known = parties() if parties else known
         cohort = cohort_of(
-            runner.ready(list(federation.samples)),
+            ready,
             config.training.clients_per_round,
             seed=config.seed,
             round_=state.round + 1,
-            chances=parties.chances,
+            chances=known.chances,
         )
         lr = learning_rate(
             state.round + 1,
@@ -492,7 +496,7 @@ def run_federation(
             state,
             cohort,
             lr=lr,
-            scales=parties.scales,
+            scales=known.scales,
             drift=config.evaluation.drift,
         )
         history.append(_record(session, federation, record, state.params))
@@ -500,7 +504,8 @@ def run_federation(
         _write_history(session.folder, federation.name, history)
         _tell(session, "round", federation=federation.name, rounds=federation.rounds, **history[-1])
     outcome = _test(session, federation, state, history)
-    return replace(outcome, heterogeneity=parties.facts(config), once=parties.once)
+    known = parties() if parties else known
+    return replace(outcome, heterogeneity=known.facts(config), once=known.once)
 
 
 def algorithm_of(config: Config, clients: int, mllm: Mllm, task: Task) -> Algorithm:
@@ -572,17 +577,23 @@ class Parties:
 
 def parties_of(session: Session, federation: Federation) -> Parties:
     """Every party describes itself, once; the server weighs them."""
-    config, given = session.config, session.config.strategy
-    classes = len(session.task.classes)
+    config, classes = session.config, len(session.task.classes)
     profiles = {
         client: heterogeneity.noised(
             heterogeneity.profile_of(samples, classes),
-            given.epsilon,
+            config.strategy.epsilon,
             client=client,
             seed=config.seed,
         )
         for client, samples in federation.samples.items()
     }
+    return weighed(config, profiles)
+
+
+def weighed(config: Config, profiles: Mapping[str, heterogeneity.Profile]) -> Parties:
+    """What the server makes of profiles, in whatever order they came."""
+    given = config.strategy
+    profiles = {client: profiles[client] for client in sorted(profiles)}  # sums of floats
     found = heterogeneity.standings(profiles)
     weights = party_weights(given.weight, given.w, config.scenario["name"], found)
     if not given.uses_profiles or config.topology != "federated":

@@ -16,21 +16,23 @@ With `epsilon` the party adds noise to its counts before it sends them: epsilon-
 privacy for the addition or removal of one of its samples, by the geometric mechanism (Ghosh,
 Roughgarden, Sundararajan, STOC 2009). One sample changes one count of either histogram by 1, so the
 L1 sensitivity is 2 and P(noise = z) ~ exp(-epsilon |z| / 2). It protects the profile and nothing
-else that a party sends. The noise here is a function of the run's seed, as a simulation that can
-be repeated needs it: who knows the seed can subtract it. A real party must draw from a secret one.
+else that a party sends. In a simulation the noise is a function of the run's seed, so that it can
+be repeated: who knows the seed can subtract it. A party on a machine of its own (`sites/`) draws it
+from its operating system's source of secrets.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import rel_entr
 
+from fedmllm import rng
 from fedmllm.data.sample import Sample
 from fedmllm.errors import UserError
-from fedmllm.rng import stream
 
 COMBINATIONS = ("image_text", "image", "text", "neither")
 _INDEX = {(True, True): 0, (True, False): 1, (False, True): 2, (False, False): 3}
@@ -83,25 +85,38 @@ def profile_of(samples: Sequence[Sample], classes: int) -> Profile:
     return Profile(tuple(modalities), tuple(labels))
 
 
-def noised(profile: Profile, epsilon: float | None, *, client: str, seed: int) -> Profile:
+def noised(profile: Profile, epsilon: float | None, *, client: str, seed: int | None) -> Profile:
     """The profile with geometric noise on every count, no count below 0; None adds nothing.
 
+    seed: of the run, which with the client's name fixes the noise; None draws it in secret.
     Raises `UserError` unless epsilon is above 0.
     """
     if epsilon is None:
         return profile
     if not epsilon > 0:
         raise UserError(f"epsilon is {epsilon}: give a number above 0, or null for no noise")
-    draw = stream(seed, "profile-noise", client)
-    size = len(profile.modalities) + len(profile.labels)
-    p = -np.expm1(-epsilon / SENSITIVITY)
-    noise = draw.geometric(p, size) - draw.geometric(p, size)  # two-sided geometric
-    counts = [
-        max(0, count + int(z))
-        for count, z in zip((*profile.modalities, *profile.labels), noise, strict=True)
-    ]
+    exact = (*profile.modalities, *profile.labels)
+    rate = epsilon / SENSITIVITY
+    noise = _secret(rate, len(exact)) if seed is None else _seeded(rate, len(exact), client, seed)
+    counts = [max(0, count + z) for count, z in zip(exact, noise, strict=True)]
     cut = len(profile.modalities)
     return replace(profile, modalities=tuple(counts[:cut]), labels=tuple(counts[cut:]))
+
+
+def _seeded(rate: float, size: int, client: str, seed: int) -> list[int]:
+    """Two-sided geometric noise, P(z) ~ exp(-rate |z|): the difference of two geometric draws."""
+    draw = rng.stream(seed, "profile-noise", client)
+    p = -np.expm1(-rate)
+    return [int(z) for z in draw.geometric(p, size) - draw.geometric(p, size)]
+
+
+def _secret(rate: float, size: int) -> list[int]:
+    """The same law, by inversion: floor(-ln(1 - U) / rate) is geometric."""
+
+    def geometric() -> int:
+        return math.floor(-math.log1p(-rng.secret_uniform()) / rate)
+
+    return [geometric() - geometric() for _ in range(size)]
 
 
 def standings(profiles: Mapping[str, Profile]) -> dict[str, Standing]:

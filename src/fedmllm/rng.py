@@ -7,6 +7,7 @@ orders of clients draw the same numbers, because the numbers depend on names and
 from __future__ import annotations
 
 import hashlib
+import random
 
 import numpy as np
 
@@ -28,3 +29,12 @@ def uniform(seed: int, purpose: str, *ids: object) -> float:
     53 bits, so every value is an exact float. About 2 us, a tenth of `stream(...).random()`.
     """
     return (stream_seed(seed, purpose, *ids) >> 10) / 2**53
+
+
+def secret_uniform() -> float:
+    """One number in [0, 1) from the operating system's source of secrets, 53 bits.
+
+    A function of nothing, so that nobody can repeat it: for noise that protects a party on a
+    machine of its own, and for nothing else.
+    """
+    return random.SystemRandom().random()

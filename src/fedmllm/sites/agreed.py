@@ -76,12 +76,6 @@ def _check_kind(config: Config) -> None:
             f"topology {config.topology} has nobody to federate with: several machines run "
             "topology federated"
         )
-    if config.strategy.uses_profiles:
-        raise UserError(
-            "strategy.weight=profile, strategy.aggregation and strategy.sampling need the parties' "
-            "profiles, which sites do not send yet: choose strategy.weight=scenario or fixed, and "
-            "leave the other two at 0"
-        )
 
 
 def _data_overrides(config: Config, kit: Path, data: SiteData) -> list[str]:

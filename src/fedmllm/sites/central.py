@@ -69,7 +69,8 @@ class NetworkRunner:
     server: what the server states of itself (`handshake.differences`). run: an id of the run, under
     which sites keep what they keep. deadline, hello_deadline: seconds. tell: called with the
     status as it changes. memory: not what sites keep, which stays there, but from which round it
-    is that this run's state builds on.
+    is that this run's state builds on. accept: called with what a site states, where nothing else
+    is wrong with it; returns what is. weights: what a site is told of its own in each round.
     """
 
     link: Link
@@ -86,6 +87,8 @@ class NetworkRunner:
     facts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     away: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    accept: Callable[[str, Mapping[str, Any]], list[str]] = lambda site, facts: []
+    weights: Mapping[str, float] = field(default_factory=dict)
     weighted: bool = False  # by samples: then no site may hide how many it has
     _greetings: dict[str, str] = field(default_factory=dict)  # ticket -> site
     _not_before: dict[str, float] = field(default_factory=dict)  # greet a site again
@@ -161,6 +164,7 @@ class NetworkRunner:
         facts = reply.message.facts
         problems = handshake.differences(self.server, facts) or list(facts.get("problems", ()))
         problems = problems or self._unlike_others(reply.site, facts)
+        problems = problems or self.accept(reply.site, facts)
         if problems:
             self._refuse(reply.site, "; ".join(map(str, problems)))
             return
@@ -297,6 +301,8 @@ class _Round:
     def _ask(self, site: str) -> None:
         since = self.runner.memory.get(site, {}).get("round")
         facts = {**self.facts, "since": 0 if since is None else int(since)}
+        if site in self.runner.weights:
+            facts["weight"] = self.runner.weights[site]
         message = wire.pack_state(self.state, self.broadcast, facts)
         self.tickets[self.runner.link.send(site, "train", message)] = site
         self.failed.pop(site, None)

@@ -11,7 +11,7 @@ from fedmllm.errors import UserError
 from fedmllm.sites.settings import Reveal
 from fedmllm.sites.wire import SEP, Message
 
-# facts of a site in the handshake: digests, shapes, names of options; never a sample
+# facts of a site in the handshake: digests, shapes, names of options, counts; never a sample
 HELLO = {
     "protocol",
     "version",
@@ -21,6 +21,7 @@ HELLO = {
     "layout",
     "manifest_sha256",
     "samples",
+    "profile",
     "held_out",
     "task",
     "reveal",
@@ -44,6 +45,10 @@ def check_release(message: Message, reveal: Reveal) -> None:
         raise UserError("tensors that belong to no update")
     if not reveal.samples and (facts.get("samples") or update.get("num_samples", 1) != 1):
         raise UserError("the number of samples, which this site does not reveal")
+    if "profile" in facts:
+        if not reveal.samples:
+            raise UserError("a profile, which counts samples, and this site does not reveal those")
+        _check_counts(facts["profile"])
     metrics = facts.get("metrics") or update.get("metrics") or {}
     if metrics and not reveal.metrics:
         raise UserError("metrics, which this site does not reveal")
@@ -55,6 +60,14 @@ def check_release(message: Message, reveal: Reveal) -> None:
             _check_numbers(value if isinstance(value, Mapping) else {name: value}, name)
             if not reveal.metrics:
                 raise UserError(f"{name}, which counts as a metric, and this site reveals none")
+
+
+def _check_counts(profile: Any) -> None:
+    if not isinstance(profile, Mapping) or set(profile) != {"modalities", "labels"}:
+        raise UserError("a profile that holds something else than counts")
+    for counts in profile.values():
+        if not isinstance(counts, list) or any(type(count) is not int for count in counts):
+            raise UserError("a profile that holds something else than counts")
 
 
 def _check_numbers(found: Any, what: str) -> None:

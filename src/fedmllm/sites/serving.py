@@ -29,6 +29,7 @@ from fedmllm.experiment import (
     EVERYONE,
     Federation,
     Outcome,
+    Parties,
     Session,
     Shared,
     algorithm_of,
@@ -47,6 +48,7 @@ from fedmllm.models.mllm import Mllm
 from fedmllm.sites import digests, handshake, settings
 from fedmllm.sites.agreed import find_experiment, server_config
 from fedmllm.sites.central import Link, NetworkRunner
+from fedmllm.sites.profiles import Profiles
 from fedmllm.sites.settings import STATUS_FILE
 
 RUN_FILE = "network.json"
@@ -101,6 +103,7 @@ def _serve(
         hello_deadline=file.hello_deadline,
         tell=status.tell,
     )
+    parties = _parties(config, runner, folder / RUN_FILE)
     runner.greet_all()
     session = _session(config, agreed, folder, mllm, dataset, runner)
     session.listener = status.event
@@ -112,9 +115,26 @@ def _serve(
     if not runner.weighted:
         algorithm = replace(algorithm, weighting="uniform")
     session.resumed = checkpoint.load(folder / "state" / EVERYONE) is not None
-    outcome = run_federation(session, federation, runner=runner, algorithm=algorithm)
+    outcome = run_federation(
+        session, federation, runner=runner, algorithm=algorithm, parties=parties
+    )
     save_adapter(session, [outcome])
     return _write_result(session, outcome, runner, dataset, time.perf_counter() - began)
+
+
+def _parties(config: Config, runner: NetworkRunner, file: Path) -> Callable[[], Parties] | None:
+    """What is made of the sites' profiles, where the experiment asks for them. file: the run's."""
+    if not config.strategy.uses_profiles:
+        return None
+    profiles = Profiles(config, file)
+    runner.accept = profiles.take
+
+    def parties() -> Parties:
+        found = profiles.parties()
+        runner.weights = found.weights if config.strategy.weighs_by_profile else {}
+        return found
+
+    return parties
 
 
 def _dataset(config: Config) -> Dataset:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -45,7 +45,9 @@ class Reveal(_Section):
 
 class SiteFile(_Section):
     """A site. experiments: the folder of the experiments that it agrees to run. state: where it
-    keeps what must outlive a job."""
+    keeps what must outlive a job. noise: on its profile where the experiment has
+    `strategy.epsilon`: drawn in secret, or from the run's seed, so that whoever knows the seed can
+    repeat it, and subtract it."""
 
     name: str
     experiments: str = "experiments"
@@ -53,6 +55,7 @@ class SiteFile(_Section):
     data: SiteData = SiteData()
     settings: dict[str, Any] = Field(default_factory=dict)
     reveal: Reveal = Reveal()
+    noise: Literal["secret", "seed"] = "secret"
 
 
 class ServerData(_Section):

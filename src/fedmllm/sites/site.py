@@ -40,9 +40,10 @@ from fedmllm.experiment import (
     parties_of,
     score_own,
 )
+from fedmllm.heterogeneity import Profile
 from fedmllm.models import model_path
 from fedmllm.models.mllm import Mllm
-from fedmllm.sites import agreed, digests, handshake, settings
+from fedmllm.sites import agreed, digests, handshake, profiles, settings
 from fedmllm.sites.handshake import RefusedError
 from fedmllm.sites.wire import Message, pack_update, unpack_state
 
@@ -59,11 +60,7 @@ class Site:
             kit / self.file.experiments, config_sha256, who=f"site {self.name}"
         )
         self.config = agreed.site_config(kit, self.file, experiment)
-        if self.config.strategy.prototypes and not self.file.reveal.samples:
-            raise RefusedError(
-                f"{self.name} does not reveal how many samples it has, and prototypes count them "
-                "by class: leave strategy.prototypes out, or set reveal.samples at the site"
-            )
+        self._check_counts()
         torch.set_num_threads(self.config.threads)
         dataset = load_dataset(**self.config.data)
         held = make_manifest(self.config, dataset)
@@ -71,6 +68,7 @@ class Site:
         train, self.held_out = self._own(held, dataset)
         self.session = session_of(self.config, load_model(self.config), dataset, kit)
         own = Federation(EVERYONE, {self.name: train}, self.config.training.rounds)
+        self.profile = self._profile(train)
         self.runner = local_runner(self.session, own, parties_of(self.session, own).weights)
         self.samples = len(train)
         if self.config.model.drop_tower:
@@ -94,6 +92,8 @@ class Site:
             "task": asdict(self.session.task),
             "reveal": self.file.reveal.model_dump(),
         }
+        if self.profile is not None:
+            facts["profile"] = profiles.to_facts(self.profile)
         problems = handshake.differences(server, facts)
         if not self.file.reveal.samples:
             facts["samples"] = None
@@ -106,6 +106,8 @@ class Site:
         algorithm = algorithm_of(
             self.config, int(facts["clients"]), self.session.mllm, self.session.task
         )
+        if self.config.strategy.weighs_by_profile:
+            self.runner.weights = {self.name: self._weight(facts)}
         kept = self._memory(run, int(facts["since"]))
         self.runner.memory = {} if kept is None else {self.name: kept}
         arrivals = self.runner.train(round_, [self.name], algorithm, state, lr=float(facts["lr"]))
@@ -124,6 +126,45 @@ class Site:
         return Message(facts={"metrics": score_own(self.session, self.held_out)})
 
     # -- what it holds -------------------------------------------------------------------------
+
+    def _check_counts(self) -> None:
+        """Refuse an experiment that would tell what this site does not reveal."""
+        given = self.config.strategy
+        if self.file.reveal.samples or not (given.prototypes or given.uses_profiles):
+            return
+        if given.prototypes:
+            what, off = "prototypes count them by class", "leave strategy.prototypes out"
+        else:
+            what = "a profile counts them by modality and by label"
+            off = "leave out strategy.weight=profile, strategy.aggregation and strategy.sampling"
+        raise RefusedError(
+            f"{self.name} does not reveal how many samples it has, and {what}: {off}, or set "
+            "reveal.samples at the site"
+        )
+
+    def _profile(self, train: list[Any]) -> Profile | None:
+        """What it sends of its samples by kind, if the experiment asks for that."""
+        if not self.config.strategy.uses_profiles:
+            return None
+        return profiles.own_profile(
+            self.config,
+            train,
+            classes=len(self.session.task.classes),
+            client=self.name,
+            noise=self.file.noise,
+            file=self.kit / self.file.state / f"profile-{self.sha256[:16]}.json",
+        )
+
+    def _weight(self, facts: Mapping[str, Any]) -> float:
+        """This party's w_k, which the server made of all profiles."""
+        given: Any = facts.get("weight")
+        most = self.config.strategy.w
+        if type(given) not in (int, float) or not 0 <= given <= most:
+            raise RefusedError(
+                f"the server gave {self.name} the weight {given!r} of the regularisation: with "
+                f"strategy.w it is a number from 0 to {most}"
+            )
+        return float(given)
 
     def _checked(self, held: manifests.Manifest) -> str | None:
         """The hash of the split; None for a file of one's own, which no other site can know."""
