@@ -174,6 +174,18 @@ def test_half_precision_keeps_full_copies_in_float32(folder) -> None:
     check_gradient_reaches(half, encoded(half)[0])
 
 
+def test_full_copies_need_weights(folder) -> None:
+    with pytest.raises(UserError, match="start from its weights"):
+        Mllm.shapes(*folder, rank=2, policy=ALL)
+    seeing = Policy(vision="lora")
+    bare = Mllm.shapes(*folder, rank=2, policy=seeing)
+    whole = Mllm.load(*folder, rank=2, policy=seeing)
+    assert bare.component_of == whole.component_of
+    assert {k: v.shape for k, v in bare.trainable.items()} == {
+        k: v.shape for k, v in whole.trainable.items()
+    }
+
+
 @pytest.mark.parametrize("name", ["idefics3", "qwen2_vl", "minicpmv 2.6"])
 def test_four_bit_leaves_what_is_copied_whole(name, tmp_path) -> None:
     packed = Mllm.load(name, make_model(name, tmp_path), rank=2, quantization="nf4", policy=ALL)

@@ -297,6 +297,27 @@ def test_adapter_is_saved_loaded_by_plain_peft_and_merged(tiny: Mllm, folders, t
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_an_adapter_needs_no_weights(tiny: Mllm, folders, tmp_path) -> None:
+    """Drawn, held, counted, described and saved alike around a base that has shapes only."""
+    bare = Mllm.shapes(tiny.name, folders[tiny.name], rank=2)
+    assert {value.device.type for value in bare.base.parameters() if not value.requires_grad} == {
+        "meta"
+    }
+    drawn, expected = bare.init_adapter(3), tiny.init_adapter(3)
+    assert list(drawn) == list(expected)
+    assert all(torch.equal(drawn[name], expected[name]) for name in expected)
+    for fact in ("component_of", "layer_of", "num_layers", "width", "specials"):
+        assert getattr(bare, fact) == getattr(tiny, fact)
+    for count in ("parameter_counts", "lora_modules", "copied_modules"):
+        assert getattr(bare, count)() == getattr(tiny, count)()
+    bare.set_adapter(tiny.get_adapter())
+    for mllm, name in ((bare, "bare"), (tiny, "whole")):
+        mllm.save_adapter(tmp_path / name)
+    written = {p.name: p.read_bytes() for p in (tmp_path / "bare").iterdir()}
+    assert written == {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    assert len(written) == 2
+
+
 def test_bfloat16_is_near_float32(tiny: Mllm, folders) -> None:
     half = Mllm.load(tiny.name, folders[tiny.name], rank=2, dtype=torch.bfloat16)
     half.set_adapter(adapter(half))

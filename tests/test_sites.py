@@ -25,7 +25,7 @@ from fedmllm.algorithms.base import ServerState, Update
 from fedmllm.config import config_hash, load_config, make_config
 from fedmllm.data import load_dataset
 from fedmllm.errors import UserError
-from fedmllm.experiment import make_manifest, run
+from fedmllm.experiment import load_shapes, make_manifest, run
 from fedmllm.export import export
 from fedmllm.federation import run_round
 from fedmllm.report import load_results
@@ -129,7 +129,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, shared_model) -> None:
         site.train(wire.pack_state(state, ("control",), facts))
 
 
-def test_sites_with_files_of_their_own(tmp_path, shared_model) -> None:
+def test_sites_with_files_of_their_own(tmp_path, shared_model, monkeypatch) -> None:
     """Each holds one conversation file; the server holds the test file. As in one process."""
     whole = make_config(experiment())
     data = load_dataset(**whole.data)
@@ -148,12 +148,16 @@ def test_sites_with_files_of_their_own(tmp_path, shared_model) -> None:
     here = run(make_config(raw), out=tmp_path / "here", mllm=shared_model)
     assert same(weights(kits["server"] / "runs" / "x"), weights(tmp_path / "here"))
     assert found["metrics"] == here["metrics"]
-    # without a test file the server does without: the task is the sites'
+    # without a test file the server does without, and without weights: the task is the sites'
     change_settings(kits["server"], data={"none": True})
     shutil.rmtree(kits["server"] / "runs")
+    monkeypatch.setattr("fedmllm.sites.serving.load_model", lambda config: pytest.fail("loaded"))
     found = serve(kits["server"], hash_of(kits["server"]), NearLink(kits, tmp_path))
     assert same(weights(kits["server"] / "runs" / "x"), weights(tmp_path / "here"))
     assert (found["metrics"], found["task"]) == ({}, here["task"])
+    assert found["parameters"] == here["parameters"]
+    full = experiment(trained={"name": "paper", "connector": "full"})
+    assert load_shapes(make_config(full)) is None  # its copy starts from the base's weights
 
 
 def test_a_site_may_hide_its_counts_and_metrics(tmp_path, shared_model) -> None:

@@ -351,6 +351,24 @@ def load_model(config: Config) -> Mllm:
     )
 
 
+def load_shapes(config: Config) -> Mllm | None:
+    """The adapter of a config around a base without weights, for who neither trains nor tests;
+    None where the adapter starts from the base's own weights."""
+    policy = make_policy(config.trained["name"], **options_of(config.trained))
+    if policy.connector == "full" or policy.embeddings == "full":
+        return None
+    return Mllm.shapes(
+        config.model.name,
+        model_path(config.model.name, config.model.path),
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        dtype=getattr(torch, config.model.dtype),
+        remote_code=config.model.remote_code,
+        policy=policy,
+    )
+
+
 def make_manifest(config: Config, dataset: Dataset) -> manifest.Manifest:
     """Who holds what, drawn from the seed."""
     return manifest.build_manifest(

@@ -261,6 +261,15 @@ def originals(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def materialise(model: nn.Module) -> None:
+    """Give what is trained storage on the CPU, all zeros, in a model on the meta device."""
+    for module in model.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            if value.requires_grad:
+                empty = torch.zeros(value.shape, dtype=value.dtype, device="cpu")
+                module.register_parameter(name, nn.Parameter(empty))
+
+
 def copied_modules(model: PeftModel) -> dict[str, int]:
     """Names of the modules that are trained as full copies, with their parameters.
 

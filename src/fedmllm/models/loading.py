@@ -52,16 +52,9 @@ def load_base(
     must be `path`, word for word.
     Raises `UserError` if the model cannot be read, takes no images, or has code of its own.
     """
-    logging.disable_progress_bar()
-    minicpmv.register()
     trust = remote_code is not None and str(remote_code) == str(path)
     try:
-        settings, _ = PreTrainedConfig.get_config_dict(path)
-        _check_code(path, settings, trust)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        _check_config(path, config)
-        processor = _processor(path, config, trust)
-        _check_processor(path, processor)
+        config, processor = _described(path, trust)
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust}
         quantised = getattr(config, "quantization_config", None) is not None
         if quantization == "nf4" and not quantised:
@@ -88,6 +81,42 @@ def load_base(
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         first = str(error).strip().splitlines()[0]
         raise UserError(f"device {device!r} cannot be used: {first}; cpu always can") from error
+
+
+def shape_base(
+    path: str | Path, *, dtype: torch.dtype, remote_code: str | None = None
+) -> tuple[Any, Any]:
+    """The base as `load_base` gives it, without weights: its tensors have shapes and no storage.
+
+    Raises `UserError` as `load_base` does, but for what is wrong with the weights.
+    """
+    trust = remote_code is not None and str(remote_code) == str(path)
+    try:
+        config, processor = _described(path, trust)
+        with torch.device("meta"):
+            model: Any = AutoModelForImageTextToText.from_config(
+                config, dtype=dtype, trust_remote_code=trust
+            )
+    except _UNREADABLE as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"cannot build model {str(path)!r}: {first}") from error
+    _check_tokenizer(path, model, processor)
+    _check_class(path, type(model), family(config))
+    model.requires_grad_(False)
+    return model.eval(), processor
+
+
+def _described(path: str | Path, trust: bool) -> tuple[Any, Any]:
+    """Configuration and processor of a checkpoint that can be used."""
+    logging.disable_progress_bar()
+    minicpmv.register()
+    settings, _ = PreTrainedConfig.get_config_dict(path)
+    _check_code(path, settings, trust)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    _check_config(path, config)
+    processor = _processor(path, config, trust)
+    _check_processor(path, processor)
+    return config, processor
 
 
 def family(config: Any) -> Family:

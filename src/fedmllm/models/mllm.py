@@ -31,12 +31,13 @@ from fedmllm.models.components import (
     add_adapter,
     components_of,
     copied_modules,
+    materialise,
     originals,
     train_only_what_is_trained,
 )
 from fedmllm.models.feature_store import store_for
 from fedmllm.models.features import FeatureCache, ImageFeatures, feature_inputs, look, see
-from fedmllm.models.loading import family, load_base
+from fedmllm.models.loading import family, load_base, shape_base
 from fedmllm.models.lora import (
     adapted_modules,
     adapter_parameters,
@@ -178,6 +179,33 @@ class Mllm:
             facts = (mllm.base, processor, entry, policy.keeps)
             mllm.features = FeatureCache(store=store_for(*facts, name=name, limit_bytes=limit))
         return mllm
+
+    @classmethod
+    def shapes(
+        cls,
+        name: str,
+        path: str | Path,
+        *,
+        rank: int = 8,
+        alpha: int = 8,
+        dropout: float = 0.05,
+        dtype: torch.dtype = torch.float32,
+        remote_code: str | None = None,
+        policy: Policy | None = None,
+    ) -> Mllm:
+        """The adapter alone, as `load` makes it, around a base that has shapes and no weights.
+
+        It draws, holds, checks and saves adapters, and counts; it reads and answers nothing.
+        Raises `UserError` for a policy with full copies, which start from the base's weights.
+        """
+        base, processor = shape_base(path, dtype=dtype, remote_code=remote_code)
+        policy, entry = policy or Policy(), family(base.config)
+        model = add_adapter(base, entry, policy, rank=rank, alpha=alpha, dropout=dropout)
+        if originals(model):
+            raise UserError(f"full copies of {name} start from its weights: load them")
+        materialise(model)
+        model.peft_config["default"].base_model_name_or_path = name
+        return cls(name, model.eval(), processor, policy)
 
     # -- the adapter -------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from fedmllm.experiment import (
     algorithm_of,
     check_folder,
     load_model,
+    load_shapes,
     make_folder,
     make_manifest,
     make_result,
@@ -92,7 +93,9 @@ def _serve(
     began: float,
 ) -> dict[str, Any]:
     dataset = None if file.data.none else _dataset(config)
-    mllm = load_model(config)
+    tests = [] if dataset is None else dataset.test
+    shapes = None if tests else load_shapes(config)
+    mllm = load_model(config) if shapes is None else shapes
     runner = NetworkRunner(
         link=link,
         sites=sorted(file.sites),
@@ -107,8 +110,8 @@ def _serve(
     runner.greet_all()
     session = _session(config, agreed, folder, mllm, dataset, runner)
     session.listener = status.event
-    if config.model.drop_tower and dataset is not None:
-        mllm.drop_tower(dataset.test)
+    if config.model.drop_tower and tests:
+        mllm.drop_tower(tests)
     federation = Federation(EVERYONE, dict.fromkeys(runner.sites, ()), config.training.rounds)
     algorithm = algorithm_of(config, len(runner.sites), mllm, session.task)
     runner.weighted = all(facts["reveal"]["samples"] for facts in runner.facts.values())
