@@ -27,7 +27,7 @@ from fedmllm.data import load_dataset
 from fedmllm.errors import UserError
 from fedmllm.experiment import load_shapes, make_manifest, run
 from fedmllm.export import export
-from fedmllm.federation import run_round
+from fedmllm.federation import cohort_of, run_round
 from fedmllm.report import load_results
 from fedmllm.sites import agreed, handshake, settings, wire
 from fedmllm.sites.central import NetworkRunner, Reply
@@ -593,7 +593,7 @@ WEIGHTED = {"mu": 100.0, "w": 1.0, "weight": "profile"}
 OF_PROFILES = {
     "weight": WEIGHTED,
     "aggregation": {"aggregation": 5.0},
-    "sampling": {"sampling": 20.0},
+    "sampling": {"sampling": -5.0},
     "noise": {**WEIGHTED, "aggregation": -5.0, "epsilon": 0.5},
 }
 
@@ -625,6 +625,9 @@ def test_profiles_give_the_weights_of_one_process(tmp_path, shared_model, option
     told = {s: m.facts.get("weight") for s, task, m in link.sent if task == "train"}
     shown = {party["id"]: party for party in here["heterogeneity"]["clients"]}
     assert told == {s: shown[s]["weight"] if "mu" in OF_PROFILES[option] else None for s in told}
+    if option == "sampling":  # chosen by chance alone, other two train
+        unweighted = cohort_of(SITES, 2, seed=0, round_=1)
+        assert found["history"][0]["clients"] != unweighted
     key = {"aggregation": "scale", "sampling": "chance"}.get(option, "divergence")
     assert len({party[key] for party in shown.values()}) == 3  # so that it matters whose is whose
 
@@ -673,7 +676,7 @@ def test_a_site_that_comes_later_joins_the_profiles(tmp_path) -> None:
 
     for site, facts in zip(SITES[::-1], (hello(0, 0, 4, 0), hello(0, 8, 0, 0)), strict=False):
         assert profiles.take(site, facts) == []
-    assert profiles.parties().weights == {SITES[1]: 1.0, SITES[2]: 1.0}
+    assert list(profiles.parties().weights.items()) == [(SITES[1], 1.0), (SITES[2], 1.0)]
     assert profiles.take(SITES[0], hello(5, 0, 0, 0)) == []
     found = Profiles(profiles.config, file).parties()  # as after a kill
     assert list(found.found) == list(SITES)
