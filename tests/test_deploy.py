@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +26,7 @@ from safetensors.torch import load_file
 pytest.importorskip("nvflare", reason='needs pip install "fedmllm[nvflare]"')
 
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.fuel.flare_api.api_spec import AuthorizationError
 from sites import SITES, SMALL
 
 from fedmllm.algorithms.base import Update
@@ -29,7 +34,7 @@ from fedmllm.config import config_hash, load_config, make_config
 from fedmllm.errors import UserError
 from fedmllm.experiment import run
 from fedmllm.sites import settings, wire
-from fedmllm.sites.flare import codec
+from fedmllm.sites.flare import codec, kits, supervise
 from fedmllm.sites.flare.filters import clip
 from fedmllm.sites.flare.kits import Plan, add_experiment, make_kits, write_job
 from fedmllm.sites.flare.local import free_port, site_names, status, stop
@@ -45,13 +50,15 @@ class Here:
     def __init__(self, folder: Path, *configs: Any, **plan: Any) -> None:
         self.root, self.configs = folder / "federation", configs
         options = {"min_sites": 3, "port": free_port(), **plan}
+        self.port = options["port"]
         make_kits(Plan(configs[0], SITES, **options), self.root)
         self.kits = {kit.name: kit for kit in (self.root / "kits").iterdir()}
         for kit in self.kits.values():
             for config in configs[1:]:
-                if kit.name != "admin":
+                if kit.name in (*SITES, "server"):
                     add_experiment(kit, config)
-        self.nodes = Nodes([kit for name, kit in self.kits.items() if name != "admin"])
+        nodes = [name for name in self.kits if name != "admin" and "@" not in name]
+        self.nodes = Nodes([self.kits[name] for name in nodes])
         self.said: list[str] = []
 
     def set(self, kit: str, **facts: Any) -> None:
@@ -127,7 +134,8 @@ def processes(kit: Path, word: str) -> list[int]:
 
 def test_three_sites_over_tls_give_the_weights_of_one_process(tmp_path, mllm, monkeypatch) -> None:
     """And nothing but the adapter's differences, counts and metrics leaves a site."""
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    here = Path(settings.__file__).parents[2]  # nodes run elsewhere, where a relative path is none
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(here)]))
     config = small("tiny")
     result = run(config, out=tmp_path / "here", mllm=mllm)
     with federation(tmp_path, config) as here:
@@ -164,8 +172,10 @@ def check_what_left(messages: list[dict[str, Any]], adapter: dict[str, torch.Ten
 @pytest.mark.slow
 def test_other_algorithms_over_tls(tmp_path, mllm) -> None:
     configs = [small(name, algorithm={"name": name}) for name in ("fedadam", "scaffold")]
-    strategy = {"mu": 0.5, "weight": "scenario", "prototypes": 0.5, "distillation": 0.5}
-    configs.append(small("strategies", strategy=strategy, prompt="agnostic"))
+    strategy = {"mu": 0.5, "weight": "profile", "prototypes": 0.5, "distillation": 0.5}
+    strategy |= {"aggregation": 2.0}
+    hybrid = {"name": "hybrid", "p": 0.5}
+    configs.append(small("strategies", strategy=strategy, scenario=hybrid, prompt="agnostic"))
     with federation(tmp_path, *configs) as here:
         for config in configs:
             run(config, out=tmp_path / config.name, mllm=mllm)
@@ -207,10 +217,7 @@ def test_a_real_kill_in_round_2_changes_no_bit(tmp_path, mllm, who: str) -> None
 
         folder = here.run("kill", meanwhile=kill)
         assert killed
-        assert same(folder, tmp_path / "here")
-        result = json.loads((folder / "result.json").read_text())
-        assert [line["clients"] for line in result["history"]] == [list(SITES)] * 4
-        assert not any("missing" in line for line in result["history"])
+        check_undisturbed(folder, tmp_path / "here")
 
 
 @pytest.mark.slow
@@ -245,6 +252,169 @@ def test_a_site_that_is_too_slow_is_dropped_and_taken_back(tmp_path) -> None:
     assert without[0] == asked_in_vain[0] <= 3
     assert len(without) >= 2
     assert "client-02" in history[-1]["clients"]
+
+
+class Relay:
+    """A TCP relay in a site's way to the server, which can hold on to what goes up."""
+
+    def __init__(self, target: int) -> None:
+        self.target, self.left, self.held = target, math.inf, threading.Event()
+        self.open: list[socket.socket] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Close what is open, with what is held, and hold no more."""
+        for each in self.open:
+            each.close()
+        self.left = math.inf
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # until the listener is closed
+            while True:
+                near, _ = self.listener.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.target))
+                except ConnectionRefusedError:
+                    near.close()
+                    continue
+                self.open += [near, far]
+                for ends in ((near, far, True), (far, near, False)):
+                    threading.Thread(target=self._pump, args=ends, daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(4096):
+                self.left -= len(data) if up else 0
+                while up and self.left < 0:
+                    self.held.set()
+                    time.sleep(0.05)
+                sink.sendall(data)
+        for each in (source, sink):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+
+def kill_all(kit: Path) -> None:
+    """Every process of a kit: node, job and trainer."""
+    for process in processes(kit, ""):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def until(met: Callable[[], Any], seconds: float = 60.0, every: float = 0.01) -> None:
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(every)
+
+
+EQUAL = ("round", "clients", "loss", "lr", "bytes_up", "bytes_down", "metrics")
+
+
+def check_undisturbed(folder: Path, here: Path) -> None:
+    """The bits of the undisturbed run, and its rounds with all sites in each."""
+    assert same(folder, here)
+    found, expected = (json.loads((p / "result.json").read_text()) for p in (folder, here))
+    assert found["metrics"] == expected["metrics"]
+    for ours, theirs in zip(found["history"], expected["history"], strict=True):
+        assert {key: ours[key] for key in EQUAL} == {key: theirs[key] for key in EQUAL}
+        assert ours["clients"] == list(SITES)
+        assert "missing" not in ours
+
+
+@pytest.mark.slow
+def test_a_site_killed_during_its_upload_changes_no_bit(tmp_path, mllm, monkeypatch) -> None:
+    """Half of its update is through, and the rest held on the way, when it is killed."""
+    config = small("kill", training={"rounds": 5}, algorithm={"name": "scaffold"})
+    size = run(config, out=tmp_path / "here", mllm=mllm)["history"][1]["bytes_up"] // 3
+    port = free_port()
+    relay = Relay(port)
+
+    def project(plan: Plan, made=kits._project) -> dict[str, Any]:
+        found = made(plan)
+        (site,) = [each for each in found["participants"] if each["name"] == SITES[1]]
+        site["connect_to"] = {"host": "localhost", "port": relay.port}
+        return found
+
+    monkeypatch.setattr(kits, "_project", project)
+    with federation(tmp_path, config, port=port) as here:
+        kit = here.kits[SITES[1]]
+
+        def trains() -> bool:
+            return any(kit.glob("state/scratch-*/*-in.safetensors"))
+
+        def kill(status: dict[str, Any]) -> None:
+            if relay.held.is_set() or status.get("rounds_done", 0) < 1:
+                return
+            until(lambda: not trains())
+            until(trains)
+            relay.left = size // 2
+            until(relay.held.is_set)
+            assert not list(kit.glob("state/scratch-*/*"))  # its trainer has done its part
+            time.sleep(1)
+            found = json.loads((here.kits["server"] / "runs/kill/status.json").read_text())
+            assert SITES[1] in found["waiting"]
+            kill_all(kit)
+            relay.cut()
+
+        folder = here.run("kill", meanwhile=kill)
+        assert relay.held.is_set()
+        check_undisturbed(folder, tmp_path / "here")
+    relay.listener.close()
+
+
+@pytest.mark.slow
+def test_a_server_killed_while_it_aggregates_changes_no_bit(tmp_path, mllm) -> None:
+    """Two updates are in its sum, and the third site stands still, when it is killed."""
+    config = small("kill", training={"rounds": 4}, algorithm={"name": "scaffold"})
+    run(config, out=tmp_path / "here", mllm=mllm)
+    stopped: list[int] = []
+    killed: list[dict[str, Any]] = []
+    with federation(tmp_path, config) as here:
+
+        def kill(status: dict[str, Any]) -> None:
+            if not stopped and status.get("rounds_done") == 1:
+                stopped.extend(processes(here.kits[SITES[2]], "fedmllm.sites.trainer"))
+                for process in stopped:
+                    os.kill(process, signal.SIGSTOP)
+            if not stopped or killed or status.get("delivered") != list(SITES[:2]):
+                return
+            assert status["waiting"] == [SITES[2]]
+            kill_all(here.kits["server"])
+            killed.append(status)
+            for process in stopped:
+                os.kill(process, signal.SIGCONT)
+
+        folder = here.run("kill", meanwhile=kill)
+        assert killed
+        check_undisturbed(folder, tmp_path / "here")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", ["server.safetensors", "state.json"])
+def test_a_server_killed_while_it_writes_changes_no_bit(tmp_path, mllm, written: str) -> None:
+    """When the first, or the last, file of a checkpoint has appeared beside those that count."""
+    config = small("kill", training={"rounds": 8}, algorithm={"name": "scaffold"})
+    run(config, out=tmp_path / "here", mllm=mllm)
+    hits: list[list[str]] = []
+    with federation(tmp_path, config) as here:
+        draft = here.kits["server"] / "runs" / "kill" / "state" / ".draft"
+
+        def kill(status: dict[str, Any]) -> None:
+            if hits or status.get("rounds_done", 0) < 1 or status.get("doing") != "training":
+                return
+            until((draft / written).exists, every=0.0002)
+            with suppress(ProcessLookupError):
+                os.kill(status["pid"], signal.SIGKILL)
+            kill_all(here.kits["server"])
+            if draft.exists():  # or it was too late, and the next round will do
+                hits.append(sorted(path.name for path in draft.parent.glob("round-*")))
+
+        folder = here.run("kill", meanwhile=kill)
+        assert hits
+        check_undisturbed(folder, tmp_path / "here")
 
 
 # -- kits ------------------------------------------------------------------------------------------
@@ -322,6 +492,8 @@ def test_wrong_kits_are_refused(tmp_path) -> None:
         node_command(tmp_path)
     with pytest.raises(UserError, match="is not a federation"):
         status(tmp_path)
+    with pytest.raises(UserError, match="is no administrator's kit"):
+        supervise._connected(tmp_path)
 
 
 def test_a_site_cannot_bear_another_name_than_its_certificate(tmp_path) -> None:
@@ -402,14 +574,18 @@ def wait_for(root: Path, met: Callable[[dict[str, Any]], bool]) -> None:
 
 @pytest.mark.slow
 def test_strangers_are_refused(tmp_path) -> None:
-    """A site of another authority; code in a job; a component that the site's policy lacks."""
+    """A site of another authority, one without a certificate; code in a job; a component that the
+    site's policy lacks."""
     config = small("tiny")
     with federation(tmp_path, config, min_sites=1) as here:
-        port = yaml.safe_load((here.root / "project.yml").read_text())["participants"][0]
         stranger = tmp_path / "other"
-        make_kits(Plan(config, SITES, port=port["fed_learn_port"]), stranger)
+        make_kits(Plan(config, SITES, port=here.port), stranger)
         here.nodes.kits = [here.kits["server"].resolve(), here.kits["client-00"].resolve()]
         here.nodes.kits.append((stranger / "kits" / "client-01").resolve())
+        bare = here.kits["client-02"]
+        for file in ("client.crt", "client.key"):
+            (bare / "startup" / file).unlink()
+        here.nodes.kits.append(bare.resolve())
         boss = Supervisor(here.kits["server"], here.kits["admin"], "tiny", say=here.said.append)
         try:
             until = time.monotonic() + 60
@@ -421,6 +597,7 @@ def test_strangers_are_refused(tmp_path) -> None:
                     connected = boss._connected()
             time.sleep(10)
             assert boss._connected() == {"client-00"}
+            check_tls(here.kits["client-01"], stranger / "kits" / "client-01", here.port)
             for spoil, word in [(with_code, "byoc"), (with_other_component, "not authorized")]:
                 name = spoil.__name__
                 job = spoil(write_job(tmp_path / name, boss.sha256, name=name))
@@ -440,6 +617,35 @@ def test_strangers_are_refused(tmp_path) -> None:
             boss._close()  # its threads would keep this process from ending
 
 
+def check_tls(kit: Path, stranger: Path, port: int) -> None:
+    """The server hears a site with a certificate of its authority, and nobody else."""
+    own = kit / "startup"
+    assert answer_of(port, own, own) == b"HTTP/1.1"
+    assert answer_of(port, own, None) == b""
+    assert answer_of(port, own, stranger / "startup") == b""
+    with socket.create_connection(("localhost", port)) as plain:
+        plain.settimeout(10)
+        plain.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert plain.recv(8) == b""
+
+
+def answer_of(port: int, authority: Path, certificate: Path | None) -> bytes:
+    """The first bytes of the server's answer over TLS; none where it ends the connection."""
+    context = ssl.create_default_context(cafile=str(authority / "rootCA.pem"))
+    if certificate is not None:
+        context.load_cert_chain(certificate / "client.crt", certificate / "client.key")
+    with (
+        socket.create_connection(("localhost", port)) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as opened,
+    ):
+        opened.settimeout(10)
+        try:
+            opened.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            return opened.recv(8)
+        except (ssl.SSLError, ConnectionError):
+            return b""
+
+
 def with_code(job: Path) -> Path:
     (job / "app" / "custom").mkdir()
     (job / "app" / "custom" / "evil.py").write_text("raise SystemExit\n")
@@ -452,6 +658,49 @@ def with_other_component(job: Path) -> Path:
     found["executors"][0]["executor"] = {"path": "subprocess.Popen", "args": {"args": ["true"]}}
     file.write_text(json.dumps(found))
     return job
+
+
+@pytest.mark.slow
+def test_an_administrator_without_the_right_is_refused(tmp_path, mllm, monkeypatch) -> None:
+    """A certificate of the right authority whose role may look and do nothing; the run goes on."""
+    member = "member@fedmllm.local"
+    config = small("tiny", training={"rounds": 6})
+    run(config, out=tmp_path / "here", mllm=mllm)
+
+    def project(plan: Plan, made=kits._project) -> dict[str, Any]:
+        found = made(plan)
+        other = {"name": member, "type": "admin", "org": "server", "role": "member"}
+        found["participants"].append(other)
+        return found
+
+    monkeypatch.setattr(kits, "_project", project)
+    tried: list[str] = []
+    with federation(tmp_path, config) as here:
+
+        def meddle(status: dict[str, Any]) -> None:
+            if tried or status.get("rounds_done", 0) < 1:
+                return
+            tried.append(status["job"])
+            kit = here.kits[member]
+            boss = Supervisor(here.kits["server"], kit, "tiny", say=here.said.append)
+            try:
+                assert status["job"] in {job["job_id"] for job in boss._admin().list_jobs()}
+                again = write_job(tmp_path / "again", boss.sha256, name="again")
+                for forbidden in (
+                    lambda: boss._admin().submit_job(str(again)),
+                    lambda: boss._admin().abort_job(status["job"]),
+                    lambda: boss._admin().shutdown("all"),
+                ):
+                    with pytest.raises(AuthorizationError, match="not authorized"):
+                        forbidden()
+                with pytest.raises(UserError, match=f"{member} may not do this"):
+                    boss.step()
+            finally:
+                boss._close()
+
+        folder = here.run("tiny", meanwhile=meddle)
+        assert tried == [json.loads((folder / "status.json").read_text())["job"]]
+        check_undisturbed(folder, tmp_path / "here")
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from typing import Any
 from fedmllm.config import config_hash, load_config
 from fedmllm.errors import UserError
 from fedmllm.sites import settings
-from fedmllm.sites.flare.kits import USER, write_job
+from fedmllm.sites.flare.kits import write_job
 from fedmllm.sites.flare.node import node_command, node_environment, prepare_node
 from fedmllm.sites.settings import STATUS_FILE
 
@@ -303,13 +303,24 @@ def _connected(admin: Path) -> Any:
     between: its threads would keep this process from ending."""
     from nvflare.fuel.flare_api.flare_api import Session
 
-    session = Session(username=USER, startup_path=str(admin))
+    session = Session(username=_user(admin), startup_path=str(admin))
     try:
         session.try_connect(5.0)
     except BaseException:
         session.api.close()
         raise
     return session
+
+
+def _user(admin: Path) -> str:
+    """Whose certificate a kit holds. Raises `UserError` if it is no administrator's."""
+    try:
+        facts = json.loads((admin / "startup" / "fed_admin.json").read_text())
+        return str(facts["admin"]["username"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{admin} is no administrator's kit: it lacks startup/fed_admin.json"
+        ) from error
 
 
 def _session_errors() -> tuple[type[Exception], ...]:
