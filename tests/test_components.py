@@ -174,7 +174,8 @@ def test_half_precision_keeps_full_copies_in_float32(folder) -> None:
     check_gradient_reaches(half, encoded(half)[0])
 
 
-def test_full_copies_need_weights(folder) -> None:
+def test_full_copies_need_weights(tmp_path) -> None:
+    folder = ("idefics3", make_model("idefics3", tmp_path))
     with pytest.raises(UserError, match="start from its weights"):
         Mllm.shapes(*folder, rank=2, policy=ALL)
     seeing = Policy(vision="lora")
