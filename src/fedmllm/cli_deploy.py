@@ -1,7 +1,8 @@
 """`fedmllm deploy`: one experiment over several machines.
 
 init makes the kits; node and supervise are for the machines; start, status, stop and resume try
-all of it on one machine, with real processes, mutual TLS and loopback only.
+all of it on one machine, with real processes, mutual TLS and loopback only; simulate runs it in
+NVFlare's simulator.
 """
 
 from __future__ import annotations
@@ -70,6 +71,27 @@ def init(
     print(f"kits      {out / 'kits'}: server, admin, {', '.join(names)}")
     print(f"authority {out / 'authority'}: the root key; keep it off all machines")
     print(f"next      README.md in each kit; on this machine alone: fedmllm deploy start {out}")
+
+
+@app.command()
+def simulate(
+    experiment: Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. partition.clients=3.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The run goes to OUT/NAME.")] = Path("runs"),
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Parties with a process at a time. [default: all]")
+    ] = None,
+) -> None:
+    """Run it in NVFlare's simulator: every party a process here, no certificates; the numbers of
+    `fedmllm run`. The same call goes on with a run that was killed."""
+    _needs_nvflare()
+    from fedmllm.config import load_config
+    from fedmllm.sites.flare.simulate import simulate as run_simulation
+
+    folder = run_simulation(load_config(experiment, overrides or []), out, at_once=at_once)
+    print(f"result  {folder / 'result.json'}")
 
 
 @app.command()

@@ -33,9 +33,9 @@ from fedmllm.sites.settings import FILE
 PROJECT, SERVER, ADMIN = "fedmllm", "server", "admin"
 USER = "admin@fedmllm.local"
 KITS, AUTHORITY = "kits", "authority"
-_SITE = re.compile(r"^[A-Za-z0-9_-]{1,60}$")
+SITE_NAME = re.compile(r"^[A-Za-z0-9_-]{1,60}$")
 _HOST = re.compile(r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")
-_CLASSES = ["fedmllm.sites.flare"]
+CLASSES = ["fedmllm.sites.flare"]
 # who may do what at a site or at the server; a right that is not named is denied
 _RIGHTS = {
     "submit_job": "any",
@@ -82,7 +82,7 @@ def make_kits(plan: Plan, out: Path) -> Path:
 def _check(plan: Plan, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists: choose another folder with --out")
-    odd = [site for site in plan.sites if not _SITE.match(site) or site in (SERVER, ADMIN)]
+    odd = [site for site in plan.sites if not SITE_NAME.match(site) or site in (SERVER, ADMIN)]
     if odd:
         raise UserError(
             f"a site cannot be called {odd[0]!r}: letters, digits, - and _ only, at most 60, and "
@@ -214,7 +214,7 @@ def _privacy(site: bool) -> dict[str, Any]:
 def _resources(default: Path, site: bool) -> dict[str, Any]:
     """NVFlare's own, with less: our components only, no log streaming, storage in the kit."""
     found: dict[str, Any] = json.loads(default.read_text())
-    found["class_allow_list"] = _CLASSES
+    found["class_allow_list"] = CLASSES
     drop = {"site_log_streamer", "log_receiver"}
     found["components"] = [c for c in found["components"] if c["id"] not in drop]
     if site:
@@ -228,13 +228,22 @@ def _fill_admin(kit: Path, plan: Plan) -> None:
     (kit / "README.md").write_text(_page("admin", plan, {}))
 
 
-def write_job(folder: Path, config_sha256: str, *, name: str) -> Path:
+def write_job(
+    folder: Path,
+    config_sha256: str,
+    *,
+    name: str,
+    silence: float | None = None,
+    task_check_interval: float = 1.0,
+) -> Path:
     """The job to submit: names of our two components and the experiment's hash, no code.
 
     min_clients is 1, below which NVFlare ends a job: how many are needed is the runner's business,
-    which waits.
+    which waits. silence: seconds without a sign of life after which a site's job counts as gone, by
+    default the controller's. task_check_interval: seconds between a site's questions for work.
     """
     args = {"config_sha256": config_sha256}
+    limits = {} if silence is None else {"silence": silence}
     _write(
         folder / "meta.json",
         {
@@ -253,7 +262,7 @@ def write_job(folder: Path, config_sha256: str, *, name: str) -> Path:
                 {
                     "id": "fedmllm",
                     "path": "fedmllm.sites.flare.controller.FedController",
-                    "args": args,
+                    "args": {**args, **limits},
                 }
             ],
             "components": [],
@@ -264,7 +273,7 @@ def write_job(folder: Path, config_sha256: str, *, name: str) -> Path:
         folder / "app" / "config" / "config_fed_client.json",
         {
             "format_version": 2,
-            "task_check_interval": 1.0,
+            "task_check_interval": task_check_interval,
             "job_heartbeat_interval": 5.0,
             "executors": [
                 {"tasks": ["hello", "train", "evaluate", "refused"], "executor": executor}
