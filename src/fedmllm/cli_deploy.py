@@ -95,6 +95,48 @@ def simulate(
 
 
 @app.command()
+def flower(
+    experiment: Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. partition.clients=3.")
+    ] = None,
+    sites: Annotated[str, typer.Option(help="How many, or their names: clinic-a,clinic-b.")] = "3",
+    out: Annotated[Path, typer.Option(help="Where app and kits go.")] = Path("flower"),
+    min_sites: Annotated[
+        int | None, typer.Option(min=1, help="Updates that make a round. [default: most sites]")
+    ] = None,
+    deadline: Annotated[
+        float, typer.Option(min=1, help="Seconds that a round waits for slow sites.")
+    ] = 3600.0,
+) -> None:
+    """Write an app for `flwr run` and a kit for each party of a Flower federation that there is."""
+    from fedmllm.config import load_config
+    from fedmllm.sites.flare.kits import Plan
+    from fedmllm.sites.flare.local import site_names
+    from fedmllm.sites.flower.app import make_app
+
+    config = load_config(experiment, overrides or [])
+    names = site_names(config, sites)
+    least = min_sites or len(names) // 2 + 1
+    made = make_app(Plan(config, names, min_sites=least, deadline=deadline), out)
+    print(f"kits      {made / 'kits'}: server, {', '.join(names)}")
+    print(f"app       flwr run {made / 'app'}")
+    print(
+        "a site    fedmllm deploy worker KIT, beside flower-supernode --node-config 'kit=\"KIT\"'"
+    )
+
+
+@app.command()
+def worker(
+    kit: Annotated[Path, typer.Argument(help="The kit of a site of a Flower federation.")],
+) -> None:
+    """Keep a site's model and answer its Flower node, in the foreground."""
+    from fedmllm.sites.flower.worker import main as run_worker
+
+    run_worker(kit)
+
+
+@app.command()
 def node(
     kit: Annotated[Path, typer.Argument(help="The kit of a server or a site.")],
 ) -> None:

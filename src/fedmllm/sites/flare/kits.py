@@ -63,15 +63,15 @@ class Plan:
 
 def make_kits(plan: Plan, out: Path) -> Path:
     """Write the kits. Raises `UserError` for wrong names and if `out` exists."""
-    _check(plan, out)
+    check_plan(plan, out)
     draft = out.with_name(f".{out.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True, mode=0o700)
     try:
         _provision(plan, draft)
-        _fill(draft / KITS / SERVER, plan, _server_facts(plan), site=False)
+        _fill(draft / KITS / SERVER, plan, server_facts(plan), site=False)
         for site in plan.sites:
-            _fill(draft / KITS / site, plan, _site_facts(plan, site), site=True)
+            _fill(draft / KITS / site, plan, site_facts(plan, site), site=True)
         _fill_admin(draft / KITS / ADMIN, plan)
         draft.rename(out)
     finally:
@@ -79,7 +79,8 @@ def make_kits(plan: Plan, out: Path) -> Path:
     return out
 
 
-def _check(plan: Plan, out: Path) -> None:
+def check_plan(plan: Plan, out: Path) -> None:
+    """Raise `UserError` for wrong names and if `out` exists."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists: choose another folder with --out")
     odd = [site for site in plan.sites if not SITE_NAME.match(site) or site in (SERVER, ADMIN)]
@@ -144,7 +145,8 @@ def _project(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _server_facts(plan: Plan) -> dict[str, Any]:
+def server_facts(plan: Plan) -> dict[str, Any]:
+    """The server's settings, to begin with."""
     return {
         "sites": list(plan.sites),
         "min_sites": plan.min_sites,
@@ -153,7 +155,8 @@ def _server_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _site_facts(plan: Plan, site: str) -> dict[str, Any]:
+def site_facts(plan: Plan, site: str) -> dict[str, Any]:
+    """A site's settings, to begin with."""
     data: dict[str, Any] = {}
     if plan.config.data["name"] == "conversations":
         data = {"file": f"data/{site}.json"}
@@ -171,14 +174,20 @@ def _fill(kit: Path, plan: Plan, facts: Mapping[str, Any], *, site: bool) -> Non
     local = kit / "local"
     for old in local.glob("*.sample"):
         old.unlink()
-    (kit / FILE).write_text(_SETTINGS_HEAD[site] + yaml.safe_dump(dict(facts), sort_keys=False))
+    plain_kit(kit, plan.config, facts, site=site)
     _write(local / "authorization.json", _authorization())
     _write(local / "privacy.json", _privacy(site))
     _write(local / "resources.json", _resources(local / "resources.json.default", site))
-    add_experiment(kit, plan.config)
     (kit / "data").mkdir()
     (kit / "requirements.txt").write_text(requirements())
     _pages(kit, plan, facts, site)
+
+
+def plain_kit(kit: Path, config: Config, facts: Mapping[str, Any], *, site: bool) -> Path:
+    """Settings and experiment, without keys or policy; returns the experiment's file."""
+    (kit / FILE).parent.mkdir(parents=True, exist_ok=True)
+    (kit / FILE).write_text(_SETTINGS_HEAD[site] + yaml.safe_dump(dict(facts), sort_keys=False))
+    return add_experiment(kit, config)
 
 
 def add_experiment(kit: Path, config: Config) -> Path:

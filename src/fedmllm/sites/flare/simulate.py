@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
 from fedmllm.config import Config, config_hash
@@ -30,9 +29,9 @@ from fedmllm.errors import UserError
 from fedmllm.experiment import check_folder, make_manifest
 from fedmllm.sites import settings
 from fedmllm.sites.agreed import server_config
-from fedmllm.sites.flare.kits import CLASSES, SERVER, SITE_NAME, add_experiment, write_job
+from fedmllm.sites.flare.kits import CLASSES, KITS, SERVER, SITE_NAME, plain_kit, write_job
 from fedmllm.sites.flare.node import node_environment
-from fedmllm.sites.settings import FILE, STATUS_FILE
+from fedmllm.sites.settings import STATUS_FILE
 
 LOG = Path("state") / "simulator.log"
 _FOREVER = 1e9  # seconds: nobody is late here, and no sign of life is sent
@@ -92,11 +91,13 @@ def _prepare(root: Path, config: Config, folder: Path, sites: list[str]) -> None
         "runs": str(folder.parent),
         "data": data,
     }
-    experiment = _kit(root / "kits" / SERVER, config, server)
-    server_config(root / "kits" / SERVER, settings.load_server(root / "kits" / SERVER), experiment)
+    kit = root / KITS / SERVER
+    experiment = plain_kit(kit, config, server, site=False)
+    server_config(kit, settings.load_server(kit), experiment)  # what is wrong is said now
     for name in sites:
         state = str(folder / "state" / "sites" / name)
-        _kit(root / "kits" / name, config, {"name": name, "state": state, "data": data})
+        facts = {"name": name, "state": state, "data": data}
+        plain_kit(root / KITS / name, config, facts, site=True)
     write_job(
         root / "job",
         config_hash(config),
@@ -109,13 +110,6 @@ def _prepare(root: Path, config: Config, folder: Path, sites: list[str]) -> None
     settings.write_json(
         local / "resources.json", {"format_version": 2, "class_allow_list": CLASSES}
     )
-
-
-def _kit(kit: Path, config: Config, facts: Mapping[str, Any]) -> Path:
-    """A kit's settings and experiment; returns the experiment's file."""
-    (kit / FILE).parent.mkdir(parents=True)
-    (kit / FILE).write_text(yaml.safe_dump(dict(facts), sort_keys=False))
-    return add_experiment(kit, config)
 
 
 def _run(root: Path, folder: Path, at_once: int, say: Callable[[str], None]) -> None:
@@ -179,13 +173,13 @@ class Simulator(SimulatorRunner):
 
     def _setup_local_startup(self, log_config_file_path: str, workspace: str) -> None:
         super()._setup_local_startup(log_config_file_path, workspace)
-        kits = Path(self.simulator_root).parent / "kits"
+        kits = Path(self.simulator_root).parent / KITS
         shutil.copytree(kits / Path(workspace).name, workspace, dirs_exist_ok=True)
 
 
 def main(root: Path, at_once: int) -> int:
     """Run what `simulate` prepared. In the background process."""
-    sites = sorted(kit.name for kit in (root / "kits").iterdir() if kit.name != SERVER)
+    sites = sorted(kit.name for kit in (root / KITS).iterdir() if kit.name != SERVER)
     simulator = Simulator(
         job_folder=str(root / "job"),
         workspace=str(root / "workspace"),
