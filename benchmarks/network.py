@@ -111,9 +111,8 @@ class Watch:
         self.lines: list[float] = []  # when the line of a round was written
         self.done: float | None = None
         self.peaks: dict[int, tuple[str, str, int]] = {}  # process -> kit, role, bytes
-        self.sums: dict[str, int] = {}  # kit -> bytes of all its processes at once
+        self.most: dict[str, dict[str, int]] = {}  # kit -> bytes by role when the sum was largest
         self.least_free = sys.maxsize
-        self.known: dict[int, tuple[str, str]] = {}
         self.strangers: dict[int, int] = {}  # process -> how often it was looked at in vain
         self.looked = 0.0
 
@@ -145,7 +144,7 @@ class Watch:
                 self.lines += [written] * (count - len(self.lines))
 
     def _memory(self) -> None:
-        sums: dict[str, int] = {}
+        kits: dict[str, dict[str, int]] = {}
         there = {int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()}
         for process in there:
             who = self._who(process)
@@ -157,24 +156,25 @@ class Watch:
                     int(status.split(f"{key}:")[1].split()[0]) * 1024 for key in ("VmHWM", "VmRSS")
                 )
                 self.peaks[process] = (*who, peak)
-                sums[who[0]] = sums.get(who[0], 0) + now
-        for kit, total in sums.items():
-            self.sums[kit] = max(total, self.sums.get(kit, 0))
+                kit = kits.setdefault(who[0], {})
+                kit[who[1]] = kit.get(who[1], 0) + now
+        for name, roles in kits.items():
+            if sum(roles.values()) > sum(self.most.get(name, {}).values()):
+                self.most[name] = roles
         self.least_free = min(self.least_free, free_bytes())
 
     def _who(self, process: int) -> tuple[str, str] | None:
-        """Kit and role of a process. A stranger is looked at a few times: it may be a fork that
-        has not begun its own program."""
-        if process in self.known or self.strangers.get(process, 0) > _LOOKS:
-            return self.known.get(process)
+        """Kit and role of a process, asked each time: a fork bears its parent's name until it
+        begins its own program. A stranger is looked at a few times."""
+        if self.strangers.get(process, 0) > _LOOKS:
+            return None
         words = b""
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{process}/cmdline").read_bytes()
         kit = words.partition(self.kits + b"/")[2].replace(b"\0", b"/").split(b"/")[0]
         role = next((role for word, role in ROLES.items() if word.encode() in words), None)
         if kit and role is not None:
-            self.known[process] = (kit.decode(), role)
-            return self.known[process]
+            return kit.decode(), role
         self.strangers[process] = self.strangers.get(process, 0) + 1
         return None
 
@@ -280,6 +280,7 @@ def facts(
         "finish_seconds": watch.done - watch.lines[-1],
         "leave_seconds": ended - watch.done,
         "peak_bytes": peaks(watch),
+        "at_a_sites_peak_bytes": largest_site(watch),
         "least_free_bytes": watch.least_free,
         "load_before": load,
         "load_after": os.getloadavg()[0],
@@ -293,9 +294,15 @@ def peaks(watch: Watch) -> dict[str, int]:
     found: dict[str, int] = {}
     for _, role, peak in watch.peaks.values():
         found[role] = max(peak, found.get(role, 0))
-    found["all of the server"] = watch.sums["server"]
-    found["all of a site"] = max(total for kit, total in watch.sums.items() if kit != "server")
+    found["all of the server"] = sum(watch.most["server"].values())
+    found["all of a site"] = sum(largest_site(watch).values())
     return found
+
+
+def largest_site(watch: Watch) -> dict[str, int]:
+    """By role, what a site's processes held when their sum was the largest of all sites'."""
+    sites = (roles for kit, roles in watch.most.items() if kit != "server")
+    return max(sites, key=lambda roles: sum(roles.values()))
 
 
 # -- all of them -----------------------------------------------------------------------------------

@@ -82,7 +82,8 @@ def test_a_round_ends_when_its_line_is_written(tmp_path) -> None:
         watch.look()
     (run / "status.json").write_text(json.dumps({"doing": "done", "at": 18.0}))
     watch.look()
-    watch.sums = {"server": 5, "client-00": 7, "client-01": 9}
+    sites = {"client-00": {"trainer": 7}, "client-01": {"trainer": 4, "site job": 5}}
+    watch.most = {"server": {"server job": 5}, **sites}
     watch.peaks = {1: ("server", "server job", 5), 2: ("client-01", "trainer", 6)}
     lines = [{"seconds": 1.0, "clients": ["a", "b"], "measured": {"stub_seconds": 0.1}}] * 3
     result = {"history": lines, "bytes": {"per_client_round": {"lora": 4}}}
@@ -93,6 +94,7 @@ def test_a_round_ends_when_its_line_is_written(tmp_path) -> None:
     assert (found["finish_seconds"], found["leave_seconds"]) == (1.0, 2.0)
     peak = {"server job": 5, "trainer": 6, "all of the server": 5, "all of a site": 9}
     assert found["peak_bytes"] == peak
+    assert found["at_a_sites_peak_bytes"] == {"trainer": 4, "site job": 5}
     lines[0]["clients"] = ["a"]
     with pytest.raises(SystemExit, match="not every round was seen, or had all sites"):
         network.facts(network.Case(2, 0.2, 3), watch, result, times=(1, 3, 20), load=0.0)

@@ -34,6 +34,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_the_simulator_gives_the_weights_of_one_process(tmp_path, mllm) -> None:
     """SCAFFOLD, whose clients keep something; and a finished run is not begun anew."""
     config = small(algorithm={"name": "scaffold"})
