@@ -12,8 +12,8 @@ NVFlare, controller, algorithm, checkpoint. Written to results/network.json.
 
 A round is the time from one checkpoint to the next, as the file of its line says. Memory is that of
 the processes of a kit, by their command lines: the high-water mark of each (VmHWM), and of a
-machine's sum as sampled. A case that leaves less than a gigabyte to the machine is ended, and that
-is said. Linux only.
+machine's sum as sampled. A case that leaves less than two gigabytes to the machine is ended, and
+that is said. Linux only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "network.json"
 BYTES_A_RANK = 24_576  # of LoRA on the embedded model's decoder, float32
-SPARE = 1_000_000_000  # bytes that a case must leave free
+SPARE = 2_000_000_000  # bytes that a case must leave free
 _TICK = 0.05
 _MEMORY_EVERY = 0.25
 _LOOKS = 8
@@ -157,7 +157,7 @@ class Watch:
                 )
                 self.peaks[process] = (*who, peak)
                 kit = kits.setdefault(who[0], {})
-                kit[who[1]] = kit.get(who[1], 0) + now
+                kit[who[1]] = max(now, kit.get(who[1], 0))  # a fork shares its parent's
         for name, roles in kits.items():
             if sum(roles.values()) > sum(self.most.get(name, {}).values()):
                 self.most[name] = roles

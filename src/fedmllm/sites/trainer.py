@@ -172,8 +172,8 @@ def main(arguments: list[str]) -> None:
         reply = failed
         if site is not None:
             _, reply = answered(request["do"], lambda: _serve(site, request))  # noqa: B023
+        give_back_memory()  # before the parent reads the answer
         pipe.send_bytes(json.dumps(reply).encode())
-        give_back_memory()
         if site is None:
             return  # what was wrong may be mended by the time the next child starts
 
