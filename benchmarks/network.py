@@ -23,6 +23,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -328,7 +329,9 @@ def main() -> None:
 
 
 def one(case: Case) -> None:
-    """Measure in this process, and leave it: threads of a session may go on."""
+    """Measure in this process, and leave it: threads of a session may go on. A signal ends the
+    nodes, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     code = 1
     try:
         found = measure(case)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import json
 import os
 import shutil
@@ -210,7 +209,6 @@ def _serve(site: Any, request: dict[str, Any]) -> None:
 def give_back_memory() -> None:
     """Return freed memory to the system, which an allocator keeps for itself otherwise: a site's
     two processes hold the adapter in turns."""
-    gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
