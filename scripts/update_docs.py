@@ -392,7 +392,7 @@ def network_memory() -> str:
         above = "–"
         if case is not floor:
             grown = peak["all of a site"] - floor["peak_bytes"]["all of a site"]
-            above = f"{grown / (size - floor['adapter_bytes']):.1f} adapters"
+            above = f"{grown / (size - floor['adapter_bytes']):.2f} adapters"
         goal = "4" if case is not floor else ""
         lines.append(
             f"| {case['sites']} | {_megabytes(case)} | {' | '.join(shown)} | {above} | {goal} |"

@@ -55,7 +55,7 @@ def test_memory_is_counted_in_adapters_above_the_smallest(monkeypatch, tmp_path)
     put(tmp_path, case(), big)
     lines = update_docs.network_memory().splitlines()
     assert lines[2].endswith("| – |  |")
-    assert lines[3].endswith("| 1,500 MB | 1,000 MB | 2.0 adapters | 4 |")
+    assert lines[3].endswith("| 1,500 MB | 1,000 MB | 2.00 adapters | 4 |")
 
 
 def test_what_was_not_measured_is_said(monkeypatch, tmp_path) -> None:
