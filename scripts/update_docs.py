@@ -393,7 +393,7 @@ def network_memory() -> str:
         if case is not floor:
             grown = peak["all of a site"] - floor["peak_bytes"]["all of a site"]
             above = f"{grown / (size - floor['adapter_bytes']):.2f} adapters"
-        goal = "4" if case is not floor else ""
+        goal = "4" if size > 2e8 else ""  # it was set for 300 MB
         lines.append(
             f"| {case['sites']} | {_megabytes(case)} | {' | '.join(shown)} | {above} | {goal} |"
         )

@@ -27,6 +27,7 @@ from fedmllm.sites import wire
 from fedmllm.sites.flare.kits import Plan
 from fedmllm.sites.flower.app import make_app
 from fedmllm.sites.flower.courier import ask_worker, worker_file
+from fedmllm.sites.flower.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOWER = Path(os.environ.get("FLOWER_BIN", ROOT / "runs" / "flower" / "bin"))
@@ -110,6 +111,29 @@ def test_the_worker_answers_with_one_model_for_all_messages(tmp_path) -> None:
         file.write_text(right)
         assert ask_worker(kit, {"do": "who"}, b"")[0] == {"site": SITES[1]}
     assert not worker_file(kit).exists()
+
+
+def test_nothing_passes_the_worker_that_may_not_leave(tmp_path) -> None:
+    """A trainer that answers with more than an update: the gate stops it, and says so."""
+
+    class Talkative:
+        sha256 = "s"
+
+        def ask(self, do: str, message: wire.Message) -> wire.Message:
+            return wire.Message({"delta||w": torch.ones(2), "samples||w": torch.ones(2)}, facts)
+
+    update = {"client": SITES[1], "num_samples": 8, "extra": {}, "metrics": {}}
+    facts = {"update": update, "memory": False}
+    made = Worker(make_kits(tmp_path, {"name": "tiny", **SMALL})[SITES[1]])
+    made.trainer = Talkative()  # type: ignore[assignment]
+    blob = wire.to_bytes(wire.Message(facts={"round": 1}))
+    reply, answer = made.answer({"do": "train", "sha256": "s"}, blob)
+    assert reply == {"error": "the site cannot answer train: see its log", "final": False}
+    assert answer == b""
+    Talkative.ask = lambda *_: wire.Message({"delta||w": torch.ones(2)}, facts)  # type: ignore[method-assign]
+    reply, answer = made.answer({"do": "train", "sha256": "s"}, blob)
+    assert reply == {}
+    assert wire.from_bytes(answer).facts == facts
 
 
 def trainers(kit: Path) -> int:
