@@ -75,7 +75,7 @@ def test_bad_input_is_refused_before_anything_starts(tmp_path) -> None:
 def test_a_party_that_fails_ends_the_run_and_says_why(tmp_path, mllm) -> None:
     """A learning rate at which the loss diverges: in process that is an error, too."""
     config = small(training={"lr": 1e30, "optimizer": "sgd", "max_grad_norm": 0})
-    with pytest.raises(UserError, match="lower training.lr"):
+    with pytest.raises(UserError, match=r"lower training\.lr"):
         run(config, out=tmp_path / "here", mllm=mllm)
     with pytest.raises(UserError, match=r"tiny: client-0\d: cannot train") as caught:
         simulate(config, tmp_path / "runs")
