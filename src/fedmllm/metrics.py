@@ -12,8 +12,6 @@ import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import rankdata, t
-from sklearn.metrics import f1_score, roc_auc_score
 
 from fedmllm.errors import UserError
 from fedmllm.rng import stream
@@ -25,6 +23,8 @@ def auc(labels: Sequence[int], scores: Sequence[float]) -> float:
     labels: 0 or 1. scores: finite, e.g. the probability of class 1.
     Returns nan if one of the classes is absent. Raises `UserError` for scores not finite.
     """
+    from sklearn.metrics import roc_auc_score  # only where it is needed: it takes a second to load
+
     y_N, s_N = _binary(labels, scores)
     if y_N.all() or not y_N.any():
         return math.nan
@@ -38,6 +38,8 @@ def auc_standard_error(labels: Sequence[int], scores: Sequence[float]) -> float:
     positive i and V01_j the share of positives above negative j, var = S10/m + S01/n, S the
     sample variances. Returns nan with fewer than two samples of a class.
     """
+    from scipy.stats import rankdata
+
     y_N, s_N = _binary(labels, scores)
     pos_M, neg_N = s_N[y_N], s_N[~y_N]
     m, n = len(pos_M), len(neg_N)
@@ -69,6 +71,8 @@ def macro_f1(labels: Sequence[int], predictions: Sequence[int], num_classes: int
     F1_c = 2 TP / (2 TP + FP + FN). All `num_classes` count: a class absent from both labels and
     predictions has F1 0, so that a score does not depend on which classes a test set has.
     """
+    from sklearn.metrics import f1_score
+
     if not len(labels):
         return math.nan
     classes = list(range(num_classes))
@@ -150,6 +154,8 @@ def mean_and_ci(values: Sequence[float], level: float = 0.95) -> tuple[float, fl
 
     The half width is nan for a single value. Raises ValueError for none.
     """
+    from scipy.stats import t
+
     if not len(values):
         raise ValueError("the mean of no values is not defined")
     mean, n = float(np.mean(values)), len(values)
