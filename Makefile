@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-browser bench-speed lint clean help
+.PHONY: demo test test-slow test-browser bench-speed bench-network lint clean help
 help:
 	@echo "make demo       six federated runs and their report, about five minutes on two cores"
 	@echo "make test       style, types and tests"
 	@echo "make test-slow  the long tests"
 	@echo "make test-browser  the report in Chromium, which must be there"
 	@echo "make bench-speed  what is faster than what (docs/performance.md); wants a quiet machine"
+	@echo "make bench-network  what several machines cost (docs/deployment.md); half an hour"
 	@echo "make clean      remove the virtual environment and the runs"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -50,6 +51,10 @@ $(FLOWER)/.installed: $(STAMP)
 
 bench-speed: $(STAMP) $(FLOWER)/.installed
 	FLOWER_PYTHON=$(CURDIR)/$(FLOWER)/bin/python $(BIN)/python benchmarks/speed $(ROWS)
+	$(BIN)/python scripts/update_docs.py
+
+bench-network: $(STAMP)
+	$(BIN)/python benchmarks/network.py $(CASES)
 	$(BIN)/python scripts/update_docs.py
 
 clean:

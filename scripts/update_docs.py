@@ -22,6 +22,7 @@ RESULTS = ROOT / "results"
 DOCS = (
     "README.md",
     "docs/architecture.md",
+    "docs/deployment.md",
     "docs/embedded-model.md",
     "docs/embedded-tasks.md",
     "docs/memory.md",
@@ -202,6 +203,7 @@ SPEED = {  # row of benchmarks/speed -> what it is about
     "evaluation": "scoring options against one `generate` call a question",
     "server": "server step against Flower's",
     "flower_run": "25 rounds against Flower's simulator",
+    "nvflare_run": "25 rounds against NVFlare's simulator",
     "grid": "36 runs against the same commands before",
 }
 
@@ -330,7 +332,112 @@ def speed_arithmetic() -> str:
     )
 
 
+def network_facts() -> dict | None:
+    """What the benchmark of the network measured, None if it was not run."""
+    file = RESULTS / "network.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def network_rounds() -> str:
+    """Seconds a round beyond training, start and end of a job, a line a case."""
+    facts = network_facts()
+    if facts is None:
+        return NONE
+    lines = [
+        "| sites | adapter | s a round | of it exchange | job start | result | job end | load |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in facts["cases"]:
+        if "not_measured" in case:
+            sites, size = case["case"].split("x")
+            lines.append(
+                f"| {sites} | {size} MB | not measured: {case['not_measured']} | | | | | |"
+            )
+            continue
+        lines.append(
+            f"| {case['sites']} | {_megabytes(case)} | {case['median_round_seconds']:.1f} "
+            f"| {case['median_exchange_seconds']:.1f} | {case['start_seconds']:.0f} s "
+            f"| {case['finish_seconds']:.1f} s | {case['leave_seconds']:.0f} s "
+            f"| {case['load_before']:.1f} |"
+        )
+    return "\n".join([*lines, "", _network_about(facts)])
+
+
+def _megabytes(case: dict) -> str:
+    return f"{case['adapter_bytes'] / 1e6:.3g} MB"
+
+
+def _network_about(facts: dict) -> str:
+    machine, versions = facts["hardware"], facts["versions"]
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores for all processes together, torch "
+        f"{versions['torch']}, NVFlare {versions['nvflare']}, {facts['date']}."
+    )
+
+
+def network_memory() -> str:
+    """Peak memory by process, and above that at the smallest adapter, in adapters."""
+    facts = network_facts()
+    if facts is None:
+        return NONE
+    roles = ("site job", "trainer", "all of a site", "server job")
+    lines = ["| sites | adapter | " + " | ".join(roles) + " | a site above its base | goal |"]
+    lines.append("|---:" * (len(roles) + 3) + "|---:|")
+    measured = [case for case in facts["cases"] if "not_measured" not in case]
+    base = {case["sites"]: case for case in reversed(measured)}  # the smallest adapter
+    for case in measured:
+        peak, size = case["peak_bytes"], case["adapter_bytes"]
+        shown = [f"{peak[role] / 1e6:,.0f} MB" for role in roles]
+        floor = base[case["sites"]]
+        above = "–"
+        if case is not floor:
+            grown = peak["all of a site"] - floor["peak_bytes"]["all of a site"]
+            above = f"{grown / (size - floor['adapter_bytes']):.2f} adapters"
+        goal = "4" if size > 2e8 else ""  # it was set for 300 MB
+        lines.append(
+            f"| {case['sites']} | {_megabytes(case)} | {' | '.join(shown)} | {above} | {goal} |"
+        )
+    return "\n".join([*lines, "", _network_about(facts)])
+
+
+LINKS = {"100 Mbit/s": 12.5e6, "1 Gbit/s": 125e6}  # bytes a second, each way
+SIZED_ROUNDS = (25, 100)
+
+
+def network_seconds(case: dict, *, rounds: int, link: float) -> float:
+    """A run's seconds beyond training: rounds (o + 2 s a / L) + start + end, where o is the
+    measured round on loopback, s the sites, a the adapter's bytes, L the server's link."""
+    through = 2 * case["sites"] * case["adapter_bytes"] / link
+    around = case["start_seconds"] + case["finish_seconds"] + case["leave_seconds"]
+    return rounds * (case["median_round_seconds"] + through) + around
+
+
+def network_sizing() -> str:
+    """Bytes and hours by adapter, sites, rounds and link."""
+    facts = network_facts()
+    if facts is None:
+        return NONE
+    head = [f"{r} rounds at {name}" for r in SIZED_ROUNDS for name in LINKS]
+    lines = ["| sites | adapter | a round moves | " + " | ".join(head) + " |"]
+    lines.append("|---:" * (len(head) + 3) + "|")
+    for case in facts["cases"]:
+        if "not_measured" in case:
+            continue
+        moved = 2 * case["sites"] * case["adapter_bytes"] / 1e9
+        hours = [
+            f"{network_seconds(case, rounds=rounds, link=link) / 3600:.2g} h"
+            for rounds in SIZED_ROUNDS
+            for link in LINKS.values()
+        ]
+        cells = " | ".join([f"{moved:.2g} GB", *hours])
+        lines.append(f"| {case['sites']} | {_megabytes(case)} | {cells} |")
+    return "\n".join(lines)
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "network-rounds": network_rounds,
+    "network-memory": network_memory,
+    "network-sizing": network_sizing,
     "speed-rows": speed_rows,
     "speed-memory": speed_memory,
     "speed-clients": speed_clients,

@@ -511,6 +511,12 @@ def test_what_the_gate_blocks_never_leaves() -> None:
     shareable = codec.answer(message, "train")
     assert codec.to_message(shareable).facts == message.facts
     assert from_shareable(shareable).data_kind == DataKind.WEIGHT_DIFF
+    taken = codec.take_message(codec.answer(message, "train"))
+    assert torch.equal(taken.tensors["delta||w"], message.tensors["delta||w"])
+    held = codec.answer(message, "train")
+    codec.take_message(held)
+    assert from_shareable(held).data == {}
+    assert len(message.tensors) == 1
     clip(message.tensors, 1.0)
     assert message.tensors["delta||w"].tolist() == [0.5] * 4  # norm 4 becomes 1
     clip(message.tensors, 3.0)

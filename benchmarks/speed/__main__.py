@@ -35,6 +35,7 @@ ROWS = (
     "clients",
     "arithmetic",
     "flower_run",
+    "nvflare_run",
     "grid",
 )
 

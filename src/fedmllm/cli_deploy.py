@@ -1,7 +1,8 @@
 """`fedmllm deploy`: one experiment over several machines.
 
 init makes the kits; node and supervise are for the machines; start, status, stop and resume try
-all of it on one machine, with real processes, mutual TLS and loopback only.
+all of it on one machine, with real processes, mutual TLS and loopback only; simulate runs it in
+NVFlare's simulator.
 """
 
 from __future__ import annotations
@@ -70,6 +71,69 @@ def init(
     print(f"kits      {out / 'kits'}: server, admin, {', '.join(names)}")
     print(f"authority {out / 'authority'}: the root key; keep it off all machines")
     print(f"next      README.md in each kit; on this machine alone: fedmllm deploy start {out}")
+
+
+@app.command()
+def simulate(
+    experiment: Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. partition.clients=3.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The run goes to OUT/NAME.")] = Path("runs"),
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Parties with a process at a time. [default: all]")
+    ] = None,
+) -> None:
+    """Run it in NVFlare's simulator: every party a process here, no certificates; the numbers of
+    `fedmllm run`. The same call goes on with a run that was killed."""
+    _needs_nvflare()
+    from fedmllm.config import load_config
+    from fedmllm.sites.flare.simulate import simulate as run_simulation
+
+    folder = run_simulation(load_config(experiment, overrides or []), out, at_once=at_once)
+    print(f"result  {folder / 'result.json'}")
+
+
+@app.command()
+def flower(
+    experiment: Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. partition.clients=3.")
+    ] = None,
+    sites: Annotated[str, typer.Option(help="How many, or their names: clinic-a,clinic-b.")] = "3",
+    out: Annotated[Path, typer.Option(help="Where app and kits go.")] = Path("flower"),
+    min_sites: Annotated[
+        int | None, typer.Option(min=1, help="Updates that make a round. [default: most sites]")
+    ] = None,
+    deadline: Annotated[
+        float, typer.Option(min=1, help="Seconds that a round waits for slow sites.")
+    ] = 3600.0,
+) -> None:
+    """Write an app for `flwr run` and a kit for each party of a Flower federation that there is."""
+    from fedmllm.config import load_config
+    from fedmllm.sites.flare.kits import Plan
+    from fedmllm.sites.flare.local import site_names
+    from fedmllm.sites.flower.app import make_app
+
+    config = load_config(experiment, overrides or [])
+    names = site_names(config, sites)
+    least = min_sites or len(names) // 2 + 1
+    made = make_app(Plan(config, names, min_sites=least, deadline=deadline), out)
+    print(f"kits      {made / 'kits'}: server, {', '.join(names)}")
+    print(f"app       flwr run {made / 'app'}")
+    print(
+        "a site    fedmllm deploy worker KIT, beside flower-supernode --node-config 'kit=\"KIT\"'"
+    )
+
+
+@app.command()
+def worker(
+    kit: Annotated[Path, typer.Argument(help="The kit of a site of a Flower federation.")],
+) -> None:
+    """Keep a site's model and answer its Flower node, in the foreground."""
+    from fedmllm.sites.flower.worker import main as run_worker
+
+    run_worker(kit)
 
 
 @app.command()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from fedmllm.algorithms.base import Params, ServerState, Update, check_layout
 from fedmllm.errors import UserError
@@ -140,6 +140,22 @@ def read(file: Path) -> Message:
         return Message(load_file(file), facts)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{file} is not a message: {error}") from error
+
+
+def to_bytes(message: Message) -> bytes:
+    """A message as what `write` writes."""
+    blob: bytes = save(dict(message.tensors), metadata={_FACTS: json.dumps(message.facts)})
+    return blob
+
+
+def from_bytes(blob: bytes) -> Message:
+    """Read what `to_bytes` gave. Raises `UserError` if it cannot be read."""
+    try:
+        size = int.from_bytes(blob[:8], "little")
+        facts = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"][_FACTS])
+        return Message(load(blob), facts)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{len(blob)} bytes are not a message: {error}") from error
 
 
 def _is_params(value: Any) -> bool:

@@ -61,6 +61,14 @@ def from_reply(shareable: Shareable) -> tuple[Message | None, str, bool]:
         return None, str(error), False
 
 
+def take_message(shareable: Shareable) -> Message:
+    """The message in a shareable, which gives up its tensors: NVFlare holds it while the task is
+    worked on. Raises `UserError` if it holds none."""
+    message = to_message(shareable)
+    from_shareable(shareable).data.clear()
+    return message
+
+
 def to_message(shareable: Shareable) -> Message:
     """The message in a shareable. Raises `UserError` if it holds none."""
     try:

@@ -34,11 +34,12 @@ SILENCE = 30.0  # seconds without a sign of life of a site's job
 
 
 class FedController(Controller):
-    """config_sha256: the experiment to run; the server looks it up in its own folder."""
+    """config_sha256: the experiment to run; the server looks it up in its own folder. silence:
+    seconds without a sign of life after which a site's job counts as gone."""
 
-    def __init__(self, config_sha256: str) -> None:
+    def __init__(self, config_sha256: str, silence: float = SILENCE) -> None:
         super().__init__(task_check_period=0.1)
-        self.config_sha256 = config_sha256
+        self.config_sha256, self.silence = config_sha256, silence
         self.lost: set[str] = set()
         self.seen: dict[str, float] = {}
 
@@ -57,7 +58,7 @@ class FedController(Controller):
     def silent(self) -> set[str]:
         """Sites whose job is not heard of any more; it sends a sign of life every few seconds."""
         now = time.monotonic()
-        return {name for name, when in self.seen.copy().items() if now - when > SILENCE}
+        return {name for name, when in self.seen.copy().items() if now - when > self.silence}
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         codec.prepare()

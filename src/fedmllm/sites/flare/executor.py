@@ -18,7 +18,7 @@ from nvflare.apis.signal import Signal
 from fedmllm.errors import UserError
 from fedmllm.sites import settings
 from fedmllm.sites.flare import codec
-from fedmllm.sites.trainer import Trainer, TrainerError
+from fedmllm.sites.trainer import Trainer, TrainerError, give_back_memory
 
 TASKS = ("hello", "train", "evaluate", "refused")
 
@@ -47,7 +47,8 @@ class SiteExecutor(Executor):
         if self.trainer is None:
             return codec.failure("the site's settings cannot be read: see its log", final=True)
         try:
-            message = codec.to_message(shareable)
+            message = codec.take_message(shareable)
+            give_back_memory()
             if task_name == "refused":
                 self.log_error(fl_ctx, f"the server refused this site: {message.facts.get('why')}")
                 self._status("refused", error=message.facts.get("why"))

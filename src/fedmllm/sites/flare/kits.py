@@ -33,9 +33,9 @@ from fedmllm.sites.settings import FILE
 PROJECT, SERVER, ADMIN = "fedmllm", "server", "admin"
 USER = "admin@fedmllm.local"
 KITS, AUTHORITY = "kits", "authority"
-_SITE = re.compile(r"^[A-Za-z0-9_-]{1,60}$")
+SITE_NAME = re.compile(r"^[A-Za-z0-9_-]{1,60}$")
 _HOST = re.compile(r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")
-_CLASSES = ["fedmllm.sites.flare"]
+CLASSES = ["fedmllm.sites.flare"]
 # who may do what at a site or at the server; a right that is not named is denied
 _RIGHTS = {
     "submit_job": "any",
@@ -63,15 +63,15 @@ class Plan:
 
 def make_kits(plan: Plan, out: Path) -> Path:
     """Write the kits. Raises `UserError` for wrong names and if `out` exists."""
-    _check(plan, out)
+    check_plan(plan, out)
     draft = out.with_name(f".{out.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True, mode=0o700)
     try:
         _provision(plan, draft)
-        _fill(draft / KITS / SERVER, plan, _server_facts(plan), site=False)
+        _fill(draft / KITS / SERVER, plan, server_facts(plan), site=False)
         for site in plan.sites:
-            _fill(draft / KITS / site, plan, _site_facts(plan, site), site=True)
+            _fill(draft / KITS / site, plan, site_facts(plan, site), site=True)
         _fill_admin(draft / KITS / ADMIN, plan)
         draft.rename(out)
     finally:
@@ -79,10 +79,11 @@ def make_kits(plan: Plan, out: Path) -> Path:
     return out
 
 
-def _check(plan: Plan, out: Path) -> None:
+def check_plan(plan: Plan, out: Path) -> None:
+    """Raise `UserError` for wrong names and if `out` exists."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists: choose another folder with --out")
-    odd = [site for site in plan.sites if not _SITE.match(site) or site in (SERVER, ADMIN)]
+    odd = [site for site in plan.sites if not SITE_NAME.match(site) or site in (SERVER, ADMIN)]
     if odd:
         raise UserError(
             f"a site cannot be called {odd[0]!r}: letters, digits, - and _ only, at most 60, and "
@@ -144,7 +145,8 @@ def _project(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _server_facts(plan: Plan) -> dict[str, Any]:
+def server_facts(plan: Plan) -> dict[str, Any]:
+    """The server's settings, to begin with."""
     return {
         "sites": list(plan.sites),
         "min_sites": plan.min_sites,
@@ -153,7 +155,8 @@ def _server_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _site_facts(plan: Plan, site: str) -> dict[str, Any]:
+def site_facts(plan: Plan, site: str) -> dict[str, Any]:
+    """A site's settings, to begin with."""
     data: dict[str, Any] = {}
     if plan.config.data["name"] == "conversations":
         data = {"file": f"data/{site}.json"}
@@ -171,14 +174,20 @@ def _fill(kit: Path, plan: Plan, facts: Mapping[str, Any], *, site: bool) -> Non
     local = kit / "local"
     for old in local.glob("*.sample"):
         old.unlink()
-    (kit / FILE).write_text(_SETTINGS_HEAD[site] + yaml.safe_dump(dict(facts), sort_keys=False))
+    plain_kit(kit, plan.config, facts, site=site)
     _write(local / "authorization.json", _authorization())
     _write(local / "privacy.json", _privacy(site))
     _write(local / "resources.json", _resources(local / "resources.json.default", site))
-    add_experiment(kit, plan.config)
     (kit / "data").mkdir()
     (kit / "requirements.txt").write_text(requirements())
     _pages(kit, plan, facts, site)
+
+
+def plain_kit(kit: Path, config: Config, facts: Mapping[str, Any], *, site: bool) -> Path:
+    """Settings and experiment, without keys or policy; returns the experiment's file."""
+    (kit / FILE).parent.mkdir(parents=True, exist_ok=True)
+    (kit / FILE).write_text(_SETTINGS_HEAD[site] + yaml.safe_dump(dict(facts), sort_keys=False))
+    return add_experiment(kit, config)
 
 
 def add_experiment(kit: Path, config: Config) -> Path:
@@ -214,7 +223,7 @@ def _privacy(site: bool) -> dict[str, Any]:
 def _resources(default: Path, site: bool) -> dict[str, Any]:
     """NVFlare's own, with less: our components only, no log streaming, storage in the kit."""
     found: dict[str, Any] = json.loads(default.read_text())
-    found["class_allow_list"] = _CLASSES
+    found["class_allow_list"] = CLASSES
     drop = {"site_log_streamer", "log_receiver"}
     found["components"] = [c for c in found["components"] if c["id"] not in drop]
     if site:
@@ -228,13 +237,22 @@ def _fill_admin(kit: Path, plan: Plan) -> None:
     (kit / "README.md").write_text(_page("admin", plan, {}))
 
 
-def write_job(folder: Path, config_sha256: str, *, name: str) -> Path:
+def write_job(
+    folder: Path,
+    config_sha256: str,
+    *,
+    name: str,
+    silence: float | None = None,
+    task_check_interval: float = 1.0,
+) -> Path:
     """The job to submit: names of our two components and the experiment's hash, no code.
 
     min_clients is 1, below which NVFlare ends a job: how many are needed is the runner's business,
-    which waits.
+    which waits. silence: seconds without a sign of life after which a site's job counts as gone, by
+    default the controller's. task_check_interval: seconds between a site's questions for work.
     """
     args = {"config_sha256": config_sha256}
+    limits = {} if silence is None else {"silence": silence}
     _write(
         folder / "meta.json",
         {
@@ -253,7 +271,7 @@ def write_job(folder: Path, config_sha256: str, *, name: str) -> Path:
                 {
                     "id": "fedmllm",
                     "path": "fedmllm.sites.flare.controller.FedController",
-                    "args": args,
+                    "args": {**args, **limits},
                 }
             ],
             "components": [],
@@ -264,7 +282,7 @@ def write_job(folder: Path, config_sha256: str, *, name: str) -> Path:
         folder / "app" / "config" / "config_fed_client.json",
         {
             "format_version": 2,
-            "task_check_interval": 1.0,
+            "task_check_interval": task_check_interval,
             "job_heartbeat_interval": 5.0,
             "executors": [
                 {"tasks": ["hello", "train", "evaluate", "refused"], "executor": executor}
