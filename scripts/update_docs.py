@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import strategy_tables
 from pretrain.curriculum import PHASES
 
 from fedmllm.metrics import mean_and_ci
 from fedmllm.report import figures, load_results, markdown_table
+from fedmllm.report.grid_tables import grid_tables, markdown_grid
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -27,8 +29,10 @@ DOCS = (
     "docs/embedded-tasks.md",
     "docs/memory.md",
     "docs/performance.md",
+    "docs/strategies.md",
 )
 PICTURE = ROOT / "docs" / "img" / "demo.svg"
+GAINS = ROOT / "docs" / "img" / "strategies.svg"
 NONE = "*Not measured yet.*"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -41,6 +45,16 @@ def runs(folder: str) -> str:
     if problems:
         raise SystemExit("\n".join(problems))
     return markdown_table(found)
+
+
+def grid(folder: str) -> str:
+    """The tables of a grid's results, without their headings."""
+    found, problems = load_results([RESULTS / folder])
+    tables, left_out = grid_tables(found)
+    if problems or left_out:
+        raise SystemExit("\n".join([*problems, *left_out]))
+    lines = markdown_grid(tables).splitlines()
+    return "\n".join(line for line in lines if not line.startswith("#"))
 
 
 def gate() -> str:
@@ -447,10 +461,18 @@ PARTS: dict[str, Callable[[], str]] = {
     "easy-vqa": lambda: levels("easy-vqa") + "\n\n" + level_gaps("easy-vqa"),
     "features": features,
     "gate": gate,
+    "mini-quick": lambda: grid("mini-quick"),
     "memory": memory,
     "levels": lambda: levels(*EMBEDDED),
     "level-gaps": lambda: level_gaps(*EMBEDDED),
     "pretraining": pretraining,
+    "strategy-plain": strategy_tables.plain_table,
+    "strategy-gains": strategy_tables.gain_table,
+    "strategy-gains-no-image": lambda: strategy_tables.gain_table("image_withheld"),
+    "strategy-gains-no-text": lambda: strategy_tables.gain_table("text_withheld"),
+    "strategy-recovery": strategy_tables.recovery_table,
+    "strategy-cost": strategy_tables.cost_table,
+    "strategy-drift": strategy_tables.drift_table,
 }
 
 
@@ -465,6 +487,8 @@ def main(check: bool) -> int:
     if (RESULTS / "demo").is_dir():
         found, _ = load_results([RESULTS / "demo"])
         wanted[PICTURE] = figures.learning_curves_svg(found)
+    if gains := strategy_tables.gain_svg():
+        wanted[GAINS] = gains
     stale = [p for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     for path in stale:
         print(f"{'out of date' if check else 'wrote'}: {path.relative_to(ROOT)}")

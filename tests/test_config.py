@@ -136,6 +136,11 @@ def test_a_key_that_came_later_leaves_old_hashes_and_only_that() -> None:
     assert config_digest(old) == config_digest(facts)
     pathless = {**old, "model": {k: v for k, v in old["model"].items() if k != "path"}}
     assert config_digest(pathless) != config_digest(facts)
+    # a section that came later and has grown since
+    strategy = {**facts, "strategy": {"mu": 0.0, "w": 0.1}}
+    assert config_digest(strategy) == config_digest(facts)
+    held = {**facts, "strategy": {"mu": 1.0, "w": 0.1}}
+    assert config_digest(held) != config_digest(facts)
     quantised = {**facts, "model": {**facts["model"], "quantization": "nf4"}}
     assert config_digest(quantised) != config_digest(facts)
 

@@ -24,7 +24,14 @@ import yaml
 
 from fedmllm import checkpoint, heterogeneity, manifest, results
 from fedmllm.algorithms import make_algorithm
-from fedmllm.algorithms.base import Algorithm, Alignment, Params, Proximal, ServerState
+from fedmllm.algorithms.base import (
+    Algorithm,
+    Alignment,
+    Composition,
+    Params,
+    Proximal,
+    ServerState,
+)
 from fedmllm.alignment import PROTOTYPES
 from fedmllm.client import LocalPlan, learning_rate
 from fedmllm.config import HASH_KEY, Config, StrategySection, config_hash, options_of
@@ -42,11 +49,15 @@ from fedmllm.federation import (
     payload,
     run_round,
 )
+from fedmllm.fusion import Fusion, fusion_of
+from fedmllm.mixtures import Mixtures, gathered, mixtures_of
+from fedmllm.mixtures import payload as payload_of_mixtures
 from fedmllm.models import model_path, weights_digest
 from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.partition import held_out
 from fedmllm.prompts import render
+from fedmllm.recombination import completions
 from fedmllm.report.loading import result_digest
 from fedmllm.revisions import revisions_of
 from fedmllm.strategies import edge_layers, party_weights, with_strategy
@@ -450,7 +461,8 @@ class Outcome:
     """A finished federation: its adapter, its rounds, its test metrics by condition, and what it
     answered to open test questions.
 
-    measured: `modality_alignment` of the final adapter. heterogeneity, once: see `Parties`.
+    measured: `modality_alignment` of the final adapter. heterogeneity, once, fusion: see `Parties`.
+    mixtures: bytes up and down of mixed features, before the first round.
     """
 
     name: str
@@ -462,6 +474,8 @@ class Outcome:
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
     heterogeneity: dict[str, Any] | None = None
     once: tuple[int, int] = (0, 0)
+    mixtures: tuple[int, int] = (0, 0)
+    fusion: Fusion | None = None
 
 
 def run_federation(
@@ -481,10 +495,11 @@ def run_federation(
     config = session.config
     if algorithm is None:
         algorithm = algorithm_of(config, len(federation.samples), session.mllm, session.task)
-    known = Parties({}, {})
+    known, bytes_of_mixtures = Parties({}, {}), (0, 0)
     if runner is None:
         known = parties_of(session, federation)
-        runner = local_runner(session, federation, known.weights)
+        mixtures, bytes_of_mixtures = _gather_mixtures(session, federation)
+        runner = local_runner(session, federation, known.weights, mixtures)
     folder = session.folder / "state" / federation.name
     state = algorithm.init(session.mllm.init_adapter(config.seed))
     history: list[dict[str, Any]] = []
@@ -517,13 +532,19 @@ def run_federation(
             scales=known.scales,
             drift=config.evaluation.drift,
         )
-        history.append(_record(session, federation, record, state.params))
+        history.append(_record(session, federation, record, state.params, known.fusion))
         checkpoint.save(folder, checkpoint.Checkpoint(state, runner.memory, history))
         _write_history(session.folder, federation.name, history)
         _tell(session, "round", federation=federation.name, rounds=federation.rounds, **history[-1])
-    outcome = _test(session, federation, state, history)
     known = parties() if parties else known
-    return replace(outcome, heterogeneity=known.facts(config), once=known.once)
+    outcome = _test(session, federation, state, history, known.fusion)
+    return replace(
+        outcome,
+        heterogeneity=known.facts(config),
+        once=known.once,
+        mixtures=bytes_of_mixtures,
+        fusion=known.fusion,
+    )
 
 
 def algorithm_of(config: Config, clients: int, mllm: Mllm, task: Task) -> Algorithm:
@@ -545,12 +566,25 @@ def apply_strategy(
     task, 0 for open questions. Raises `UserError` if the strategy does not fit them."""
     given = config.strategy
     keys = Alignment.__dataclass_fields__
+    if given.fusion and not classes:
+        raise UserError(
+            "strategy.fusion: the task has open questions, whose answers have no probabilities to "
+            "multiply: leave it off there"
+        )
+    if given.mixtures == 1:
+        raise UserError("strategy.mixtures: a mixture of 1 image is that image: give 2 or more")
+    if given.mixtures and not classes:
+        raise UserError(
+            "strategy.mixtures: the task has open questions and so no classes to mix images of: "
+            "leave it off there"
+        )
     # the parties' own weights hold w
     mu = Proximal(given.mu, edge_layers=edge_layers(layers, given.edge_layers))
     return with_strategy(
         algorithm,
         adaptive=mu if given.mu else None,
         alignment=Alignment(**{key: getattr(given, key) for key in keys}),
+        composition=Composition(given.recombine, given.resample),
         classes=classes,
         width=width,
         momentum=given.momentum,
@@ -560,7 +594,7 @@ def apply_strategy(
 @dataclass(frozen=True)
 class Parties:
     """What the server makes of the parties' profiles, by client: weights of the adaptive
-    regularisation, factors on updates and chances to be drawn (None: all alike).
+    regularisation, factors on updates and chances to be drawn (None: all alike), late fusion.
 
     once: bytes that crossed for it, up and down, before the first round.
     """
@@ -569,6 +603,7 @@ class Parties:
     weights: Mapping[str, float]
     scales: Mapping[str, float] | None = None
     chances: Mapping[str, float] | None = None
+    fusion: Fusion | None = None
     once: tuple[int, int] = (0, 0)
 
     def facts(self, config: Config) -> dict[str, Any] | None:
@@ -614,31 +649,58 @@ def weighed(config: Config, profiles: Mapping[str, heterogeneity.Profile]) -> Pa
     profiles = {client: profiles[client] for client in sorted(profiles)}  # sums of floats
     found = heterogeneity.standings(profiles)
     weights = party_weights(given.weight, given.w, config.scenario["name"], found)
+    fusion = fusion_of(profiles.values(), strength=given.fusion) if given.fusion else None
     if not given.uses_profiles or config.topology != "federated":
-        return Parties(found, weights)
+        return Parties(found, weights, fusion=fusion)
     return Parties(
         found,
         weights,
         scales=heterogeneity.factors(found, given.aggregation) if given.aggregation else None,
         chances=heterogeneity.factors(found, given.sampling) if given.sampling else None,
+        fusion=fusion,
         once=heterogeneity.traffic(profiles.values(), weighted=given.weighs_by_profile),
     )
 
 
+def _gather_mixtures(session: Session, federation: Federation) -> tuple[Mixtures, tuple[int, int]]:
+    """The parties' mixtures of image features, where the strategy asks for them, and bytes up and
+    down: every party with images gives, every party without any gets all."""
+    config, size = session.config, session.config.strategy.mixtures
+    if not size or config.topology != "federated":
+        return {}, (0, 0)
+    if session.mllm.policy.keeps != "features":
+        raise UserError(
+            "strategy.mixtures: with a trained connector or tower (trained) features change each "
+            "round and cannot be given once: leave one of the two off"
+        )
+    pool = gathered(
+        {
+            client: mixtures_of(
+                samples, session.mllm.image_features, size=size, client=client, seed=config.seed
+            )
+            for client, samples in federation.samples.items()
+        }
+    )
+    takers = sum(
+        all(sample.image is None for sample in samples) for samples in federation.samples.values()
+    )
+    return pool, (payload_of_mixtures(pool), payload_of_mixtures(pool) * takers)
+
+
 def local_runner(
-    session: Session, federation: Federation, weights: Mapping[str, float]
+    session: Session,
+    federation: Federation,
+    weights: Mapping[str, float],
+    mixtures: Mixtures | None = None,
 ) -> InProcessRunner:
     """The runner that trains a federation's clients in this process. weights: by client, of the
-    adaptive regularisation."""
+    adaptive regularisation. mixtures: for clients without images."""
     config, training = session.config, session.config.training
     encoded: dict[str, list[Encoded]] = {}
 
     def samples(client: str) -> list[Encoded]:
         if client not in encoded:
-            encoded[client] = [
-                session.shared.encode(config, session.task, sample)
-                for sample in federation.samples[client]
-            ]
+            encoded[client] = _encode_party(session, client, federation.samples[client], mixtures)
             session.shortened.update(item.id for item in encoded[client] if item.shortened)
         return encoded[client]
 
@@ -662,8 +724,30 @@ def local_runner(
     )
 
 
+def _encode_party(
+    session: Session, client: str, samples: Sequence[Sample], mixtures: Mixtures | None
+) -> list[Encoded]:
+    """A party's training samples, with their completions where the strategy recombines."""
+
+    def encode(sample: Sample) -> Encoded:
+        return session.shared.encode(session.config, session.task, sample)
+
+    made = [encode(sample) for sample in samples]
+    if not session.config.strategy.recombine:
+        return made
+    found = completions(samples, client=client, seed=session.config.seed, given=mixtures)
+    return [
+        replace(item, completions=tuple(map(encode, found.get(sample.id, ()))))
+        for item, sample in zip(made, samples, strict=True)
+    ]
+
+
 def _record(
-    session: Session, federation: Federation, record: RoundRecord, params: Params
+    session: Session,
+    federation: Federation,
+    record: RoundRecord,
+    params: Params,
+    fusion: Fusion | None,
 ) -> dict[str, Any]:
     """A round's line, with the test metrics when an evaluation is due."""
     evaluation = session.config.evaluation
@@ -673,7 +757,8 @@ def _record(
         began = time.perf_counter()
         session.mllm.set_adapter(params)
         limit, size = evaluation.limit, evaluation.batch_size
-        found = {"both": session.test.evaluate("both", limit=limit, batch_size=size)}
+        both = session.test.evaluate("both", limit=limit, batch_size=size, fusion=fusion)
+        found = {"both": both}
         seconds = time.perf_counter() - began
     line = asdict(record)
     line["clients"] = list(line.pop("cohort"))
@@ -686,7 +771,11 @@ def _record(
 
 
 def _test(
-    session: Session, federation: Federation, state: ServerState, history: list[dict[str, Any]]
+    session: Session,
+    federation: Federation,
+    state: ServerState,
+    history: list[dict[str, Any]],
+    fusion: Fusion | None,
 ) -> Outcome:
     """Test the final adapter under every condition; the last round's line gets the metrics."""
     evaluation = session.config.evaluation
@@ -697,7 +786,7 @@ def _test(
     for condition in evaluation.conditions if session.test.samples else ():
         given: list[str] = []
         found[condition] = session.test.evaluate(
-            condition, batch_size=evaluation.batch_size, given=given
+            condition, batch_size=evaluation.batch_size, given=given, fusion=fusion
         )
         answers += _answers(federation.name, condition, session.test.samples, given)
         _tell(session, "test", federation=federation.name, condition=condition)
@@ -738,15 +827,18 @@ def _held_out(
 ) -> dict[str, Any]:
     """The final adapter (a local run: its own) on what each party held out, as the party holds
     it."""
-    adapters = {outcome.name: outcome.params for outcome in outcomes}
+    adapters = {outcome.name: outcome for outcome in outcomes}
     found: dict[str, dict[str, float]] = {}
     for client in sorted(name for name in samples if samples[name]):
-        session.mllm.set_adapter(adapters.get(client, outcomes[0].params))
-        found[client] = score_own(session, samples[client])
+        outcome = adapters.get(client, outcomes[0])
+        session.mllm.set_adapter(outcome.params)
+        found[client] = score_own(session, samples[client], outcome.fusion)
     return over_parties(found)
 
 
-def score_own(session: Session, samples: Sequence[Sample]) -> dict[str, float]:
+def score_own(
+    session: Session, samples: Sequence[Sample], fusion: Fusion | None = None
+) -> dict[str, float]:
     """The model's present adapter on a party's own samples, as the party holds them."""
     config = session.config
     own = TestSet(
@@ -757,7 +849,7 @@ def score_own(session: Session, samples: Sequence[Sample]) -> dict[str, float]:
         max_length=config.training.max_length,
         long_text=config.training.long_text,
     )
-    return own.evaluate("both", batch_size=config.evaluation.batch_size)
+    return own.evaluate("both", batch_size=config.evaluation.batch_size, fusion=fusion)
 
 
 def over_parties(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -797,6 +889,8 @@ def save_adapter(session: Session, outcomes: list[Outcome]) -> None:
             "prompt": session.config.prompt,
             "task": asdict(session.task),
         }
+        if outcome.fusion:
+            facts["fusion"] = asdict(outcome.fusion)
         results.write_json(folder / ADAPTER_FACTS, facts)
 
 
@@ -806,6 +900,7 @@ def make_result(
     """A run's result but for its digests; without a manifest it does not say who holds what."""
     config = session.config
     lines = [line for outcome in outcomes for line in outcome.history]
+    before = [a + b for a, b in zip(outcomes[0].once, outcomes[0].mixtures, strict=True)]
     result: dict[str, Any] = {
         "schema": results.SCHEMA,
         "name": config.name,
@@ -819,8 +914,8 @@ def make_result(
         "metrics": results.mean_metrics([outcome.metrics for outcome in outcomes]),
         "history": results.mean_history([outcome.history for outcome in outcomes]),
         "bytes": {
-            "up": sum(line["bytes_up"] for line in lines) + outcomes[0].once[0],
-            "down": sum(line["bytes_down"] for line in lines) + outcomes[0].once[1],
+            "up": sum(line["bytes_up"] for line in lines) + before[0],
+            "down": sum(line["bytes_down"] for line in lines) + before[1],
             "per_client_round": {
                 **_by_component(session.mllm, outcomes[0].params),
                 **_prototype_bytes(session),
@@ -848,6 +943,11 @@ def make_result(
     if outcomes[0].heterogeneity:
         up, down = outcomes[0].once
         result["heterogeneity"] = {**outcomes[0].heterogeneity, "bytes": {"up": up, "down": down}}
+    if any(outcomes[0].mixtures):
+        up, down = outcomes[0].mixtures
+        result["mixtures"] = {"bytes": {"up": up, "down": down}}
+    if outcomes[0].fusion and len(outcomes) == 1:
+        result["fusion"] = asdict(outcomes[0].fusion)
     if outcomes[0].measured and len(outcomes) == 1:
         result["modality_alignment"] = outcomes[0].measured
     if config.topology == "local":

@@ -36,7 +36,14 @@ from fedmllm.models.components import (
     train_only_what_is_trained,
 )
 from fedmllm.models.feature_store import store_for
-from fedmllm.models.features import FeatureCache, ImageFeatures, feature_inputs, look, see
+from fedmllm.models.features import (
+    FeatureCache,
+    GivenFeatures,
+    ImageFeatures,
+    feature_inputs,
+    look,
+    see,
+)
 from fedmllm.models.loading import family, load_base, shape_base
 from fedmllm.models.lora import (
     adapted_modules,
@@ -60,7 +67,8 @@ class Encoded:
     """A sample as token ids: `prompt` up to and including the words that open the answer,
     `answer` with its end-of-turn token; the image by reference. shortened: words were left out.
 
-    For strategies only: whether it is `complete` in its modalities, and its masked `views`.
+    For strategies only: whether it is `complete` in its modalities, its masked `views`, and its
+    `completions` with what it lacks from other samples.
     """
 
     id: str
@@ -71,6 +79,7 @@ class Encoded:
     shortened: bool = False
     complete: bool = True
     views: tuple[Encoded, ...] = ()
+    completions: tuple[Encoded, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -400,7 +409,9 @@ class Mllm:
         return self._answers[answer]
 
     def image_features(self, source: ImageSource) -> ImageFeatures:
-        """Words and connector output of an image, from the cache or computed now."""
+        """Words and connector output of an image: its own, from the cache, or computed now."""
+        if isinstance(source, GivenFeatures):
+            return source.features
         found = self.features.get(source.key)
         if found is None:
             found = self._see(source)

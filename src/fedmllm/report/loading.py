@@ -55,6 +55,10 @@ _STRATEGY: dict[str, Any] = {
     "distillation_target": "logits",
     "views": 0.0,
     "incomplete": 1.0,
+    "recombine": 0.0,
+    "resample": 0.0,
+    "mixtures": 0,
+    "fusion": 0.0,
 }
 LATER: dict[str, dict[str, Any]] = {
     "": {
@@ -192,8 +196,16 @@ def _deciding(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in values.items()
-        if key not in NO_NUMBERS.get(section, ()) and not (key in later and later[key] == value)
+        if key not in NO_NUMBERS.get(section, ())
+        and not (key in later and _is_default(value, later[key]))
     }
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """A section from before some of its keys came does not name them, and means their defaults."""
+    if isinstance(value, Mapping) and isinstance(default, Mapping):
+        return all(key in default and default[key] == each for key, each in value.items())
+    return bool(value == default)
 
 
 def _shape_faults(data: Result) -> Iterator[str]:

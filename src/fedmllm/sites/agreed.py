@@ -76,6 +76,9 @@ def _check_kind(config: Config) -> None:
             f"topology {config.topology} has nobody to federate with: several machines run "
             "topology federated"
         )
+    for key in ("mixtures", "fusion"):
+        if getattr(config.strategy, key):
+            raise UserError(f"strategy.{key} works in one process only: leave it off over sites")
 
 
 def _data_overrides(config: Config, kit: Path, data: SiteData) -> list[str]:
