@@ -38,6 +38,7 @@ LAYERS = [
         "config",
         "experiment",
         "judge",
+        "parties",
         "report",
         "cli",
         "cli_data",

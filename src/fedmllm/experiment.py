@@ -49,18 +49,18 @@ from fedmllm.federation import (
     payload,
     run_round,
 )
-from fedmllm.fusion import Fusion, fusion_of
-from fedmllm.mixtures import Mixtures, gathered, mixtures_of
-from fedmllm.mixtures import payload as payload_of_mixtures
+from fedmllm.fusion import Fusion
+from fedmllm.mixtures import Mixtures
 from fedmllm.models import model_path, weights_digest
 from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.parties import Parties, mixtures_between, parties_of
 from fedmllm.partition import held_out
 from fedmllm.prompts import render
 from fedmllm.recombination import completions
 from fedmllm.report.loading import result_digest
 from fedmllm.revisions import revisions_of
-from fedmllm.strategies import edge_layers, party_weights, with_strategy
+from fedmllm.strategies import edge_layers, with_strategy
 
 Event = Mapping[str, Any]
 Listener = Callable[[Event], None]
@@ -497,8 +497,8 @@ def run_federation(
         algorithm = algorithm_of(config, len(federation.samples), session.mllm, session.task)
     known, bytes_of_mixtures = Parties({}, {}), (0, 0)
     if runner is None:
-        known = parties_of(session, federation)
-        mixtures, bytes_of_mixtures = _gather_mixtures(session, federation)
+        known = parties_of(config, session.task, federation.samples)
+        mixtures, bytes_of_mixtures = mixtures_between(config, session.mllm, federation.samples)
         runner = local_runner(session, federation, known.weights, mixtures)
     folder = session.folder / "state" / federation.name
     state = algorithm.init(session.mllm.init_adapter(config.seed))
@@ -589,102 +589,6 @@ def apply_strategy(
         width=width,
         momentum=given.momentum,
     )
-
-
-@dataclass(frozen=True)
-class Parties:
-    """What the server makes of the parties' profiles, by client: weights of the adaptive
-    regularisation, factors on updates and chances to be drawn (None: all alike), late fusion.
-
-    once: bytes that crossed for it, up and down, before the first round.
-    """
-
-    found: Mapping[str, heterogeneity.Standing]
-    weights: Mapping[str, float]
-    scales: Mapping[str, float] | None = None
-    chances: Mapping[str, float] | None = None
-    fusion: Fusion | None = None
-    once: tuple[int, int] = (0, 0)
-
-    def facts(self, config: Config) -> dict[str, Any] | None:
-        """What a result says of it; None if no profile was sent."""
-        if not self.once[0]:
-            return None
-        rows = [
-            {
-                "id": client,
-                **dict(zip(heterogeneity.COMBINATIONS, each.profile.modalities, strict=True)),
-                "labels": list(each.profile.labels),
-                "incomplete": each.incomplete,
-                "divergence": each.divergence,
-                "label_divergence": each.label_divergence,
-                "index": each.index,
-                "weight": self.weights[client] if config.strategy.mu else None,
-                "scale": self.scales[client] if self.scales else None,
-                "chance": self.chances[client] if self.chances else None,
-            }
-            for client, each in self.found.items()
-        ]
-        return {"epsilon": config.strategy.epsilon, "clients": rows}
-
-
-def parties_of(session: Session, federation: Federation) -> Parties:
-    """Every party describes itself, once; the server weighs them."""
-    config, classes = session.config, len(session.task.classes)
-    profiles = {
-        client: heterogeneity.noised(
-            heterogeneity.profile_of(samples, classes),
-            config.strategy.epsilon,
-            client=client,
-            seed=config.seed,
-        )
-        for client, samples in federation.samples.items()
-    }
-    return weighed(config, profiles)
-
-
-def weighed(config: Config, profiles: Mapping[str, heterogeneity.Profile]) -> Parties:
-    """What the server makes of profiles, in whatever order they came."""
-    given = config.strategy
-    profiles = {client: profiles[client] for client in sorted(profiles)}  # sums of floats
-    found = heterogeneity.standings(profiles)
-    weights = party_weights(given.weight, given.w, config.scenario["name"], found)
-    fusion = fusion_of(profiles.values(), strength=given.fusion) if given.fusion else None
-    if not given.uses_profiles or config.topology != "federated":
-        return Parties(found, weights, fusion=fusion)
-    return Parties(
-        found,
-        weights,
-        scales=heterogeneity.factors(found, given.aggregation) if given.aggregation else None,
-        chances=heterogeneity.factors(found, given.sampling) if given.sampling else None,
-        fusion=fusion,
-        once=heterogeneity.traffic(profiles.values(), weighted=given.weighs_by_profile),
-    )
-
-
-def _gather_mixtures(session: Session, federation: Federation) -> tuple[Mixtures, tuple[int, int]]:
-    """The parties' mixtures of image features, where the strategy asks for them, and bytes up and
-    down: every party with images gives, every party without any gets all."""
-    config, size = session.config, session.config.strategy.mixtures
-    if not size or config.topology != "federated":
-        return {}, (0, 0)
-    if session.mllm.policy.keeps != "features":
-        raise UserError(
-            "strategy.mixtures: with a trained connector or tower (trained) features change each "
-            "round and cannot be given once: leave one of the two off"
-        )
-    pool = gathered(
-        {
-            client: mixtures_of(
-                samples, session.mllm.image_features, size=size, client=client, seed=config.seed
-            )
-            for client, samples in federation.samples.items()
-        }
-    )
-    takers = sum(
-        all(sample.image is None for sample in samples) for samples in federation.samples.values()
-    )
-    return pool, (payload_of_mixtures(pool), payload_of_mixtures(pool) * takers)
 
 
 def local_runner(

@@ -16,8 +16,8 @@ from typing import Any
 from fedmllm.config import Config
 from fedmllm.data.sample import Sample
 from fedmllm.errors import UserError
-from fedmllm.experiment import Parties, weighed
 from fedmllm.heterogeneity import COMBINATIONS, Profile, noised, profile_of
+from fedmllm.parties import Parties, weighed
 from fedmllm.sites.settings import write_json
 
 _MOST = 2**32  # a count has four bytes

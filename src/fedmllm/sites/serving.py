@@ -29,7 +29,6 @@ from fedmllm.experiment import (
     EVERYONE,
     Federation,
     Outcome,
-    Parties,
     Session,
     Shared,
     algorithm_of,
@@ -46,6 +45,7 @@ from fedmllm.experiment import (
 )
 from fedmllm.models import model_path
 from fedmllm.models.mllm import Mllm
+from fedmllm.parties import Parties
 from fedmllm.sites import digests, handshake, settings
 from fedmllm.sites.agreed import find_experiment, server_config
 from fedmllm.sites.central import Link, NetworkRunner

@@ -37,12 +37,12 @@ from fedmllm.experiment import (
     local_runner,
     make_manifest,
     own_samples,
-    parties_of,
     score_own,
 )
 from fedmllm.heterogeneity import Profile
 from fedmllm.models import model_path
 from fedmllm.models.mllm import Mllm
+from fedmllm.parties import parties_of
 from fedmllm.sites import agreed, digests, handshake, profiles, settings
 from fedmllm.sites.handshake import RefusedError
 from fedmllm.sites.wire import Message, pack_update, unpack_state
@@ -69,7 +69,8 @@ class Site:
         self.session = session_of(self.config, load_model(self.config), dataset, kit)
         own = Federation(EVERYONE, {self.name: train}, self.config.training.rounds)
         self.profile = self._profile(train)
-        self.runner = local_runner(self.session, own, parties_of(self.session, own).weights)
+        known = parties_of(self.config, self.session.task, own.samples)
+        self.runner = local_runner(self.session, own, known.weights)
         self.samples = len(train)
         if self.config.model.drop_tower:
             self.session.mllm.drop_tower([*train, *self.held_out])

@@ -1,0 +1,111 @@
+"""What parties tell and give before the first round, and what the server makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmllm import heterogeneity
+from fedmllm.config import Config
+from fedmllm.data.sample import Sample, Task
+from fedmllm.errors import UserError
+from fedmllm.fusion import Fusion, fusion_of
+from fedmllm.mixtures import Mixtures, gathered, mixtures_of, payload
+from fedmllm.models.mllm import Mllm
+from fedmllm.strategies import party_weights
+
+
+@dataclass(frozen=True)
+class Parties:
+    """What the server makes of the parties' profiles, by client: weights of the adaptive
+    regularisation, factors on updates and chances to be drawn (None: all alike), late fusion.
+
+    once: bytes that crossed for it, up and down, before the first round.
+    """
+
+    found: Mapping[str, heterogeneity.Standing]
+    weights: Mapping[str, float]
+    scales: Mapping[str, float] | None = None
+    chances: Mapping[str, float] | None = None
+    fusion: Fusion | None = None
+    once: tuple[int, int] = (0, 0)
+
+    def facts(self, config: Config) -> dict[str, Any] | None:
+        """What a result says of it; None if no profile was sent."""
+        if not self.once[0]:
+            return None
+        rows = [
+            {
+                "id": client,
+                **dict(zip(heterogeneity.COMBINATIONS, each.profile.modalities, strict=True)),
+                "labels": list(each.profile.labels),
+                "incomplete": each.incomplete,
+                "divergence": each.divergence,
+                "label_divergence": each.label_divergence,
+                "index": each.index,
+                "weight": self.weights[client] if config.strategy.mu else None,
+                "scale": self.scales[client] if self.scales else None,
+                "chance": self.chances[client] if self.chances else None,
+            }
+            for client, each in self.found.items()
+        ]
+        return {"epsilon": config.strategy.epsilon, "clients": rows}
+
+
+def parties_of(config: Config, task: Task, samples: Mapping[str, Sequence[Sample]]) -> Parties:
+    """Every party describes its samples, once; the server weighs them. samples: by client."""
+    profiles = {
+        client: heterogeneity.noised(
+            heterogeneity.profile_of(held, len(task.classes)),
+            config.strategy.epsilon,
+            client=client,
+            seed=config.seed,
+        )
+        for client, held in samples.items()
+    }
+    return weighed(config, profiles)
+
+
+def weighed(config: Config, profiles: Mapping[str, heterogeneity.Profile]) -> Parties:
+    """What the server makes of profiles, in whatever order they came."""
+    given = config.strategy
+    profiles = {client: profiles[client] for client in sorted(profiles)}  # sums of floats
+    found = heterogeneity.standings(profiles)
+    weights = party_weights(given.weight, given.w, config.scenario["name"], found)
+    fusion = fusion_of(profiles.values(), strength=given.fusion) if given.fusion else None
+    if not given.uses_profiles or config.topology != "federated":
+        return Parties(found, weights, fusion=fusion)
+    return Parties(
+        found,
+        weights,
+        scales=heterogeneity.factors(found, given.aggregation) if given.aggregation else None,
+        chances=heterogeneity.factors(found, given.sampling) if given.sampling else None,
+        fusion=fusion,
+        once=heterogeneity.traffic(profiles.values(), weighted=given.weighs_by_profile),
+    )
+
+
+def mixtures_between(
+    config: Config, mllm: Mllm, samples: Mapping[str, Sequence[Sample]]
+) -> tuple[Mixtures, tuple[int, int]]:
+    """The parties' mixtures of image features, where the strategy asks for them, and bytes up and
+    down: every party with images gives, every party without any gets all. samples: by client."""
+    size = config.strategy.mixtures
+    if not size or config.topology != "federated":
+        return {}, (0, 0)
+    if mllm.policy.keeps != "features":
+        raise UserError(
+            "strategy.mixtures: with a trained connector or tower (trained) features change each "
+            "round and cannot be given once: leave one of the two off"
+        )
+    pool = gathered(
+        {
+            client: mixtures_of(
+                held, mllm.image_features, size=size, client=client, seed=config.seed
+            )
+            for client, held in samples.items()
+        }
+    )
+    takers = sum(all(sample.image is None for sample in held) for held in samples.values())
+    return pool, (payload(pool), payload(pool) * takers)
