@@ -94,6 +94,7 @@ def test_a_run_and_its_adapter(shared: Shared, tmp_path) -> None:
     # parties of one modality have no whole samples to test: nothing changes for them
     assert fused["held_out"] == plain["held_out"]
     assert fused["bytes"]["up"] - plain["bytes"]["up"] == 4 * 4 * (4 + 8)
+    assert fused["bytes"]["down"] - plain["bytes"]["down"] == 4 * 4 * (1 + 8)
     beside = json.loads((tmp_path / "fused" / "adapter" / "fedmllm.json").read_text())
     assert beside["fusion"] == json.loads(json.dumps(fused["fusion"]))
     test = shared.test_set(config)
@@ -138,3 +139,13 @@ def test_open_questions_are_refused(shared: Shared, tmp_path) -> None:
     config = make_config(settings(**change, strategy={"fusion": 1.0}, partition={"clients": 4}))
     with pytest.raises(UserError, match=r"strategy\.fusion: the task has open questions"):
         run(config, out=tmp_path / "x", shared=shared)
+
+
+def test_an_adapter_with_a_broken_fusion_is_told(shared: Shared, tmp_path) -> None:
+    run(make_config(settings(strategy={"fusion": 1.0})), out=tmp_path / "r", shared=shared)
+    file = tmp_path / "r" / "adapter" / "fedmllm.json"
+    facts = json.loads(file.read_text())
+    for broken in ({"share": 1.0, "prior": [1.0]}, {"share": 1.0, "colour": 2}):
+        file.write_text(json.dumps({**facts, "fusion": broken}))
+        with pytest.raises(UserError, match="cannot be read"):
+            predict(tmp_path / "r" / "adapter", text="flood")

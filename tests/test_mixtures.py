@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,23 @@ def test_classes_and_layouts_are_not_mixed() -> None:
     }
 
 
+def test_one_picture_in_two_samples_counts_once() -> None:
+    twice = [*samples(2), *samples(2)]
+    assert len(mixed(twice)["yes"]) == 1
+    assert mixed([samples(1)[0], samples(1)[0]]) == {}
+
+
+def test_images_of_other_grids_are_not_mixed() -> None:
+    def apart(source) -> ImageFeatures:
+        odd = int(source.key.split(":")[1]) % 2
+        return replace(
+            see(source), inputs={"grid": torch.tensor([[1, 2, 6] if odd else [1, 6, 2]])}
+        )
+
+    made = mixtures_of(samples(4), apart, size=2, client="c", seed=0)["yes"]
+    assert sorted(numbers(made)) == [1.0, 2.0]
+
+
 def test_a_key_names_the_images() -> None:
     one, other = mixed(samples(8)), mixed(samples(8))
     assert [m.key for m in one["yes"]] == [m.key for m in other["yes"]]
@@ -148,6 +166,8 @@ def test_a_run_of_parties_of_one_modality(shared: Shared, tmp_path) -> None:
     given = made["mixtures"]["bytes"]
     one = shared.mllm.image_features(shared.dataset(config()).train[0].image).nbytes
     assert given["up"] % one == 0
+    assert given["up"] == one * sum(made["mixtures"]["made"].values())
+    assert (made["mixtures"]["givers"], made["mixtures"]["takers"]) == (2, 2)
     assert 0 < given["up"] <= one * 2 * 8 * MOST
     assert given["down"] == 2 * given["up"]
     for way in ("up", "down"):
@@ -155,31 +175,91 @@ def test_a_run_of_parties_of_one_modality(shared: Shared, tmp_path) -> None:
     assert "mixtures" not in found["recombine"][0]
 
 
+MIXED = {"recombine": 1.0, "mixtures": 2}
+
+
+def test_nothing_is_given_where_nobody_takes(shared: Shared, tmp_path) -> None:
+    change = {"scenario": {"name": "missing", "beta": 0.5}}
+    plain = run(config(**change, strategy={"recombine": 1.0}), out=tmp_path / "p", shared=shared)
+    made = run(config(**change, strategy=MIXED), out=tmp_path / "m", shared=shared)
+    assert made["bytes"] == plain["bytes"]
+    assert made["metrics"] == plain["metrics"]
+    assert made["mixtures"]["takers"] == 0
+
+
+def test_many_clients_at_once_read_the_same(shared: Shared, tmp_path) -> None:
+    found = []
+    for at_once in (1, 4):
+        training = {"rounds": 1, "clients_per_round": 4, "lr": 0.01, "clients_at_once": at_once}
+        strategy = {**MIXED, "resample": 1.0, "views": 0.5}
+        result = run(
+            config(strategy=strategy, training=training), out=tmp_path / str(at_once), shared=shared
+        )
+        found.append(result["history"][0]["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_it_goes_on_to_the_same_bits(shared: Shared, tmp_path) -> None:
+    """The mixtures are made again from the same draws."""
+    made = config(
+        strategy=MIXED,
+        training={"rounds": 2, "clients_per_round": 2, "lr": 0.01, "max_length": 400},
+    )
+    run(made, out=tmp_path / "r", shared=shared)
+    name = "adapter/adapter_model.safetensors"
+    first = (tmp_path / "r" / name).read_bytes()
+    shutil.rmtree(tmp_path / "r" / "state" / "round-000002")
+    (tmp_path / "r" / "result.json").unlink()
+    (tmp_path / "r" / name).unlink()
+    run(made, out=tmp_path / "r", resume=True, shared=Shared(shared.mllm))
+    assert (tmp_path / "r" / name).read_bytes() == first
+
+
+def test_completions_that_are_too_long_are_left_out(shared: Shared, tmp_path) -> None:
+    """The longest sample of either party fits; a text with a picture does not."""
+    plain = config(strategy={})
+    data = shared.dataset(plain)
+    alone = [
+        shared.encode(plain, data.task, sample.masked(keep_image=image, keep_text=not image))
+        for sample in data.train
+        for image in (True, False)
+    ]
+    room = max(item.longest for item in alone)
+    training = {"rounds": 1, "clients_per_round": 4, "lr": 0.01, "max_length": room}
+    change = {"training": training, "evaluation": {"every": 0, "conditions": ["image_withheld"]}}
+    one = run(config(strategy=MIXED, **change), out=tmp_path / "m", shared=shared)
+    other = run(config(strategy={}, **change), out=tmp_path / "p", shared=shared)
+    assert one["history"][0]["loss"] == other["history"][0]["loss"]
+
+
+def test_too_few_images_for_any_mixture(shared: Shared, tmp_path) -> None:
+    with pytest.raises(UserError, match="no party has 1000 different images"):
+        run(
+            config(strategy={"recombine": 1.0, "mixtures": 1000}),
+            out=tmp_path / "x",
+            shared=shared,
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"strategy": {"recombine": 1.0, "mixtures": 1}}, "give 2 or more"),
+        ({"strategy": {"mixtures": 2}}, "does nothing without strategy.recombine"),
         (
-            {
-                "strategy": {"recombine": 1.0, "mixtures": 2},
-                "trained": {"name": "paper", "connector": "full"},
-            },
+            {"strategy": MIXED, "trained": {"name": "paper", "connector": "full"}},
             "features change each round",
         ),
-        (
-            {
-                "strategy": {"recombine": 1.0, "mixtures": 2},
-                "data": {"name": "medical", "train": 32, "test": 8, "flashcards": 8},
-            },
-            "open questions",
-        ),
+        ({"strategy": MIXED, "topology": "centralised"}, "has no parties that could differ"),
+        ({"strategy": {"fusion": 1.0}, "topology": "local"}, "has no parties that could differ"),
     ],
 )
-def test_what_cannot_be_mixed_is_told(change, words, tmp_path) -> None:
+def test_what_cannot_be_is_told_with_the_config(change, words) -> None:
     with pytest.raises(UserError, match=words):
-        run(config(**change), out=tmp_path / "x")
+        config(**change)
 
 
-def test_mixtures_without_recombination_are_refused() -> None:
-    with pytest.raises(UserError, match="mixtures"):
-        config(strategy={"mixtures": 2})
+def test_open_questions_have_no_classes_to_mix(shared: Shared, tmp_path) -> None:
+    data = {"name": "medical", "train": 32, "test": 8, "flashcards": 8}
+    with pytest.raises(UserError, match="open questions"):
+        run(config(strategy=MIXED, data=data), out=tmp_path / "x", shared=shared)

@@ -17,11 +17,11 @@ ALIGNED, MISSING, CROSS, HYBRID = tables.SETTINGS
 def result(score: float, *, seconds: float = 10.0, up: int = 100, cosine: float | None = None):
     measured = {} if cosine is None else {"measured": {"drift_cosine": cosine}}
     return {
-        "task": {"metric": "macro_f1"},
+        "task": {"metric": "macro_f1", "kind": "choice"},
         "metrics": {"both": {"macro_f1": score}, "image_withheld": {"macro_f1": score / 2}},
         "time": {"train_seconds": seconds},
         "bytes": {"up": up, "down": 50},
-        "history": [measured, measured],
+        "history": [{**measured, "seconds": second} for second in (99.0, seconds, seconds)],
     }
 
 
@@ -59,13 +59,33 @@ def test_gains_are_paired(found) -> None:
     """Gains .2, .2, .2, .21, .19: t of four degrees 2.776, deviation .00707."""
     table = tables.gain_table()
     half = 2.776445 * 0.00707107 / 5**0.5
-    gained = ["0", f"**+0.200 ± {half:.3f}**", "0", "–"]
-    assert row(table, "crisis", "fedavg", "resample") == ["5", *gained]
+    equal = "+0.000 ± 0.000"
+    gained = ["= plain", f"**+0.200 ± {half:.3f}**", equal, "–"]
+    assert row(table, "crisis", "fedavg", "resample") == gained
     # three seeds: never called certain
-    assert row(table, "crisis", "fedavg", "prompt") == ["3", "–", "0", "–", "–"]
+    assert row(table, "crisis", "fedavg", "prompt") == ["–", f"{equal} (3 seeds)", "–", "–"]
     halved = tables.gain_table("image_withheld")
-    assert row(halved, "crisis", "fedavg", "resample")[2].startswith("**+0.100")
-    assert row(tables.gain_table("text_withheld"), "crisis", "fedavg", "resample")[1:] == ["–"] * 4
+    assert row(halved, "crisis", "fedavg", "resample")[1].startswith("**+0.100")
+    withheld = row(tables.gain_table("text_withheld"), "crisis", "fedavg", "resample")
+    assert withheld == ["= plain", "–", "–", "–"]
+
+
+def test_bold_is_adjusted_for_the_number_of_cells() -> None:
+    """p = .04 alone is certain, beside nine others it is not; Holm by hand: .04 x 10."""
+    close = [0.1, 0.02, 0.12, 0.01, 0.13]  # t = 2.95, p = .042
+    assert tables.sure_ones({"a": close}) == {"a"}
+    noise = {k: [0.1, -0.1, 0.05, -0.06, 0.0] for k in range(9)}
+    assert tables.sure_ones({"a": close, **noise}) == set()
+    assert tables.sure_ones({"a": close[:4]}) == set()
+
+
+def test_fieller_by_hand() -> None:
+    """A gap without noise: the interval of the gain, divided by it. A gap of noise: none."""
+    gain, gap = [0.1, 0.2, 0.3, 0.2, 0.2], [0.4] * 5
+    half = 2.776445 * 0.07071068 / 5**0.5
+    ratio, low, high = tables.fieller(gain, gap)
+    assert (ratio, low, high) == pytest.approx((0.5, 0.5 - half / 0.4, 0.5 + half / 0.4))
+    assert tables.fieller(gain, [0.5, -0.4, 0.3, -0.2, 0.1]) is None
 
 
 def test_the_gap_and_what_is_recovered(found) -> None:
@@ -74,10 +94,15 @@ def test_the_gap_and_what_is_recovered(found) -> None:
     assert both[1].startswith("0.500 ± ")
     assert both[-1].startswith("**-0.300")
     table = tables.recovery_table()
-    assert row(table, "crisis", "fedavg", "resample") == ["**67%**", "no gap", "–"]
+    recovered = row(table, "crisis", "fedavg", "resample")
+    assert recovered[0].startswith("67% (")
+    assert recovered[1:] == ["no gap", "–"]
+    # three seeds are too few
+    assert row(table, "crisis", "fedavg", "prompt")[0] == "–"
 
 
 def test_costs_leave_out_what_is_the_plain_run_itself(found) -> None:
+    """Missing took 15 s a round and 200 bytes, cross 10 and 100."""
     assert row(tables.cost_table(), "crisis", "fedavg", "resample")[:2] == ["1.25", "1.50"]
     assert row(tables.cost_table(), "crisis", "fedavg", "prompt") == ["1.00", "1.00", "1.00"]
 

@@ -99,7 +99,7 @@ class Terms:
 
     broadcast: the server's slots; with prototypes on, ``prototypes`` holds ``mean`` [C, D] and
     ``seen`` [C], 1 for a class that has one. epoch: the present one; prototypes are summed over
-    the last alone, so that each sample counts once.
+    the last alone, so that each sample counts once (one that stands in for others, as often).
     Raises ValueError if the prototypes are missing.
     """
 
@@ -110,7 +110,7 @@ class Terms:
     seed: int
     last_epoch: int
     epoch: int = 0
-    _teachers: dict[str, _Teacher] = field(default_factory=dict)
+    _teachers: list[_Teacher] = field(default_factory=list)
     _totals: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
     _own: Params | None = None
     _means: torch.Tensor | None = None
@@ -138,11 +138,11 @@ class Terms:
         if self.given.prototypes:
             total = total + self._to_prototypes(batch, found)
         if self.reads_views:
-            self._teachers = {
-                item.id: _Teacher(logits.detach(), hidden[item.deciding].detach().float())
+            self._teachers = [
+                _Teacher(logits.detach(), hidden[item.deciding].detach().float())
                 for item, logits, hidden in zip(batch, found.logits, found.hidden, strict=True)
                 if item.views
-            }
+            ]
         return total
 
     def views(self, batch: Sequence[Encoded]) -> list[Encoded]:
@@ -155,8 +155,7 @@ class Terms:
         """The sum over the `views` of the batch whose `loss` was asked for last."""
         total = found.losses.new_zeros(())
         distance = DISTILLATION_TARGETS[self.given.distillation_target]
-        for i, item in enumerate(views):
-            teacher = self._teachers[item.id]
+        for i, (item, teacher) in enumerate(zip(views, self._teachers, strict=True)):
             near = functional.cosine_similarity(
                 found.hidden[i][item.deciding].detach().float(), teacher.hidden, dim=0
             )

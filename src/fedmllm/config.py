@@ -121,6 +121,7 @@ class TrainingSection(_Section):
     long_text: Literal["refuse", "shorten"] = "refuse"
 
 
+_FROZEN = (None, "frozen")
 _HUGE = 1e6  # a weight above it is a slip, and float32 ends at 3e38
 _SWITCH = {  # a key of the strategy section that means nothing while another is off
     **dict.fromkeys(("w", "weight", "edge_layers"), "mu"),
@@ -504,7 +505,8 @@ def _strategy_problems(config: Config) -> list[str]:
             f"strategy.{given[0]}: topology zero-shot trains nothing: leave the strategy out"
         )
         return problems
-    for key in ("mu", "aggregation", "sampling") if config.topology != "federated" else ():
+    shared = ("mu", "aggregation", "sampling", "mixtures", "fusion")
+    for key in shared if config.topology != "federated" else ():
         if getattr(strategy, key):
             problems.append(
                 f"strategy.{key}: topology {config.topology} has no parties that could differ: "
@@ -513,7 +515,16 @@ def _strategy_problems(config: Config) -> list[str]:
     if strategy.epsilon is not None and not strategy.uses_profiles:
         problems.append(
             "strategy.epsilon: no party sends a profile to add noise to: set strategy.mu with "
-            "strategy.weight=profile, strategy.aggregation or strategy.sampling, or leave it null"
+            "strategy.weight=profile, strategy.aggregation, strategy.sampling or strategy.fusion, "
+            "or leave it null"
+        )
+    if strategy.mixtures == 1:
+        problems.append("strategy.mixtures: a mixture of 1 image is that image: give 2 or more")
+    trains = [key for key in ("connector", "vision") if config.trained.get(key) not in _FROZEN]
+    if strategy.mixtures and trains:
+        problems.append(
+            f"strategy.mixtures: with trained.{trains[0]} image features change each round and "
+            "cannot be given once: leave one of the two off"
         )
     if config.evaluation.drift and config.topology == "local":
         problems.append(

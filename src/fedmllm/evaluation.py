@@ -67,17 +67,17 @@ class TestSet:
     ) -> np.ndarray:
         """Probabilities of the options [size, C] for the first `size` samples of a choice task."""
 
-        def score(condition: str) -> np.ndarray:
-            items = self.encoded(condition, size)
+        def score(condition: str, which: Sequence[int]) -> np.ndarray:
+            items = [self.encoded(condition, size)[i] for i in which]
             return self.mllm.score_options(items, batch_size=batch_size).numpy()
 
-        found = score(condition)
+        found = score(condition, range(size))
         whole = [i for i, s in enumerate(self.samples[:size]) if is_complete(s)]
         if condition != "both" or fusion is None or not fusion.share or not whole:
             return found
-        parts = [found, score("text_withheld"), score("image_withheld")]
+        alone = score("text_withheld", whole), score("image_withheld", whole)
         fused = found.astype(np.float64)
-        fused[whole] = fusion(*(part[whole] for part in parts))
+        fused[whole] = fusion(found[whole], *alone)
         return fused
 
     def evaluate(

@@ -8,6 +8,7 @@ Zero-shot, local and centralised differ from federated only in who federates wit
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -54,7 +55,7 @@ from fedmllm.mixtures import Mixtures
 from fedmllm.models import model_path, weights_digest
 from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.mllm import Encoded, Mllm
-from fedmllm.parties import Parties, mixtures_between, parties_of
+from fedmllm.parties import Exchange, Parties, exchange_of, parties_of
 from fedmllm.partition import held_out
 from fedmllm.prompts import render
 from fedmllm.recombination import completions
@@ -144,14 +145,24 @@ class Shared:
         held = (sample.id, sample.image is None, sample.text is None)
         key = (*held, config.prompt, length, long_text, self.data_key(config))
         if key not in self.encoded:
-            encoded = self.mllm.encode(
-                render(sample, task, config.prompt), max_length=length, long_text=long_text
-            )
-            self.encoded[key] = replace(encoded, complete=heterogeneity.is_complete(sample))
+            self.encoded[key] = self.encode_new(config, task, sample)
+        return self.with_views(config, task, sample, self.encoded[key])
+
+    def encode_new(self, config: Config, task: Task, sample: Sample) -> Encoded:
+        """A sample that no other run has, such as a completion: not kept here."""
+        encoded = self.mllm.encode(
+            render(sample, task, config.prompt),
+            max_length=config.training.max_length,
+            long_text=config.training.long_text,
+        )
+        return replace(encoded, complete=heterogeneity.is_complete(sample))
+
+    def with_views(self, config: Config, task: Task, sample: Sample, whole: Encoded) -> Encoded:
+        """With its masked views, where the strategy reads them."""
         if not config.strategy.uses_views:
-            return self.encoded[key]
+            return whole
         views = [self.encode_view(config, task, view) for view in masked_views(sample)]
-        whole = self.encoded[key]  # where its answer was shortened, that of its views is as well
+        # where its answer was shortened, that of its views is as well
         views = [replace(view, answer=view.answer[: len(whole.answer)]) for view in views]
         return replace(whole, views=tuple(views))
 
@@ -462,7 +473,7 @@ class Outcome:
     answered to open test questions.
 
     measured: `modality_alignment` of the final adapter. heterogeneity, once, fusion: see `Parties`.
-    mixtures: bytes up and down of mixed features, before the first round.
+    exchange: of mixed features, before the first round.
     """
 
     name: str
@@ -474,7 +485,7 @@ class Outcome:
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
     heterogeneity: dict[str, Any] | None = None
     once: tuple[int, int] = (0, 0)
-    mixtures: tuple[int, int] = (0, 0)
+    exchange: Exchange | None = None
     fusion: Fusion | None = None
 
 
@@ -495,10 +506,11 @@ def run_federation(
     config = session.config
     if algorithm is None:
         algorithm = algorithm_of(config, len(federation.samples), session.mllm, session.task)
-    known, bytes_of_mixtures = Parties({}, {}), (0, 0)
+    known, exchange = Parties({}, {}), None
     if runner is None:
         known = parties_of(config, session.task, federation.samples)
-        mixtures, bytes_of_mixtures = mixtures_between(config, session.mllm, federation.samples)
+        exchange = exchange_of(config, session.mllm, federation.samples)
+        mixtures = exchange.pool if exchange else None
         runner = local_runner(session, federation, known.weights, mixtures)
     folder = session.folder / "state" / federation.name
     state = algorithm.init(session.mllm.init_adapter(config.seed))
@@ -542,7 +554,7 @@ def run_federation(
         outcome,
         heterogeneity=known.facts(config),
         once=known.once,
-        mixtures=bytes_of_mixtures,
+        exchange=exchange,
         fusion=known.fusion,
     )
 
@@ -571,8 +583,6 @@ def apply_strategy(
             "strategy.fusion: the task has open questions, whose answers have no probabilities to "
             "multiply: leave it off there"
         )
-    if given.mixtures == 1:
-        raise UserError("strategy.mixtures: a mixture of 1 image is that image: give 2 or more")
     if given.mixtures and not classes:
         raise UserError(
             "strategy.mixtures: the task has open questions and so no classes to mix images of: "
@@ -605,7 +615,6 @@ def local_runner(
     def samples(client: str) -> list[Encoded]:
         if client not in encoded:
             encoded[client] = _encode_party(session, client, federation.samples[client], mixtures)
-            session.shortened.update(item.id for item in encoded[client] if item.shortened)
         return encoded[client]
 
     plan = LocalPlan(
@@ -632,18 +641,27 @@ def _encode_party(
     session: Session, client: str, samples: Sequence[Sample], mixtures: Mixtures | None
 ) -> list[Encoded]:
     """A party's training samples, with their completions where the strategy recombines."""
-
-    def encode(sample: Sample) -> Encoded:
-        return session.shared.encode(session.config, session.task, sample)
-
-    made = [encode(sample) for sample in samples]
-    if not session.config.strategy.recombine:
+    config, task, shared = session.config, session.task, session.shared
+    made = [shared.encode(config, task, sample) for sample in samples]
+    session.shortened.update(item.id for item in made if item.shortened)
+    if not config.strategy.recombine:
         return made
-    found = completions(samples, client=client, seed=session.config.seed, given=mixtures)
+    found = completions(samples, client=client, seed=config.seed, given=mixtures)
     return [
-        replace(item, completions=tuple(map(encode, found.get(sample.id, ()))))
+        replace(item, completions=_encode_completions(session, found.get(sample.id, ())))
         for item, sample in zip(made, samples, strict=True)
     ]
+
+
+def _encode_completions(session: Session, made: Sequence[Sample]) -> tuple[Encoded, ...]:
+    """Those that fit `training.max_length`: a text and the image of another may not."""
+    config, task, shared = session.config, session.task, session.shared
+    found = []
+    for sample in made:
+        with contextlib.suppress(UserError):  # it stays as it is; its own parts were read before
+            whole = shared.encode_new(config, task, sample)
+            found.append(shared.with_views(config, task, sample, whole))
+    return tuple(found)
 
 
 def _record(
@@ -804,7 +822,9 @@ def make_result(
     """A run's result but for its digests; without a manifest it does not say who holds what."""
     config = session.config
     lines = [line for outcome in outcomes for line in outcome.history]
-    before = [a + b for a, b in zip(outcomes[0].once, outcomes[0].mixtures, strict=True)]
+    exchange, before = outcomes[0].exchange, outcomes[0].once
+    if exchange:
+        before = (before[0] + exchange.up, before[1] + exchange.down)
     result: dict[str, Any] = {
         "schema": results.SCHEMA,
         "name": config.name,
@@ -847,9 +867,8 @@ def make_result(
     if outcomes[0].heterogeneity:
         up, down = outcomes[0].once
         result["heterogeneity"] = {**outcomes[0].heterogeneity, "bytes": {"up": up, "down": down}}
-    if any(outcomes[0].mixtures):
-        up, down = outcomes[0].mixtures
-        result["mixtures"] = {"bytes": {"up": up, "down": down}}
+    if exchange:
+        result["mixtures"] = exchange.facts()
     if outcomes[0].fusion and len(outcomes) == 1:
         result["fusion"] = asdict(outcomes[0].fusion)
     if outcomes[0].measured and len(outcomes) == 1:

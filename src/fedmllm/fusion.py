@@ -34,6 +34,11 @@ class Fusion:
     share: float
     prior: tuple[float, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, to each party: f and p(y) in float32."""
+        return 4 * (1 + len(self.prior))
+
     def __call__(self, both: np.ndarray, image: np.ndarray, text: np.ndarray) -> np.ndarray:
         """Probabilities of the options [n, C] from those given both modalities, the image alone
         and the text alone, each [n, C]."""

@@ -23,6 +23,7 @@ from fedmllm.data.sample import ImageSource, Sample
 from fedmllm.models.features import GivenFeatures, ImageFeatures
 from fedmllm.rng import stream
 
+Layout = tuple[str, tuple[int, ...], str]
 MOST = 4  # mixtures of a class that a party gives
 
 Mixtures = Mapping[str, Sequence[GivenFeatures]]
@@ -37,14 +38,17 @@ def mixtures_of(
     client: str,
     seed: int,
 ) -> dict[str, list[GivenFeatures]]:
-    """A party's mixtures: of each class up to `MOST`, each of `size` images, no image in two.
+    """A party's mixtures: of each class up to `MOST`, each of `size` different pictures, none
+    in two; one that stands in samples of several classes counts for the first.
 
-    see: the features of an image. Only images with the same number of tokens are mixed; a class
+    see: the features of an image. Only images that are cut into the same tokens are mixed; a class
     with fewer than `size` of them has no mixture.
     """
     by_class: dict[str, list[ImageSource]] = defaultdict(list)
+    used: set[str] = set()  # one picture may stand in several samples
     for sample in samples:
-        if sample.image is not None:
+        if sample.image is not None and sample.image.key not in used:
+            used.add(sample.image.key)
             by_class[sample.answer].append(sample.image)
     made: dict[str, list[GivenFeatures]] = {}
     for name, images in by_class.items():
@@ -64,18 +68,20 @@ def gathered(given: Mapping[str, Mapping[str, Sequence[GivenFeatures]]]) -> Mixt
 
 
 def payload(mixtures: Mixtures) -> int:
-    """Bytes of the features on the wire."""
-    return sum(part.nbytes for each in mixtures.values() for one in each for part in _parts(one))
+    """Bytes of the features on the wire, in float32 as adapters are."""
+    return sum(
+        4 * part.numel() for each in mixtures.values() for one in each for part in _parts(one)
+    )
 
 
 def _mixed(
     images: Sequence[ImageSource], see: Callable[[ImageSource], ImageFeatures], size: int
 ) -> list[GivenFeatures]:
-    waiting: dict[tuple[str, torch.Size], list[tuple[str, ImageFeatures]]] = defaultdict(list)
+    waiting: dict[Layout, list[tuple[str, ImageFeatures]]] = defaultdict(list)
     made: list[GivenFeatures] = []
     for image in images:
         seen = see(image)
-        group = waiting[seen.words, seen.features.shape]
+        group = waiting[_layout(seen)]
         group.append((image.key, seen))
         if len(group) == size:
             made.append(_mean(group))
@@ -83,6 +89,13 @@ def _mixed(
         if len(made) == MOST:
             break
     return made
+
+
+def _layout(image: ImageFeatures) -> Layout:
+    """What images must share so that their rows are of the same places: words, shape, and what the
+    model is told of their grid."""
+    inputs = [(name, value.flatten().tolist()) for name, value in sorted(image.inputs.items())]
+    return image.words, tuple(image.features.shape), repr(inputs)
 
 
 def _mean(group: Sequence[tuple[str, ImageFeatures]]) -> GivenFeatures:

@@ -73,39 +73,73 @@ def weighed(config: Config, profiles: Mapping[str, heterogeneity.Profile]) -> Pa
     profiles = {client: profiles[client] for client in sorted(profiles)}  # sums of floats
     found = heterogeneity.standings(profiles)
     weights = party_weights(given.weight, given.w, config.scenario["name"], found)
-    fusion = fusion_of(profiles.values(), strength=given.fusion) if given.fusion else None
     if not given.uses_profiles or config.topology != "federated":
-        return Parties(found, weights, fusion=fusion)
+        return Parties(found, weights)
+    fusion = fusion_of(profiles.values(), strength=given.fusion) if given.fusion else None
+    up, down = heterogeneity.traffic(profiles.values(), weighted=given.weighs_by_profile)
     return Parties(
         found,
         weights,
         scales=heterogeneity.factors(found, given.aggregation) if given.aggregation else None,
         chances=heterogeneity.factors(found, given.sampling) if given.sampling else None,
         fusion=fusion,
-        once=heterogeneity.traffic(profiles.values(), weighted=given.weighs_by_profile),
+        once=(up, down + len(profiles) * (fusion.nbytes if fusion else 0)),
     )
 
 
-def mixtures_between(
+@dataclass(frozen=True)
+class Exchange:
+    """The parties' mixtures of image features. givers, takers: parties with images and without
+    any; up, down: bytes of all together, once before the first round."""
+
+    pool: Mixtures
+    givers: int
+    takers: int
+    up: int
+    down: int
+
+    def facts(self) -> dict[str, Any]:
+        """What a result says of it."""
+        made = {name: len(self.pool[name]) for name in sorted(self.pool)}
+        return {
+            "made": made,
+            "givers": self.givers,
+            "takers": self.takers,
+            "bytes": {"up": self.up, "down": self.down},
+        }
+
+
+def exchange_of(
     config: Config, mllm: Mllm, samples: Mapping[str, Sequence[Sample]]
-) -> tuple[Mixtures, tuple[int, int]]:
-    """The parties' mixtures of image features, where the strategy asks for them, and bytes up and
-    down: every party with images gives, every party without any gets all. samples: by client."""
+) -> Exchange | None:
+    """Mixtures where the strategy asks for them: every party with images gives, every party
+    without any gets all. samples: by client. Nothing is given where nobody would take it.
+
+    Raises `UserError` if somebody would and no class has images enough.
+    """
     size = config.strategy.mixtures
     if not size or config.topology != "federated":
-        return {}, (0, 0)
-    if mllm.policy.keeps != "features":
-        raise UserError(
-            "strategy.mixtures: with a trained connector or tower (trained) features change each "
-            "round and cannot be given once: leave one of the two off"
-        )
+        return None
+    with_images = {c: [s for s in held if s.image is not None] for c, held in samples.items()}
+    givers = [client for client, held in with_images.items() if held]
+    takers = len([held for held in samples.values() if held]) - len(givers)
+    if not takers:
+        return Exchange({}, len(givers), 0, 0, 0)
     pool = gathered(
         {
             client: mixtures_of(
-                held, mllm.image_features, size=size, client=client, seed=config.seed
+                with_images[client],
+                mllm.image_features,
+                size=size,
+                client=client,
+                seed=config.seed,
             )
-            for client, held in samples.items()
+            for client in givers
         }
     )
-    takers = sum(all(sample.image is None for sample in held) for held in samples.values())
-    return pool, (payload(pool), payload(pool) * takers)
+    if not pool:
+        raise UserError(
+            f"strategy.mixtures: no party has {size} different images of one class and size, so "
+            "there is nothing to give to parties without images: lower it or set it to 0"
+        )
+    return Exchange(pool, len(givers), takers, payload(pool), payload(pool) * takers)

@@ -31,6 +31,7 @@ def load_adapter(folder: Path, device: str = "cpu") -> tuple[Mllm, dict[str, Any
         model, lora = facts["model"], facts["lora"]
         policy = make_policy(**facts.get("trained", {}))
         dtype = getattr(torch, model["dtype"])
+        check_fusion(facts)
         (folder / "adapter_model.safetensors").stat()  # before a large base is read
     except FileNotFoundError as error:
         inside = sorted(p.parent.name for p in folder.glob(f"*/{ADAPTER_FACTS}"))
@@ -60,6 +61,18 @@ def load_adapter(folder: Path, device: str = "cpu") -> tuple[Mllm, dict[str, Any
     return mllm, facts
 
 
+def fusion_in(facts: dict[str, Any]) -> Fusion | None:
+    """How the run fused modalities, if it did."""
+    return Fusion(**facts["fusion"]) if "fusion" in facts else None
+
+
+def check_fusion(facts: dict[str, Any]) -> None:
+    """Raises ValueError or TypeError unless there is a prior for each class."""
+    given = fusion_in(facts)
+    if given and len(given.prior) != len(facts["task"]["classes"]):
+        raise ValueError("fusion.prior does not fit the classes")
+
+
 def predict(
     adapter: Path,
     *,
@@ -83,8 +96,7 @@ def predict(
         prompted = render(sample, Task(task.name, "open", "accuracy"), facts["prompt"])
         return mllm.generate([mllm.encode(prompted)])[0], []
     labelled = Sample(id="input", answer="", image=source, text=text, label=0)
-    fusion = Fusion(**facts["fusion"]) if "fusion" in facts else None
     asked = TestSet(mllm, task, [labelled], style=facts["prompt"])
-    scores = asked.probabilities("both", 1, fusion=fusion)[0].tolist()
+    scores = asked.probabilities("both", 1, fusion=fusion_in(facts))[0].tolist()
     ranked = sorted(zip(task.classes, scores, strict=True), key=lambda pair: -pair[1])
     return ranked[0][0], ranked

@@ -218,7 +218,7 @@ def _shape_faults(data: Result) -> Iterator[str]:
     yield from _task_faults(data.get("task"))
     if not isinstance(data.get("metrics"), dict):
         yield "has no metrics"
-    for key in (*_SECTIONS, "hardware", "manifest", "heterogeneity"):
+    for key in (*_SECTIONS, "hardware", "manifest", "heterogeneity", "mixtures", "fusion"):
         if data.get(key) is not None and not isinstance(data[key], dict):
             yield f"{key} is {_kind(data[key])}, not an object"
     if not isinstance(data.get("history") or [], list):
