@@ -61,9 +61,8 @@ def test_bad_input_is_refused_before_anything_starts(tmp_path) -> None:
         simulate(small(), tmp_path, at_once=3)
     with pytest.raises(UserError, match="topology local has nobody to federate with"):
         simulate(small(topology="local"), tmp_path)
-    profiles = {"mu": 0.5, "weight": "profile"}
-    with pytest.raises(UserError, match="need the parties' profiles"):
-        simulate(small(strategy=profiles), tmp_path)
+    with pytest.raises(UserError, match=r"strategy\.fusion works in one process only"):
+        simulate(small(strategy={"fusion": 1.0}), tmp_path)
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "thesis.tex").touch()
     with pytest.raises(UserError, match="is not a run folder"):
