@@ -19,9 +19,9 @@ ROOT = Path(fedmllm.__file__).parent
 LAYERS = [
     {"errors", "rng", "folders"},
     {"data", "prompts", "metrics"},
-    {"partition", "scenarios", "manifest", "export", "heterogeneity"},
+    {"partition", "scenarios", "manifest", "export", "heterogeneity", "fusion"},
     {"models"},
-    {"algorithms", "alignment", "client", "cohort", "drift", "evaluation", "strategies"},
+    {"algorithms", "alignment", "client", "cohort", "drift", "evaluation", "recombination", "strategies"},
     {"federation", "checkpoint", "results"},
     {
         "bench",

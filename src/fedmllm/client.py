@@ -20,6 +20,7 @@ from fedmllm.algorithms.base import LocalObjective, Params, Proximal, Update, ze
 from fedmllm.alignment import Terms
 from fedmllm.errors import UserError
 from fedmllm.models.mllm import Encoded, Mllm, Reading
+from fedmllm.recombination import compose
 from fedmllm.rng import stream, stream_seed
 
 
@@ -165,9 +166,16 @@ class LocalTraining:
         for epoch in range(self.plan.epochs):
             self.terms.epoch = epoch
             draw = stream(self.seed, "order", self.job.client, self.round, epoch)
-            order = draw.permutation(len(samples))
-            for start in range(0, len(order), size):
-                yield [samples[i] for i in order[start : start + size]]
+            made = compose(
+                [samples[i] for i in draw.permutation(len(samples))],
+                self.objective.composition,
+                client=self.job.client,
+                round_=self.round,
+                epoch=epoch,
+                seed=self.seed,
+            )
+            for start in range(0, len(made), size):
+                yield made[start : start + size]
 
     def step(self, batch: Sequence[Encoded], loss: float) -> None:
         """One optimiser step with the gradients that `batch` has left; then they are gone.

@@ -136,6 +136,8 @@ class StrategySection(_Section):
     null: a seventh of the layers). Parties' profiles: epsilon (null: no noise), aggregation and
     sampling (above 0: less of the parties that diverge; 0: off). Alignment: prototypes,
     prototype_loss, temperature, momentum; distillation, distillation_target; views; incomplete.
+    Composition of epochs: recombine and resample, shares of samples that lack a modality. Tests:
+    fusion.
     """
 
     mu: float = Field(0.0, ge=0, le=_HUGE)
@@ -153,11 +155,14 @@ class StrategySection(_Section):
     distillation_target: Literal["logits", "hidden"] = "logits"
     views: float = Field(0.0, ge=0, le=_HUGE)
     incomplete: float = Field(1.0, ge=0, le=_HUGE)
+    recombine: float = Field(0.0, ge=0, le=1)
+    resample: float = Field(0.0, ge=0, le=1)
+    fusion: float = Field(0.0, ge=0, le=1)
 
     @property
     def uses_profiles(self) -> bool:
         """Whether parties send their profiles."""
-        return self.weighs_by_profile or bool(self.aggregation) or bool(self.sampling)
+        return self.weighs_by_profile or bool(self.aggregation or self.sampling or self.fusion)
 
     @property
     def weighs_by_profile(self) -> bool:

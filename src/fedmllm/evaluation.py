@@ -12,6 +12,8 @@ import numpy as np
 
 from fedmllm import metrics
 from fedmllm.data.sample import Sample, Task
+from fedmllm.fusion import Fusion
+from fedmllm.heterogeneity import is_complete
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.prompts import render
 
@@ -36,7 +38,7 @@ class TestSet:
         samples: Sequence[Sample],
         *,
         style: str,
-        max_length: int,
+        max_length: int = 1200,
         long_text: str = "refuse",
     ) -> None:
         self.mllm, self.task, self.samples = mllm, task, samples
@@ -60,6 +62,24 @@ class TestSet:
         """Ids of the samples whose text was shortened."""
         return {item.id for items in self._encoded.values() for item in items if item.shortened}
 
+    def probabilities(
+        self, condition: str, size: int, *, batch_size: int = 64, fusion: Fusion | None = None
+    ) -> np.ndarray:
+        """Probabilities of the options [size, C] for the first `size` samples of a choice task."""
+
+        def score(condition: str) -> np.ndarray:
+            items = self.encoded(condition, size)
+            return self.mllm.score_options(items, batch_size=batch_size).numpy()
+
+        found = score(condition)
+        whole = [i for i, s in enumerate(self.samples[:size]) if is_complete(s)]
+        if condition != "both" or fusion is None or not fusion.share or not whole:
+            return found
+        parts = [found, score("text_withheld"), score("image_withheld")]
+        fused = found.astype(np.float64)
+        fused[whole] = fusion(*(part[whole] for part in parts))
+        return fused
+
     def evaluate(
         self,
         condition: str = "both",
@@ -67,16 +87,19 @@ class TestSet:
         limit: int | None = None,
         batch_size: int = 64,
         given: list[str] | None = None,
+        fusion: Fusion | None = None,
     ) -> dict[str, float]:
         """Metrics of the model's present adapter; `limit` takes the first so many samples.
 
-        given: a list that gets the answers of an open task, in the order of the samples.
+        given: a list that gets the answers of an open task, in the order of the samples. fusion: of
+        the samples of a choice task that have both modalities under the condition.
         """
-        items = self.encoded(condition, min(limit or len(self.samples), len(self.samples)))
-        samples = self.samples[: len(items)]
+        size = min(limit or len(self.samples), len(self.samples))
+        samples = self.samples[:size]
         if self.task.kind == "choice":
-            scores = self.mllm.score_options(items, batch_size=batch_size).numpy()
+            scores = self.probabilities(condition, size, batch_size=batch_size, fusion=fusion)
             return choice_metrics(scores, [int(s.label or 0) for s in samples], self.task)
+        items = self.encoded(condition, size)
         longest = max(16, *(len(item.answer) for item in items))
         answers = self.mllm.generate(items, batch_size=batch_size, max_new_tokens=longest)
         if given is not None:

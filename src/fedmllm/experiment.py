@@ -24,7 +24,14 @@ import yaml
 
 from fedmllm import checkpoint, heterogeneity, manifest, results
 from fedmllm.algorithms import make_algorithm
-from fedmllm.algorithms.base import Algorithm, Alignment, Params, Proximal, ServerState
+from fedmllm.algorithms.base import (
+    Algorithm,
+    Alignment,
+    Composition,
+    Params,
+    Proximal,
+    ServerState,
+)
 from fedmllm.alignment import PROTOTYPES
 from fedmllm.client import LocalPlan, learning_rate
 from fedmllm.config import HASH_KEY, Config, StrategySection, config_hash, options_of
@@ -42,11 +49,13 @@ from fedmllm.federation import (
     payload,
     run_round,
 )
+from fedmllm.fusion import Fusion, fusion_of
 from fedmllm.models import model_path, weights_digest
 from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.partition import held_out
 from fedmllm.prompts import render
+from fedmllm.recombination import completions
 from fedmllm.report.loading import result_digest
 from fedmllm.revisions import revisions_of
 from fedmllm.strategies import edge_layers, party_weights, with_strategy
@@ -432,7 +441,7 @@ class Outcome:
     """A finished federation: its adapter, its rounds, its test metrics by condition, and what it
     answered to open test questions.
 
-    measured: `modality_alignment` of the final adapter. heterogeneity, once: see `Parties`.
+    measured: `modality_alignment` of the final adapter. heterogeneity, once, fusion: see `Parties`.
     """
 
     name: str
@@ -444,6 +453,7 @@ class Outcome:
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
     heterogeneity: dict[str, Any] | None = None
     once: tuple[int, int] = (0, 0)
+    fusion: Fusion | None = None
 
 
 def run_federation(
@@ -495,12 +505,14 @@ def run_federation(
             scales=parties.scales,
             drift=config.evaluation.drift,
         )
-        history.append(_record(session, federation, record, state.params))
+        history.append(_record(session, federation, record, state.params, parties.fusion))
         checkpoint.save(folder, checkpoint.Checkpoint(state, runner.memory, history))
         _write_history(session.folder, federation.name, history)
         _tell(session, "round", federation=federation.name, rounds=federation.rounds, **history[-1])
-    outcome = _test(session, federation, state, history)
-    return replace(outcome, heterogeneity=parties.facts(config), once=parties.once)
+    outcome = _test(session, federation, state, history, parties.fusion)
+    return replace(
+        outcome, heterogeneity=parties.facts(config), once=parties.once, fusion=parties.fusion
+    )
 
 
 def algorithm_of(config: Config, clients: int, mllm: Mllm, task: Task) -> Algorithm:
@@ -522,12 +534,18 @@ def apply_strategy(
     task, 0 for open questions. Raises `UserError` if the strategy does not fit them."""
     given = config.strategy
     keys = Alignment.__dataclass_fields__
+    if given.fusion and not classes:
+        raise UserError(
+            "strategy.fusion: the task has open questions, whose answers have no probabilities to "
+            "multiply: leave it off there"
+        )
     # the parties' own weights hold w
     mu = Proximal(given.mu, edge_layers=edge_layers(layers, given.edge_layers))
     return with_strategy(
         algorithm,
         adaptive=mu if given.mu else None,
         alignment=Alignment(**{key: getattr(given, key) for key in keys}),
+        composition=Composition(given.recombine, given.resample),
         classes=classes,
         width=width,
         momentum=given.momentum,
@@ -537,7 +555,7 @@ def apply_strategy(
 @dataclass(frozen=True)
 class Parties:
     """What the server makes of the parties' profiles, by client: weights of the adaptive
-    regularisation, factors on updates and chances to be drawn (None: all alike).
+    regularisation, factors on updates and chances to be drawn (None: all alike), late fusion.
 
     once: bytes that crossed for it, up and down, before the first round.
     """
@@ -546,6 +564,7 @@ class Parties:
     weights: Mapping[str, float]
     scales: Mapping[str, float] | None = None
     chances: Mapping[str, float] | None = None
+    fusion: Fusion | None = None
     once: tuple[int, int] = (0, 0)
 
     def facts(self, config: Config) -> dict[str, Any] | None:
@@ -585,13 +604,15 @@ def parties_of(session: Session, federation: Federation) -> Parties:
     }
     found = heterogeneity.standings(profiles)
     weights = party_weights(given.weight, given.w, config.scenario["name"], found)
+    fusion = fusion_of(profiles.values(), strength=given.fusion) if given.fusion else None
     if not given.uses_profiles or config.topology != "federated":
-        return Parties(found, weights)
+        return Parties(found, weights, fusion=fusion)
     return Parties(
         found,
         weights,
         scales=heterogeneity.factors(found, given.aggregation) if given.aggregation else None,
         chances=heterogeneity.factors(found, given.sampling) if given.sampling else None,
+        fusion=fusion,
         once=heterogeneity.traffic(profiles.values(), weighted=given.weighs_by_profile),
     )
 
@@ -606,10 +627,7 @@ def local_runner(
 
     def samples(client: str) -> list[Encoded]:
         if client not in encoded:
-            encoded[client] = [
-                session.shared.encode(config, session.task, sample)
-                for sample in federation.samples[client]
-            ]
+            encoded[client] = _encode_party(session, client, federation.samples[client])
             session.shortened.update(item.id for item in encoded[client] if item.shortened)
         return encoded[client]
 
@@ -633,8 +651,28 @@ def local_runner(
     )
 
 
+def _encode_party(session: Session, client: str, samples: Sequence[Sample]) -> list[Encoded]:
+    """A party's training samples, with their completions where the strategy recombines."""
+
+    def encode(sample: Sample) -> Encoded:
+        return session.shared.encode(session.config, session.task, sample)
+
+    made = [encode(sample) for sample in samples]
+    if not session.config.strategy.recombine:
+        return made
+    found = completions(samples, client=client, seed=session.config.seed)
+    return [
+        replace(item, completions=tuple(map(encode, found.get(sample.id, ()))))
+        for item, sample in zip(made, samples, strict=True)
+    ]
+
+
 def _record(
-    session: Session, federation: Federation, record: RoundRecord, params: Params
+    session: Session,
+    federation: Federation,
+    record: RoundRecord,
+    params: Params,
+    fusion: Fusion | None,
 ) -> dict[str, Any]:
     """A round's line, with the test metrics when an evaluation is due."""
     evaluation = session.config.evaluation
@@ -644,7 +682,8 @@ def _record(
         began = time.perf_counter()
         session.mllm.set_adapter(params)
         limit, size = evaluation.limit, evaluation.batch_size
-        found = {"both": session.test.evaluate("both", limit=limit, batch_size=size)}
+        both = session.test.evaluate("both", limit=limit, batch_size=size, fusion=fusion)
+        found = {"both": both}
         seconds = time.perf_counter() - began
     line = asdict(record)
     line["clients"] = list(line.pop("cohort"))
@@ -657,7 +696,11 @@ def _record(
 
 
 def _test(
-    session: Session, federation: Federation, state: ServerState, history: list[dict[str, Any]]
+    session: Session,
+    federation: Federation,
+    state: ServerState,
+    history: list[dict[str, Any]],
+    fusion: Fusion | None,
 ) -> Outcome:
     """Test the final adapter under every condition; the last round's line gets the metrics."""
     evaluation = session.config.evaluation
@@ -668,7 +711,7 @@ def _test(
     for condition in evaluation.conditions if session.test.samples else ():
         given: list[str] = []
         found[condition] = session.test.evaluate(
-            condition, batch_size=evaluation.batch_size, given=given
+            condition, batch_size=evaluation.batch_size, given=given, fusion=fusion
         )
         answers += _answers(federation.name, condition, session.test.samples, given)
         _tell(session, "test", federation=federation.name, condition=condition)
@@ -709,15 +752,18 @@ def _held_out(
 ) -> dict[str, Any]:
     """The final adapter (a local run: its own) on what each party held out, as the party holds
     it."""
-    adapters = {outcome.name: outcome.params for outcome in outcomes}
+    adapters = {outcome.name: outcome for outcome in outcomes}
     found: dict[str, dict[str, float]] = {}
     for client in sorted(name for name in samples if samples[name]):
-        session.mllm.set_adapter(adapters.get(client, outcomes[0].params))
-        found[client] = score_own(session, samples[client])
+        outcome = adapters.get(client, outcomes[0])
+        session.mllm.set_adapter(outcome.params)
+        found[client] = score_own(session, samples[client], outcome.fusion)
     return over_parties(found)
 
 
-def score_own(session: Session, samples: Sequence[Sample]) -> dict[str, float]:
+def score_own(
+    session: Session, samples: Sequence[Sample], fusion: Fusion | None = None
+) -> dict[str, float]:
     """The model's present adapter on a party's own samples, as the party holds them."""
     config = session.config
     own = TestSet(
@@ -728,7 +774,7 @@ def score_own(session: Session, samples: Sequence[Sample]) -> dict[str, float]:
         max_length=config.training.max_length,
         long_text=config.training.long_text,
     )
-    return own.evaluate("both", batch_size=config.evaluation.batch_size)
+    return own.evaluate("both", batch_size=config.evaluation.batch_size, fusion=fusion)
 
 
 def over_parties(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -768,6 +814,8 @@ def save_adapter(session: Session, outcomes: list[Outcome]) -> None:
             "prompt": session.config.prompt,
             "task": asdict(session.task),
         }
+        if outcome.fusion:
+            facts["fusion"] = asdict(outcome.fusion)
         results.write_json(folder / ADAPTER_FACTS, facts)
 
 
@@ -819,6 +867,8 @@ def make_result(
     if outcomes[0].heterogeneity:
         up, down = outcomes[0].once
         result["heterogeneity"] = {**outcomes[0].heterogeneity, "bytes": {"up": up, "down": down}}
+    if outcomes[0].fusion and len(outcomes) == 1:
+        result["fusion"] = asdict(outcomes[0].fusion)
     if outcomes[0].measured and len(outcomes) == 1:
         result["modality_alignment"] = outcomes[0].measured
     if config.topology == "local":

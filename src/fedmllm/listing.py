@@ -27,6 +27,9 @@ STRATEGIES = {
     "distillation": "a masked view of a whole sample is pulled to the whole",
     "views": "the masked view's own answer is learnt",
     "incomplete": "factor on the loss of samples that lack a modality",
+    "recombine": "such samples are completed by others of their party and answer",
+    "fusion": "a whole test sample's answer from its parts as well, by who held what",
+    "resample": "whole samples of the party take the place of such samples",
 }
 
 

@@ -12,7 +12,9 @@ from safetensors import SafetensorError
 from fedmllm.data.images import ImageFile
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
+from fedmllm.evaluation import TestSet
 from fedmllm.experiment import ADAPTER_FACTS
+from fedmllm.fusion import Fusion
 from fedmllm.models import model_path
 from fedmllm.models.components import make_policy
 from fedmllm.models.mllm import Mllm
@@ -81,7 +83,8 @@ def predict(
         prompted = render(sample, Task(task.name, "open", "accuracy"), facts["prompt"])
         return mllm.generate([mllm.encode(prompted)])[0], []
     labelled = Sample(id="input", answer="", image=source, text=text, label=0)
-    encoded = mllm.encode(render(labelled, task, facts["prompt"]))
-    scores = mllm.score_options([encoded])[0].tolist()
+    fusion = Fusion(**facts["fusion"]) if "fusion" in facts else None
+    asked = TestSet(mllm, task, [labelled], style=facts["prompt"])
+    scores = asked.probabilities("both", 1, fusion=fusion)[0].tolist()
     ranked = sorted(zip(task.classes, scores, strict=True), key=lambda pair: -pair[1])
     return ranked[0][0], ranked

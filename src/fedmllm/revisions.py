@@ -15,7 +15,8 @@ from typing import Any
 
 # Part -> revision; a part that is not listed is at 1. Parts: core (model, client, loop,
 # evaluation, metrics, partition), data:NAME, algorithm:NAME, scenario:NAME, topology:NAME,
-# prompt:NAME, strategy:NAME (regularisation, profiles, alignment; only where in use).
+# prompt:NAME, strategy:NAME (regularisation, profiles, alignment,
+# composition, fusion; only where in use).
 REVISIONS: dict[str, int] = {}
 
 
@@ -37,11 +38,14 @@ def strategy_parts(strategy: Mapping[str, Any]) -> list[str]:
         "regularisation": strategy.get("mu"),
         "profiles": strategy.get("aggregation")
         or strategy.get("sampling")
+        or strategy.get("fusion")
         or (strategy.get("mu") and strategy.get("weight") == "profile"),
         "alignment": strategy.get("prototypes")
         or strategy.get("distillation")
         or strategy.get("views")
         or strategy.get("incomplete", 1.0) != 1.0,
+        "composition": strategy.get("recombine") or strategy.get("resample"),
+        "fusion": strategy.get("fusion"),
     }
     return [part for part, used in on.items() if used]
 

@@ -17,6 +17,7 @@ import torch
 from fedmllm.algorithms.base import (
     Algorithm,
     Alignment,
+    Composition,
     Params,
     Proximal,
     ServerState,
@@ -26,6 +27,7 @@ from fedmllm.algorithms.options import check_not_negative
 from fedmllm.alignment import PROTOTYPES, check_alignment
 from fedmllm.errors import UserError
 from fedmllm.heterogeneity import Standing
+from fedmllm.recombination import check_composition
 
 # Of the hand-set weight, in each scenario: the paper's order, aligned < missing < single and mixed
 # modalities. That it is all of w in the last two and none in the first is ours.
@@ -65,6 +67,7 @@ def with_strategy(
     *,
     adaptive: Proximal | None = None,
     alignment: Alignment | None = None,
+    composition: Composition | None = None,
     classes: int = 0,
     width: int = 0,
     momentum: float = 0.0,
@@ -77,11 +80,15 @@ def with_strategy(
     Raises `UserError` for a value out of range, or prototypes where there are no classes.
     """
     adaptive, alignment = adaptive or Proximal(), alignment or Alignment()
+    composition = composition or Composition()
     check_alignment(alignment)
+    check_composition(composition)
     check_not_negative(mu=adaptive.mu, w=adaptive.weight)
     if not 0 <= momentum < 1:
         raise UserError(f"momentum is {momentum}: give a number from 0 to below 1")
-    local = replace(algorithm.local, adaptive=adaptive, alignment=alignment)
+    local = replace(
+        algorithm.local, adaptive=adaptive, alignment=alignment, composition=composition
+    )
     algorithm = replace(algorithm, local=local)
     if not alignment.prototypes:
         return algorithm

@@ -206,6 +206,18 @@ class Alignment:
 
 
 @dataclass(frozen=True)
+class Composition:
+    """What stands in an epoch for a sample that lacks a modality; `fedmllm.recombination`.
+
+    recombine: probability to complete it with that of another sample of its party and answer.
+    resample: probability that a whole sample of its party takes its place.
+    """
+
+    recombine: float = 0.0
+    resample: float = 0.0
+
+
+@dataclass(frozen=True)
 class LocalObjective:
     """What an algorithm or strategy adds to a client's own loss.
 
@@ -213,12 +225,14 @@ class LocalObjective:
     control: correct gradients with SCAFFOLD's control variates.
     adaptive: a second proximal term, that of the strategy: FedProx may have both.
     alignment: what the strategies add to the loss of a sample.
+    composition: what the strategies make of samples that lack a modality.
     """
 
     mu: float = 0.0
     control: bool = False
     adaptive: Proximal = Proximal()
     alignment: Alignment = Alignment()
+    composition: Composition = Composition()
 
 
 @dataclass(frozen=True)

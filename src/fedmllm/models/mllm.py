@@ -59,7 +59,8 @@ class Encoded:
     """A sample as token ids: `prompt` up to and including the words that open the answer,
     `answer` with its end-of-turn token; the image by reference. shortened: words were left out.
 
-    For strategies only: whether it is `complete` in its modalities, and its masked `views`.
+    For strategies only: whether it is `complete` in its modalities, its masked `views`, and its
+    `completions` with what it lacks from other samples.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Encoded:
     shortened: bool = False
     complete: bool = True
     views: tuple[Encoded, ...] = ()
+    completions: tuple[Encoded, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)

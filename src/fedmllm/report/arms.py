@@ -28,6 +28,9 @@ PARTS = {
     "distillation": "distillation",
     "views": "views",
     "incomplete": "whole samples",
+    "recombine": "recombination",
+    "resample": "resampling",
+    "fusion": "fusion",
 }
 # Keys that say where a run stands and not what was done; evaluation costs, but changes nothing.
 _PLACE = (*NO_NUMBERS[""], "seed", "scenario", "data", "model", "evaluation")

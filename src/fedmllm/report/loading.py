@@ -55,6 +55,9 @@ _STRATEGY: dict[str, Any] = {
     "distillation_target": "logits",
     "views": 0.0,
     "incomplete": 1.0,
+    "recombine": 0.0,
+    "resample": 0.0,
+    "fusion": 0.0,
 }
 LATER: dict[str, dict[str, Any]] = {
     "": {
