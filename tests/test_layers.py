@@ -21,7 +21,17 @@ LAYERS = [
     {"data", "prompts", "metrics"},
     {"partition", "scenarios", "manifest", "export", "heterogeneity", "fusion"},
     {"models"},
-    {"algorithms", "alignment", "client", "cohort", "drift", "evaluation", "recombination", "strategies"},
+    {
+        "algorithms",
+        "alignment",
+        "client",
+        "cohort",
+        "drift",
+        "evaluation",
+        "mixtures",
+        "recombination",
+        "strategies",
+    },
     {"federation", "checkpoint", "results"},
     {
         "bench",

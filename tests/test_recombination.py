@@ -54,7 +54,8 @@ def test_a_sample_is_completed_by_those_of_its_answer() -> None:
     assert {image for image, _ in of(found, "n")} == {"image of i", "image of w"}
     assert {text for _, text in of(found, "n")} == {"text of t", "text of w"}
     assert {made.answer for each in found.values() for made in each} == {"yes"}
-    assert {made.id for made in found["i"]} == {"i+t", "i+w"}
+    assert {made.id for made in found["i"]} == {"i+text:t", "i+text:w"}
+    assert all(made.id.startswith("n+image:") and "+text:" in made.id for made in found["n"])
 
 
 def test_donors_are_drawn_by_seed_client_and_sample_alone() -> None:
@@ -189,7 +190,7 @@ def test_a_run_with_both(mllm: Mllm, tmp_path) -> None:
                 **change,
             }
         )
-        run(config, tmp_path / name, shared=shared)
+        run(config, out=tmp_path / name, shared=shared)
         return (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
 
     found = {

@@ -126,6 +126,7 @@ _SWITCH = {  # a key of the strategy section that means nothing while another is
     **dict.fromkeys(("w", "weight", "edge_layers"), "mu"),
     **dict.fromkeys(("prototype_loss", "temperature", "momentum"), "prototypes"),
     "distillation_target": "distillation",
+    "mixtures": "recombine",
 }
 
 
@@ -136,8 +137,8 @@ class StrategySection(_Section):
     null: a seventh of the layers). Parties' profiles: epsilon (null: no noise), aggregation and
     sampling (above 0: less of the parties that diverge; 0: off). Alignment: prototypes,
     prototype_loss, temperature, momentum; distillation, distillation_target; views; incomplete.
-    Composition of epochs: recombine and resample, shares of samples that lack a modality. Tests:
-    fusion.
+    Composition of epochs: recombine and resample, shares of samples that lack a modality;
+    mixtures, images in one (0: none). Tests: fusion.
     """
 
     mu: float = Field(0.0, ge=0, le=_HUGE)
@@ -157,6 +158,7 @@ class StrategySection(_Section):
     incomplete: float = Field(1.0, ge=0, le=_HUGE)
     recombine: float = Field(0.0, ge=0, le=1)
     resample: float = Field(0.0, ge=0, le=1)
+    mixtures: int = Field(0, ge=0)
     fusion: float = Field(0.0, ge=0, le=1)
 
     @property

@@ -50,6 +50,8 @@ from fedmllm.federation import (
     run_round,
 )
 from fedmllm.fusion import Fusion, fusion_of
+from fedmllm.mixtures import Mixtures, gathered, mixtures_of
+from fedmllm.mixtures import payload as payload_of_mixtures
 from fedmllm.models import model_path, weights_digest
 from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.mllm import Encoded, Mllm
@@ -442,6 +444,7 @@ class Outcome:
     answered to open test questions.
 
     measured: `modality_alignment` of the final adapter. heterogeneity, once, fusion: see `Parties`.
+    mixtures: bytes up and down of mixed features, before the first round.
     """
 
     name: str
@@ -453,6 +456,7 @@ class Outcome:
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
     heterogeneity: dict[str, Any] | None = None
     once: tuple[int, int] = (0, 0)
+    mixtures: tuple[int, int] = (0, 0)
     fusion: Fusion | None = None
 
 
@@ -471,10 +475,11 @@ def run_federation(
     config = session.config
     if algorithm is None:
         algorithm = algorithm_of(config, len(federation.samples), session.mllm, session.task)
-    parties = Parties({}, {})
+    parties, bytes_of_mixtures = Parties({}, {}), (0, 0)
     if runner is None:
         parties = parties_of(session, federation)
-        runner = local_runner(session, federation, parties.weights)
+        mixtures, bytes_of_mixtures = _gather_mixtures(session, federation)
+        runner = local_runner(session, federation, parties.weights, mixtures)
     folder = session.folder / "state" / federation.name
     state = algorithm.init(session.mllm.init_adapter(config.seed))
     history: list[dict[str, Any]] = []
@@ -511,7 +516,11 @@ def run_federation(
         _tell(session, "round", federation=federation.name, rounds=federation.rounds, **history[-1])
     outcome = _test(session, federation, state, history, parties.fusion)
     return replace(
-        outcome, heterogeneity=parties.facts(config), once=parties.once, fusion=parties.fusion
+        outcome,
+        heterogeneity=parties.facts(config),
+        once=parties.once,
+        mixtures=bytes_of_mixtures,
+        fusion=parties.fusion,
     )
 
 
@@ -538,6 +547,13 @@ def apply_strategy(
         raise UserError(
             "strategy.fusion: the task has open questions, whose answers have no probabilities to "
             "multiply: leave it off there"
+        )
+    if given.mixtures == 1:
+        raise UserError("strategy.mixtures: a mixture of 1 image is that image: give 2 or more")
+    if given.mixtures and not classes:
+        raise UserError(
+            "strategy.mixtures: the task has open questions and so no classes to mix images of: "
+            "leave it off there"
         )
     # the parties' own weights hold w
     mu = Proximal(given.mu, edge_layers=edge_layers(layers, given.edge_layers))
@@ -617,17 +633,45 @@ def parties_of(session: Session, federation: Federation) -> Parties:
     )
 
 
+def _gather_mixtures(session: Session, federation: Federation) -> tuple[Mixtures, tuple[int, int]]:
+    """The parties' mixtures of image features, where the strategy asks for them, and bytes up and
+    down: every party with images gives, every party without any gets all."""
+    config, size = session.config, session.config.strategy.mixtures
+    if not size or config.topology != "federated":
+        return {}, (0, 0)
+    if session.mllm.policy.keeps != "features":
+        raise UserError(
+            "strategy.mixtures: with a trained connector or tower (trained) features change each "
+            "round and cannot be given once: leave one of the two off"
+        )
+    pool = gathered(
+        {
+            client: mixtures_of(
+                samples, session.mllm.image_features, size=size, client=client, seed=config.seed
+            )
+            for client, samples in federation.samples.items()
+        }
+    )
+    takers = sum(
+        all(sample.image is None for sample in samples) for samples in federation.samples.values()
+    )
+    return pool, (payload_of_mixtures(pool), payload_of_mixtures(pool) * takers)
+
+
 def local_runner(
-    session: Session, federation: Federation, weights: Mapping[str, float]
+    session: Session,
+    federation: Federation,
+    weights: Mapping[str, float],
+    mixtures: Mixtures | None = None,
 ) -> InProcessRunner:
     """The runner that trains a federation's clients in this process. weights: by client, of the
-    adaptive regularisation."""
+    adaptive regularisation. mixtures: for clients without images."""
     config, training = session.config, session.config.training
     encoded: dict[str, list[Encoded]] = {}
 
     def samples(client: str) -> list[Encoded]:
         if client not in encoded:
-            encoded[client] = _encode_party(session, client, federation.samples[client])
+            encoded[client] = _encode_party(session, client, federation.samples[client], mixtures)
             session.shortened.update(item.id for item in encoded[client] if item.shortened)
         return encoded[client]
 
@@ -651,7 +695,9 @@ def local_runner(
     )
 
 
-def _encode_party(session: Session, client: str, samples: Sequence[Sample]) -> list[Encoded]:
+def _encode_party(
+    session: Session, client: str, samples: Sequence[Sample], mixtures: Mixtures | None
+) -> list[Encoded]:
     """A party's training samples, with their completions where the strategy recombines."""
 
     def encode(sample: Sample) -> Encoded:
@@ -660,7 +706,7 @@ def _encode_party(session: Session, client: str, samples: Sequence[Sample]) -> l
     made = [encode(sample) for sample in samples]
     if not session.config.strategy.recombine:
         return made
-    found = completions(samples, client=client, seed=session.config.seed)
+    found = completions(samples, client=client, seed=session.config.seed, given=mixtures)
     return [
         replace(item, completions=tuple(map(encode, found.get(sample.id, ()))))
         for item, sample in zip(made, samples, strict=True)
@@ -825,6 +871,7 @@ def make_result(
     """A run's result but for its digests; without a manifest it does not say who holds what."""
     config = session.config
     lines = [line for outcome in outcomes for line in outcome.history]
+    before = [a + b for a, b in zip(outcomes[0].once, outcomes[0].mixtures, strict=True)]
     result: dict[str, Any] = {
         "schema": results.SCHEMA,
         "name": config.name,
@@ -838,8 +885,8 @@ def make_result(
         "metrics": results.mean_metrics([outcome.metrics for outcome in outcomes]),
         "history": results.mean_history([outcome.history for outcome in outcomes]),
         "bytes": {
-            "up": sum(line["bytes_up"] for line in lines) + outcomes[0].once[0],
-            "down": sum(line["bytes_down"] for line in lines) + outcomes[0].once[1],
+            "up": sum(line["bytes_up"] for line in lines) + before[0],
+            "down": sum(line["bytes_down"] for line in lines) + before[1],
             "per_client_round": {
                 **_by_component(session.mllm, outcomes[0].params),
                 **_prototype_bytes(session),
@@ -867,6 +914,9 @@ def make_result(
     if outcomes[0].heterogeneity:
         up, down = outcomes[0].once
         result["heterogeneity"] = {**outcomes[0].heterogeneity, "bytes": {"up": up, "down": down}}
+    if any(outcomes[0].mixtures):
+        up, down = outcomes[0].mixtures
+        result["mixtures"] = {"bytes": {"up": up, "down": down}}
     if outcomes[0].fusion and len(outcomes) == 1:
         result["fusion"] = asdict(outcomes[0].fusion)
     if outcomes[0].measured and len(outcomes) == 1:

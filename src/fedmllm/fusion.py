@@ -1,6 +1,6 @@
 """Late fusion of modalities when the model is asked (ours; multiple choice only).
 
-A federation whose parties hold one modality each never shows its model a whole sample. But it learns
+A federation whose parties hold one modality each never shows its model a whole sample. It learns
 p(y | image) and p(y | text), and if image and text say nothing of each other given the answer,
 
     p(y | image, text)  is in proportion to  p(y | image) p(y | text) / p(y).

@@ -29,6 +29,7 @@ STRATEGIES = {
     "incomplete": "factor on the loss of samples that lack a modality",
     "recombine": "such samples are completed by others of their party and answer",
     "fusion": "a whole test sample's answer from its parts as well, by who held what",
+    "mixtures": "parties without images complete their texts with means of others' image features",
     "resample": "whole samples of the party take the place of such samples",
 }
 

@@ -12,14 +12,14 @@ a text excludes a thing and the picture shows that very thing), it is noise with
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 
 from fedmllm.algorithms.base import Composition
-from fedmllm.data.sample import Sample
+from fedmllm.data.sample import ImageSource, Sample
 from fedmllm.errors import UserError
 from fedmllm.models.mllm import Encoded
 from fedmllm.rng import stream, uniform
@@ -35,12 +35,19 @@ def check_composition(given: Composition) -> None:
             raise UserError(f"{name} is {getattr(given, name)}: give a share from 0 to 1")
 
 
-def completions(samples: Sequence[Sample], *, client: str, seed: int) -> dict[str, list[Sample]]:
-    """Up to `DONORS` completions of each sample that lacks a modality, by its id.
+def completions(
+    samples: Sequence[Sample],
+    *,
+    client: str,
+    seed: int,
+    given: Mapping[str, Sequence[ImageSource]] | None = None,
+) -> dict[str, list[Sample]]:
+    """`DONORS` completions of each sample that lacks a modality, by its id.
 
     samples: of one party, as it holds them. A sample without either modality gets both, of two
     donors. One whose answer no other sample with that modality has is left out. The question of an
-    open sample is its text.
+    open sample is its text. given: by answer, images from elsewhere (`fedmllm.mixtures`) for a
+    party that has none.
     """
     images: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     texts: dict[tuple[str, str], list[Sample]] = defaultdict(list)
@@ -49,6 +56,9 @@ def completions(samples: Sequence[Sample], *, client: str, seed: int) -> dict[st
             images[_kin(sample)].append(sample)
         if sample.text is not None:
             texts[_kin(sample)].append(sample)
+    if given and not images:
+        for answer, sources in given.items():
+            images["", answer] += [Sample(source.key, answer, image=source) for source in sources]
     found = {}
     for sample in samples:
         lacks_text = sample.text is None and not sample.question
@@ -113,10 +123,11 @@ def _by_turns(items: Sequence[T], draw: np.random.Generator) -> Iterator[T]:
 
 def _completed(sample: Sample, donors: Sequence[Sample]) -> Sample:
     """The sample with what it lacks from its donors, in the order image, text."""
-    left = iter(donors)
-    image = sample.image if sample.image is not None else next(left).image
-    text = sample.text
+    left, name, image, text = iter(donors), sample.id, sample.image, sample.text
+    if image is None:
+        donor = next(left)
+        name, image = f"{name}+image:{donor.id}", donor.image
     if text is None and not sample.question:
-        text = next(left).text
-    name = "+".join([sample.id, *(donor.id for donor in donors)])
+        donor = next(left)
+        name, text = f"{name}+text:{donor.id}", donor.text
     return replace(sample, id=name, image=image, text=text)

@@ -16,7 +16,7 @@ from typing import Any
 # Part -> revision; a part that is not listed is at 1. Parts: core (model, client, loop,
 # evaluation, metrics, partition), data:NAME, algorithm:NAME, scenario:NAME, topology:NAME,
 # prompt:NAME, strategy:NAME (regularisation, profiles, alignment,
-# composition, fusion; only where in use).
+# composition, mixtures, fusion; only where in use).
 REVISIONS: dict[str, int] = {}
 
 
@@ -45,6 +45,7 @@ def strategy_parts(strategy: Mapping[str, Any]) -> list[str]:
         or strategy.get("views")
         or strategy.get("incomplete", 1.0) != 1.0,
         "composition": strategy.get("recombine") or strategy.get("resample"),
+        "mixtures": strategy.get("mixtures"),
         "fusion": strategy.get("fusion"),
     }
     return [part for part, used in on.items() if used]

@@ -68,6 +68,18 @@ class ImageFeatures:
         return sum(part.nbytes for part in [*held, *tensors_of(self.recorded)])
 
 
+@dataclass(frozen=True)
+class GivenFeatures:
+    """An image source of which only the features are there, such as a mixture of images."""
+
+    key: str
+    features: ImageFeatures
+
+    def open(self) -> Image.Image:
+        """Raises ValueError: there is no picture."""
+        raise ValueError(f"{self.key} has features and no picture")
+
+
 class Store(Protocol):
     """Where features outlive the process; keys as of `FeatureCache`."""
 

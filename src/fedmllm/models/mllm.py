@@ -35,7 +35,14 @@ from fedmllm.models.components import (
     train_only_what_is_trained,
 )
 from fedmllm.models.feature_store import store_for
-from fedmllm.models.features import FeatureCache, ImageFeatures, feature_inputs, look, see
+from fedmllm.models.features import (
+    FeatureCache,
+    GivenFeatures,
+    ImageFeatures,
+    feature_inputs,
+    look,
+    see,
+)
 from fedmllm.models.loading import family, load_base
 from fedmllm.models.lora import (
     adapted_modules,
@@ -374,7 +381,9 @@ class Mllm:
         return self._answers[answer]
 
     def image_features(self, source: ImageSource) -> ImageFeatures:
-        """Words and connector output of an image, from the cache or computed now."""
+        """Words and connector output of an image: its own, from the cache, or computed now."""
+        if isinstance(source, GivenFeatures):
+            return source.features
         found = self.features.get(source.key)
         if found is None:
             found = self._see(source)

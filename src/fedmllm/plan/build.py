@@ -344,6 +344,8 @@ def _strategy_notes(config: Config, parties: Parties | None) -> list[str]:
             "masked views: a second pass for every sample with both modalities; memory is that of "
             "one pass"
         )
+    if strategy.mixtures:
+        lines.append("mixed features: their bytes, once before the first round, are not counted")
     if parties is None and (strategy.prototypes or strategy.uses_profiles):
         lines.append("the classes are not known: prototypes are counted for one, labels for none")
     return lines

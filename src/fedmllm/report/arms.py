@@ -30,6 +30,7 @@ PARTS = {
     "incomplete": "whole samples",
     "recombine": "recombination",
     "resample": "resampling",
+    "mixtures": "mixtures",
     "fusion": "fusion",
 }
 # Keys that say where a run stands and not what was done; evaluation costs, but changes nothing.

@@ -57,6 +57,7 @@ _STRATEGY: dict[str, Any] = {
     "incomplete": 1.0,
     "recombine": 0.0,
     "resample": 0.0,
+    "mixtures": 0,
     "fusion": 0.0,
 }
 LATER: dict[str, dict[str, Any]] = {
