@@ -21,6 +21,13 @@ app = typer.Typer(
     help="Run an experiment over several machines (needs fedmllm[nvflare]).",
 )
 
+Experiment = Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. partition.clients=3.")]
+Sites = Annotated[str, typer.Option(help="How many, or their names: clinic-a,clinic-b.")]
+MinSites = Annotated[
+    int | None, typer.Option(min=1, help="Updates that make a round. [default: most sites]")
+]
+Deadline = Annotated[float, typer.Option(min=1, help="Seconds that a round waits for slow sites.")]
 Folder = Annotated[Path, typer.Argument(help="The folder that `deploy init` made.")]
 
 
@@ -31,11 +38,9 @@ def _needs_nvflare() -> None:
 
 @app.command()
 def init(
-    experiment: Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, e.g. partition.clients=3.")
-    ] = None,
-    sites: Annotated[str, typer.Option(help="How many, or their names: clinic-a,clinic-b.")] = "3",
+    experiment: Experiment,
+    overrides: Overrides = None,
+    sites: Sites = "3",
     out: Annotated[Path, typer.Option(help="Where the kits go.")] = Path("federation"),
     server: Annotated[
         str, typer.Option(help="The server's host name. localhost: all on this machine.")
@@ -43,12 +48,8 @@ def init(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="[default: 8002; localhost: a free one]")
     ] = None,
-    min_sites: Annotated[
-        int | None, typer.Option(min=1, help="Updates that make a round. [default: most sites]")
-    ] = None,
-    deadline: Annotated[
-        float, typer.Option(min=1, help="Seconds that a round waits for slow sites.")
-    ] = 3600.0,
+    min_sites: MinSites = None,
+    deadline: Deadline = 3600.0,
 ) -> None:
     """Write a kit for the server, each site and the administrator: keys, policies, settings."""
     _needs_nvflare()
@@ -75,10 +76,8 @@ def init(
 
 @app.command()
 def simulate(
-    experiment: Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, e.g. partition.clients=3.")
-    ] = None,
+    experiment: Experiment,
+    overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The run goes to OUT/NAME.")] = Path("runs"),
     at_once: Annotated[
         int | None, typer.Option(min=1, help="Parties with a process at a time. [default: all]")
@@ -96,18 +95,12 @@ def simulate(
 
 @app.command()
 def flower(
-    experiment: Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, e.g. partition.clients=3.")
-    ] = None,
-    sites: Annotated[str, typer.Option(help="How many, or their names: clinic-a,clinic-b.")] = "3",
+    experiment: Experiment,
+    overrides: Overrides = None,
+    sites: Sites = "3",
     out: Annotated[Path, typer.Option(help="Where app and kits go.")] = Path("flower"),
-    min_sites: Annotated[
-        int | None, typer.Option(min=1, help="Updates that make a round. [default: most sites]")
-    ] = None,
-    deadline: Annotated[
-        float, typer.Option(min=1, help="Seconds that a round waits for slow sites.")
-    ] = 3600.0,
+    min_sites: MinSites = None,
+    deadline: Deadline = 3600.0,
 ) -> None:
     """Write an app for `flwr run` and a kit for each party of a Flower federation that there is."""
     from fedmllm.config import load_config
