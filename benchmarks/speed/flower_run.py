@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ def outside(*command: str) -> dict[str, Any]:
     return {"whole": whole, **json.loads(lines[-1])}
 
 
+OURS = ("flower_run", "--here", "part")  # this row in a process of its own
+
+
 def main(quick: bool, *words: str) -> None:
     """Both sides, or ours in this process."""
     if words:
@@ -79,15 +83,32 @@ def main(quick: bool, *words: str) -> None:
         print("flower_run: left out, FLOWER_PYTHON is not given", flush=True)
         return
     rounds = 3 if quick else 25
-    here = str(Path(__file__).parent)
-    app = str(Path(__file__).with_name("flower_run_app.py"))
+    app = [os.environ["FLOWER_PYTHON"], str(Path(__file__).with_name("flower_run_app.py"))]
+    sides = {
+        "Flower, one actor": [*app, str(rounds), "1"],
+        "Flower, two actors": [*app, str(rounds), "2"],
+    }
+    engine_row("flower_run", sides, "flwr", what=__doc__ or "", rounds=rounds, quick=quick)
+
+
+def engine_row(
+    row: str,
+    sides: Mapping[str, Sequence[str]],
+    engine: str,
+    *,
+    what: str,
+    rounds: int,
+    quick: bool,
+) -> None:
+    """Ours against the commands of an engine (`sides`), each of which says its version under the
+    engine's name."""
+    commands = {
+        "ours": [sys.executable, str(Path(__file__).parent), *OURS, str(rounds)],
+        **sides,
+    }
     tries = []
     for _ in range(1 if quick else 2):
-        found = {
-            "ours": outside(sys.executable, here, "flower_run", "--here", "part", str(rounds)),
-            "Flower, one actor": outside(os.environ["FLOWER_PYTHON"], app, str(rounds), "1"),
-            "Flower, two actors": outside(os.environ["FLOWER_PYTHON"], app, str(rounds), "2"),
-        }
+        found = {name: outside(*command) for name, command in commands.items()}
         if any(one["rounds"] != rounds for one in found.values()):
             raise SystemExit(f"error: {rounds} rounds were asked for: {found}")
         tries.append(found)
@@ -103,10 +124,10 @@ def main(quick: bool, *words: str) -> None:
                 took,
                 count=count,
                 unit="rounds",
-                goals={w: 3.0 for w in tries[0] if w != "ours"},
+                goals=dict.fromkeys(sides, 3.0),
                 mean_loss={w: statistics.fmean(f["losses"]) for w, f in tries[0].items()},
-                flwr=tries[0]["Flower, one actor"]["flwr"],
+                **{engine: tries[0][next(iter(sides))][engine]},
             )
         )
         tell(cases[-1])
-    write("flower_run", cases, what=__doc__ or "", quick=quick)
+    write(row, cases, what=what, quick=quick)

@@ -9,44 +9,15 @@ outside with start-up and end, and from the second round's beginning to the last
 
 from __future__ import annotations
 
-import math
-import statistics
 import sys
 from pathlib import Path
 
-from common import Took, compare, tell, write
-from flower_run import outside
+from flower_run import engine_row
 
 
 def main(quick: bool) -> None:
     """Both sides."""
     rounds = 3 if quick else 25
-    here = Path(__file__).parent
-    tries = []
-    for _ in range(1 if quick else 2):
-        found = {
-            "ours": outside(sys.executable, str(here), "flower_run", "--here", "part", str(rounds)),
-            "NVFlare": outside(sys.executable, str(here / "nvflare_run_app.py"), str(rounds)),
-        }
-        if any(one["rounds"] != rounds for one in found.values()):
-            raise SystemExit(f"error: {rounds} rounds were asked for: {found}")
-        tries.append(found)
-    cases = []
-    for name, key, count in (
-        (f"{rounds} rounds, start-up included", "whole", rounds),
-        (f"rounds 2 to {rounds}", "later", rounds - 1),
-    ):
-        took = [{w: Took(f[key], math.nan) for w, f in each.items()} for each in tries]
-        cases.append(
-            compare(
-                name,
-                took,
-                count=count,
-                unit="rounds",
-                goals={"NVFlare": 3.0},
-                mean_loss={w: statistics.fmean(f["losses"]) for w, f in tries[0].items()},
-                nvflare=tries[0]["NVFlare"]["nvflare"],
-            )
-        )
-        tell(cases[-1])
-    write("nvflare_run", cases, what=__doc__ or "", quick=quick)
+    app = str(Path(__file__).with_name("nvflare_run_app.py"))
+    sides = {"NVFlare": [sys.executable, app, str(rounds)]}
+    engine_row("nvflare_run", sides, "nvflare", what=__doc__ or "", rounds=rounds, quick=quick)
