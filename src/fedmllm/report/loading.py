@@ -74,6 +74,7 @@ LATER: dict[str, dict[str, Any]] = {
     "strategy": _STRATEGY,
     "evaluation": {"held_out": 0.0, "drift": False},
     "training": {"long_text": "refuse", "clients_at_once": 1},
+    "data": {"classes": 8},  # of crisis
 }
 _LOADED = ("_path", "_judged")  # what `load_results` adds
 _BOUNDED = ("auc", "macro_f1", "accuracy")

@@ -84,6 +84,7 @@ class Trainer:
         try:
             wire.write(message, file)
             message.tensors.clear()
+            give_back_memory()
             self._send({"do": do, "in": str(file), "out": str(answer)})
             reply = self._wait(aborted)
             if "error" in reply:
