@@ -1,6 +1,8 @@
-"""Tables and figure of docs/strategies.md from results/strategies, over seeds, paired.
+"""Tables and figure of docs/strategies.md from the results of two grids, over seeds, paired.
 
 A gain is what a strategy has over the plain algorithm of the same task, setting, method and seed.
+Of a scenario (aligned, missing, cross, hybrid) it is the mean over the scenario's settings in the
+grid, so that a seed is one observation.
 """
 
 from __future__ import annotations
@@ -10,45 +12,95 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from fedmllm.bench.grid import Grid, load_grid
+from fedmllm.bench.grid import load_grid
 from fedmllm.config import config_hash
 from fedmllm.report.figures import RC, svg
 from fedmllm.report.loading import config_digest
 from fedmllm.report.statistics import ENOUGH, LEVEL, holm, mean_and_half, paired_p
 
 ROOT = Path(__file__).resolve().parent.parent
-GRID = ROOT / "experiments" / "grids" / "strategies.yaml"
-FOLDER = ROOT / "results" / "strategies"
 NONE = "*Not run yet.*"
-ALIGNED = "aligned-a0.5"
-SETTINGS = (ALIGNED, "missing-b0.5", "cross-i5t5", "hybrid-p0.7")
+ALIGNED = "aligned-a0.5"  # of the same label skew as the other scenarios' settings
+SCENARIOS = ("aligned", "missing", "cross", "hybrid")
 CONDITIONS = ("both", "image_withheld", "text_withheld")
+EVERY = "all tasks"
 
 Key = tuple[str, str, str, str]  # dataset, setting, method, strategy
 BySeed = dict[int, dict[str, Any]]
+Part = Callable[[Mapping[str, Any]], float | None]  # a number of a result
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid's results: names in the order of the grid, and results by place and seed."""
+
+    settings: tuple[str, ...]
+    strategies: tuple[str, ...]
+    found: Mapping[Key, BySeed]
+
+    def of(self, scenario: str) -> tuple[str, ...]:
+        """The settings of a scenario."""
+        return tuple(name for name in self.settings if name.startswith(f"{scenario}-"))
+
+    def arms(self) -> list[tuple[str, str]]:
+        """(dataset, method) that have results."""
+        return list(dict.fromkeys((key[0], key[2]) for key in self.found))
+
+    def source(self, key: Key) -> str:
+        """The first strategy whose results stand in this place: where a strategy does what an
+        earlier one does, the grid runs one and lets it stand for both."""
+        runs = self.found.get(key, {})
+        for name in self.strategies:
+            others = self.found.get((*key[:3], name), {})
+            if runs and any(result is others.get(seed) for seed, result in runs.items()):
+                return name
+        return key[3]
+
+    def shared(self, dataset: str, scenario: str, method: str, strategy: str) -> str | None:
+        """The strategy that this one is in all settings of a scenario that were run, if any."""
+        keys = [(dataset, s, method, strategy) for s in self.of(scenario)]
+        sources = {self.source(key) for key in keys if key in self.found}
+        return next(iter(sources)) if len(sources) == 1 and sources != {strategy} else None
+
+    def ran(self, dataset: str, method: str) -> list[str]:
+        """Plain, and the strategies with results that are no other's."""
+        have = {
+            key[3]
+            for key in self.found
+            if (key[0], key[2]) == (dataset, method) and self.source(key) == key[3]
+        }
+        return [name for name in self.strategies if name in have]
+
+    def values(
+        self, dataset: str, settings: Sequence[str], method: str, strategy: str, part: Part
+    ) -> dict[int, float]:
+        """By seed, the mean of `part` over the settings; of seeds that all of them have."""
+        runs = [self.found.get((dataset, s, method, strategy), {}) for s in settings]
+        if not runs:
+            return {}
+        seeds = set(runs[0]).intersection(*runs[1:])
+        rows = {seed: [part(each[seed]) for each in runs] for seed in sorted(seeds)}
+        return {
+            seed: statistics.fmean(v for v in row if v is not None)
+            for seed, row in rows.items()
+            if None not in row
+        }
 
 
 @cache
-def _grid() -> Grid:
-    return load_grid(GRID)
-
-
-def _order() -> tuple[str, ...]:
-    return _grid().axes["strategy"]
-
-
-@cache
-def strategy_runs() -> dict[Key, BySeed]:
-    """Committed results by place in the grid and seed; a shared cell stands in all its places."""
+def load(name: str) -> Study:
+    """The committed results of experiments/grids/NAME.yaml, in results/NAME."""
+    grid = load_grid(ROOT / "experiments" / "grids" / f"{name}.yaml")
     found: dict[Key, BySeed] = defaultdict(dict)
-    for cell in _grid().cells:
-        file = FOLDER / cell.name / "result.json"
+    for cell in grid.cells:
+        file = ROOT / "results" / name / cell.name / "result.json"
         if not file.exists():
             continue
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -57,34 +109,74 @@ def strategy_runs() -> dict[Key, BySeed]:
         for place in cell.places:
             key = (place["dataset"], place["setting"], place["method"], place["strategy"])
             found[key][int(place["seed"])] = result
-    return found
+    return Study(grid.axes["setting"], grid.axes["strategy"], found)
 
 
-def score(result: Mapping[str, Any], condition: str = "both") -> float | None:
+# -- numbers -------------------------------------------------------------------------------------
+
+
+def score(condition: str = "both") -> Part:
     """The task's metric; None where it was not tested."""
-    return result["metrics"].get(condition, {}).get(result["task"]["metric"])
+    return lambda result: result["metrics"].get(condition, {}).get(result["task"]["metric"])
 
 
-def gains(found: Mapping[Key, BySeed], key: Key, condition: str = "both") -> list[float]:
-    """Of a strategy over plain, by seed; only of seeds that both have."""
-    plain = found.get((*key[:3], "plain"), {})
-    pairs = [
-        (score(found[key][seed], condition), score(plain[seed], condition))
-        for seed in sorted(found.get(key, {}).keys() & plain)
-    ]
-    return [a - b for a, b in pairs if a is not None and b is not None]
+def minus(a: Mapping[int, float], b: Mapping[int, float]) -> dict[int, float]:
+    """Differences of the seeds that both have."""
+    return {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b)}
 
 
-def shown(values: Sequence[float], *, sign: bool = True, sure: bool = False) -> str:
-    """Mean and half width; bold where it is sure not to be zero."""
+def gains(
+    study: Study,
+    dataset: str,
+    settings: Sequence[str],
+    method: str,
+    strategy: str,
+    condition: str = "both",
+) -> dict[int, float]:
+    """Of a strategy over plain, by seed."""
+    place = (dataset, settings, method)
+    part = score(condition)
+    return minus(study.values(*place, strategy, part), study.values(*place, "plain", part))
+
+
+def gaps(study: Study, dataset: str, settings: Sequence[str], method: str) -> dict[int, float]:
+    """Plain aligned training minus plain in the settings, by seed."""
+    top = study.values(dataset, (ALIGNED,), method, "plain", score())
+    return minus(top, study.values(dataset, settings, method, "plain", score()))
+
+
+def over_tasks(found: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Means over tasks, of the seeds that all of them have."""
+    if not found:
+        return {}
+    seeds = set(found[0]).intersection(*found[1:])
+    return {seed: statistics.fmean(each[seed] for each in found) for seed in sorted(seeds)}
+
+
+def tested(study: Study, dataset: str) -> tuple[str, ...]:
+    """The conditions that mean something: an open question has no text to withhold."""
+    kinds = {
+        result["task"].get("kind")
+        for key, runs in study.found.items()
+        for result in runs.values()
+        if key[0] == dataset
+    }
+    return CONDITIONS[:2] if "open" in kinds else CONDITIONS
+
+
+def shown(
+    values: Sequence[float], *, sign: bool = True, sure: bool = False, counted: bool = False
+) -> str:
+    """Mean and half width; bold where it is sure not to be zero; the number of seeds if it is not
+    five and `counted`."""
     if not values:
         return "–"
     mean, half = mean_and_half(values)
     text = f"{mean:+.3f}" if sign else f"{mean:.3f}"
-    if half is None:
-        return text
-    text += f" ± {half:.3f}"
-    return f"**{text}**" if sure else text
+    if half is not None:
+        text += f" ± {half:.3f}"
+        text = f"**{text}**" if sure else text
+    return f"{text} ({len(values)} seeds)" if counted and len(values) != ENOUGH else text
 
 
 def sure_ones(rows: Mapping[Any, Sequence[float]]) -> set[Any]:
@@ -98,139 +190,6 @@ def sure_ones(rows: Mapping[Any, Sequence[float]]) -> set[Any]:
     }
     adjusted = holm(list(p.values()))
     return {key for key, each in zip(p, adjusted, strict=True) if each < LEVEL}
-
-
-def present(found: Mapping[Key, BySeed]) -> list[tuple[str, str]]:
-    """(dataset, method) that have results, in the order of the grid."""
-    return list(dict.fromkeys((key[0], key[2]) for key in found))
-
-
-def strategies(found: Mapping[Key, BySeed], dataset: str, method: str) -> list[str]:
-    """Plain, and strategies with results of their own there, in the order of the grid."""
-    keys = [key for key in found if key[0] == dataset and key[2] == method]
-    have = {key[3] for key in keys if key[3] == "plain" or own(found, key)}
-    return [name for name in _order() if name in have]
-
-
-def own(found: Mapping[Key, BySeed], key: Key) -> dict[int, dict[str, Any]]:
-    """A strategy's results that are no other's: where a strategy does what an earlier one of the
-    grid does, the grid runs one and lets it stand for both."""
-    runs = found.get(key, {})
-    return runs if source(found, key) == key[3] else {}
-
-
-def source(found: Mapping[Key, BySeed], key: Key) -> str:
-    """The first strategy of the grid whose results stand in this place."""
-    runs = found.get(key, {})
-    for name in _order():
-        others = found.get((*key[:3], name), {})
-        if runs and any(result is others.get(seed) for seed, result in runs.items()):
-            return name
-    return key[3]
-
-
-def plain_table() -> str:
-    """What heterogeneity costs: the plain algorithm in each setting, and its gap to aligned."""
-    found = strategy_runs()
-    lines = ["| task | method | setting | seeds | both | image withheld | text withheld | lost |"]
-    lines.append("|---|---|---|---:|---:|---:|---:|---:|")
-    places = [(d, s, m) for d, m in present(found) for s in SETTINGS]
-    lost = {
-        place: [-gap for gap in _to_aligned(found, *place)]
-        for place in places
-        if place[1] != ALIGNED
-    }
-    sure = sure_ones(lost)
-    for dataset, setting, method in places:
-        runs = found.get((dataset, setting, method, "plain"), {})
-        if not runs:
-            continue
-        cells = [
-            shown([s for r in runs.values() if (s := score(r, c)) is not None], sign=False)
-            for c in tested(runs)
-        ]
-        place = (dataset, setting, method)
-        cells += ["–"] * (len(CONDITIONS) - len(cells))
-        cells.append(shown(lost.get(place, []), sure=place in sure))
-        row = [dataset, method, setting, str(len(runs)), *cells]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) if len(lines) > 2 else NONE
-
-
-def tested(runs: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
-    """The conditions that mean something: an open question has no text to withhold."""
-    kinds = {result["task"].get("kind") for result in runs.values()}
-    return CONDITIONS[:2] if "open" in kinds else CONDITIONS
-
-
-def gain_table(condition: str = "both") -> str:
-    """The gain of each strategy in each setting, with the number of seeds behind it if not five."""
-    found = strategy_runs()
-    lines = ["| task | method | strategy | " + " | ".join(SETTINGS) + " |"]
-    lines.append("|---|---|---" + "|---:" * len(SETTINGS) + "|")
-    keys = [
-        (dataset, setting, method, strategy)
-        for dataset, method in present(found)
-        for strategy in strategies(found, dataset, method)[1:]
-        for setting in SETTINGS
-        if condition in tested(found.get((dataset, setting, method, "plain"), {}))
-    ]
-    gained = {key: gains(found, key, condition) for key in keys if own(found, key)}
-    sure = sure_ones(gained)
-    for dataset, _, method, strategy in dict.fromkeys((k[0], "", k[2], k[3]) for k in keys):
-        row = []
-        for setting in SETTINGS:
-            key = (dataset, setting, method, strategy)
-            first = source(found, key)
-            text = shown(gained.get(key, []), sure=key in sure)
-            count = len(gained.get(key, []))
-            text += f" ({count} seeds)" if 0 < count != ENOUGH else ""
-            row.append(f"= {first}" if first != strategy else text)
-        lines.append("| " + " | ".join([dataset, method, strategy, *row]) + " |")
-    return "\n".join(lines) if len(lines) > 2 else NONE
-
-
-def recovery_table() -> str:
-    """How much of the gap to aligned training a strategy recovers, by setting."""
-    found = strategy_runs()
-    lines = ["| task | method | strategy | " + " | ".join(SETTINGS[1:]) + " |"]
-    lines.append("|---|---|---" + "|---:" * len(SETTINGS[1:]) + "|")
-    for dataset, method in present(found):
-        for strategy in strategies(found, dataset, method)[1:]:
-            cells = [_recovered(found, (dataset, s, method, strategy)) for s in SETTINGS[1:]]
-            lines.append("| " + " | ".join([dataset, method, strategy, *cells]) + " |")
-    return "\n".join(lines) if len(lines) > 2 else NONE
-
-
-def _to_aligned(
-    found: Mapping[Key, BySeed], dataset: str, setting: str, method: str
-) -> list[float]:
-    """Plain aligned minus plain in the setting, by seed."""
-    top = found.get((dataset, ALIGNED, method, "plain"), {})
-    low = found.get((dataset, setting, method, "plain"), {})
-    pairs = [(score(top[s]), score(low[s])) for s in sorted(top.keys() & low)]
-    return [a - b for a, b in pairs if a is not None and b is not None]
-
-
-def _recovered(found: Mapping[Key, BySeed], key: Key) -> str:
-    """Mean gain over mean gap, of the seeds that all three have, with the 95 % interval of the
-    ratio by Fieller's method, where the gap is no noise."""
-    top = found.get((key[0], ALIGNED, key[2], "plain"), {})
-    low = found.get((*key[:3], "plain"), {})
-    runs = found.get(key, {})
-    seeds = sorted(top.keys() & low.keys() & runs.keys())
-    if source(found, key) != key[3]:
-        return f"= {source(found, key)}"
-    if len(seeds) < ENOUGH:
-        return "–"
-    scores = [(score(top[s]), score(low[s]), score(runs[s])) for s in seeds]
-    gap = [a - b for a, b, _ in scores]  # type: ignore[operator]
-    gain = [c - b for _, b, c in scores]  # type: ignore[operator]
-    found_interval = fieller(gain, gap)
-    if found_interval is None:
-        return "no gap"  # none that these seeds can tell from zero
-    mean, low_end, high_end = found_interval
-    return f"{mean:.0%} ({low_end:.0%} to {high_end:.0%})"
 
 
 def fieller(over: Sequence[float], under: Sequence[float]) -> tuple[float, float, float] | None:
@@ -250,55 +209,198 @@ def fieller(over: Sequence[float], under: Sequence[float]) -> tuple[float, float
     return a / b, (c1 - root) / c2, (c1 + root) / c2
 
 
-def cost_table() -> str:
+# -- tables --------------------------------------------------------------------------------------
+
+
+def _table(words: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return NONE
+    lines = [[*words, *numbers], *rows]
+    texts = ["| " + " | ".join(line) + " |" for line in lines]
+    texts.insert(1, "|---" * len(words) + "|---:" * len(numbers) + "|")
+    return "\n".join(texts)
+
+
+def plain_table(study: Study) -> str:
+    """What heterogeneity costs: plain training in each setting, and what it lost to aligned."""
+    places = [
+        (dataset, setting, method)
+        for dataset, method in study.arms()
+        for setting in study.settings
+        if study.found.get((dataset, setting, method, "plain"))
+    ]
+    lost = {
+        (d, s, m): [-gap for gap in gaps(study, d, (s,), m).values()]
+        for d, s, m in places
+        if not s.startswith("aligned-")
+    }
+    sure = sure_ones(lost)
+    rows = []
+    for d, s, m in places:
+        cells = [
+            shown([*study.values(d, (s,), m, "plain", score(c)).values()], sign=False)
+            for c in tested(study, d)
+        ]
+        cells += ["–"] * (len(CONDITIONS) - len(cells))
+        seeds = str(len(study.found[d, s, m, "plain"]))
+        last = shown(lost.get((d, s, m), []), sure=(d, s, m) in sure)
+        rows.append([d, m, s, seeds, *cells, last])
+    heads = ("seeds", "both", "image withheld", "text withheld", "lost")
+    return _table(("task", "method", "setting"), heads, rows)
+
+
+def gain_table(study: Study, condition: str = "both") -> str:
+    """The gain of each strategy in each scenario, with the number of seeds if it is not five."""
+    rows = [
+        (dataset, method, strategy)
+        for dataset, method in study.arms()
+        if condition in tested(study, dataset)
+        for strategy in study.ran(dataset, method)[1:]
+    ]
+    gained = {
+        (d, c, m, s): [*gains(study, d, study.of(c), m, s, condition).values()]
+        for d, m, s in rows
+        for c in SCENARIOS
+        if not study.shared(d, c, m, s)
+    }
+    sure = sure_ones(gained)
+    lines = []
+    for d, m, s in rows:
+        cells = []
+        for c in SCENARIOS:
+            key, same = (d, c, m, s), study.shared(d, c, m, s)
+            cell = shown(gained.get(key, []), sure=key in sure, counted=True)
+            cells.append(f"= {same}" if same else cell)
+        lines.append([d, m, s, *cells])
+    return _table(("task", "method", "strategy"), SCENARIOS, lines)
+
+
+def recovery_table(study: Study) -> str:
+    """How much of the gap to aligned training a strategy recovers, by scenario; and over tasks: the
+    mean gain over the mean gap, where a task that a strategy cannot serve counts with no gain."""
+    lines = []
+    for dataset, method in study.arms():
+        for strategy in study.ran(dataset, method)[1:]:
+            cells = [_recovered(study, dataset, c, method, strategy) for c in SCENARIOS[1:]]
+            lines.append([dataset, method, strategy, *cells])
+    return _table(("task", "method", "strategy"), SCENARIOS[1:], lines)
+
+
+def best_table(study: Study) -> str:
+    """Over all tasks: the gain in aligned training, and the share of the gap that is recovered in
+    the other scenarios, of strategies with results on more than one task. A task of which the grid
+    has no such arm counts with what the strategy's nearest part does there (`STANDS_FOR`)."""
+    lines = []
+    for method in dict.fromkeys(method for _, method in study.arms()):
+        tasks = [dataset for dataset, each in study.arms() if each == method]
+        for strategy in study.strategies[1:]:
+            if len(tasks) < 2 or not any(strategy in study.ran(t, method) for t in tasks):
+                continue
+            aligned = over_tasks([_task_gain(study, t, "aligned", method, strategy) for t in tasks])
+            cells = [shown([*aligned.values()], counted=True)]
+            cells += [_recovered_over(study, tasks, c, method, strategy) for c in SCENARIOS[1:]]
+            lines.append([method, strategy, str(len(tasks)), *cells])
+    return _table(("method", "strategy"), ("tasks", *SCENARIOS), lines)
+
+
+# what a strategy is for open questions, which have no classes and whose prompts name no modality
+STANDS_FOR = {
+    "mixtures": "compose",
+    "paper": "regularisation",
+    "prompt": "plain",
+    "prototypes": "plain",
+    "fusion": "plain",
+}
+
+
+def _task_gain(
+    study: Study, dataset: str, scenario: str, method: str, strategy: str
+) -> dict[int, float]:
+    settings = study.of(scenario)
+    while strategy not in {key[3] for key in study.found if (key[0], key[2]) == (dataset, method)}:
+        if strategy not in STANDS_FOR:
+            return {}
+        strategy = STANDS_FOR[strategy]
+    return gains(study, dataset, settings, method, strategy)
+
+
+def _recovered_over(
+    study: Study, tasks: Sequence[str], scenario: str, method: str, strategy: str
+) -> str:
+    gain = over_tasks([_task_gain(study, t, scenario, method, strategy) for t in tasks])
+    gap = over_tasks([gaps(study, t, study.of(scenario), method) for t in tasks])
+    return _ratio(gain, gap)
+
+
+def _recovered(study: Study, dataset: str, scenario: str, method: str, strategy: str) -> str:
+    """Mean gain over mean gap, of the seeds that all have, where the gap is no noise."""
+    same = study.shared(dataset, scenario, method, strategy)
+    if same:
+        return f"= {same}"
+    settings = study.of(scenario)
+    gain = gains(study, dataset, settings, method, strategy)
+    return _ratio(gain, gaps(study, dataset, settings, method))
+
+
+def _ratio(gain: Mapping[int, float], gap: Mapping[int, float]) -> str:
+    seeds = sorted(gain.keys() & gap)
+    if len(seeds) < ENOUGH:
+        return "–"
+    found = fieller([gain[s] for s in seeds], [gap[s] for s in seeds])
+    if found is None:
+        return "no gap"  # none that these seeds can tell from zero
+    mean, low, high = found
+    return f"{mean:.0%} ({low:.0%} to {high:.0%})"
+
+
+def cost_table(study: Study) -> str:
     """Seconds a round (the median of the last third) and bytes a run, as ratios to plain of the
-    same seed; means."""
-    found = strategy_runs()
-    lines = ["| task | method | strategy | time a round | bytes up | bytes down |"]
-    lines.append("|---|---|---|---:|---:|---:|")
-    parts: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    same setting and seed; means."""
+    parts: tuple[Callable[[Mapping[str, Any]], float], ...] = (
         # the first rounds read the pictures, and a process keeps them for its next run
-        "time": lambda r: statistics.median(
+        lambda r: statistics.median(
             line["seconds"] for line in r["history"][-max(1, len(r["history"]) // 3) :]
         ),
-        "up": lambda r: r["bytes"]["up"],
-        "down": lambda r: r["bytes"]["down"],
-    }
-    for dataset, method in present(found):
-        for strategy in strategies(found, dataset, method)[1:]:
+        lambda r: r["bytes"]["up"],
+        lambda r: r["bytes"]["down"],
+    )
+    lines = []
+    for dataset, method in study.arms():
+        for strategy in study.ran(dataset, method)[1:]:
             cells = []
-            for part in parts.values():
+            for part in parts:
                 ratios = [
-                    part(result) / part(found[dataset, setting, method, "plain"][seed])
-                    for setting in SETTINGS
-                    for seed, result in own(found, (dataset, setting, method, strategy)).items()
-                    if seed in found.get((dataset, setting, method, "plain"), {})
+                    part(result) / part(plain[seed])
+                    for setting in study.settings
+                    if study.source((dataset, setting, method, strategy)) == strategy
+                    for plain in [study.found.get((dataset, setting, method, "plain"), {})]
+                    for seed, result in study.found.get(
+                        (dataset, setting, method, strategy), {}
+                    ).items()
+                    if seed in plain
                 ]
                 cells.append(f"{sum(ratios) / len(ratios):.2f}" if ratios else "–")
-            lines.append("| " + " | ".join([dataset, method, strategy, *cells]) + " |")
-    return "\n".join(lines) if len(lines) > 2 else NONE
+            lines.append([dataset, method, strategy, *cells])
+    heads = ("time a round", "bytes up", "bytes down")
+    return _table(("task", "method", "strategy"), heads, lines)
 
 
-def drift_table() -> str:
+def drift_table(study: Study) -> str:
     """Mean cosine between clients' updates, and of masked to whole representations."""
-    found = strategy_runs()
-    lines = ["| task | method | setting | strategy | updates | no image | no text |"]
-    lines.append("|---|---|---|---|---:|---:|---:|")
-    for dataset, method in present(found):
-        for setting in SETTINGS:
-            for strategy in strategies(found, dataset, method):
-                key = (dataset, setting, method, strategy)
-                runs = found.get(key, {}) if strategy == "plain" else own(found, key)
-                if not runs:
+    lines = []
+    for dataset, method in study.arms():
+        parts = [_update_cosine, *map(_masked, tested(study, dataset)[1:])]
+        for scenario in SCENARIOS:
+            for strategy in study.ran(dataset, method):
+                place = (dataset, study.of(scenario), method, strategy)
+                if study.shared(dataset, scenario, method, strategy):
                     continue
-                parts = [_update_cosine, *map(_masked, tested(runs)[1:])]
-                cells = [
-                    shown([v for r in runs.values() if (v := part(r)) is not None], sign=False)
-                    for part in parts
-                ]
+                cells = [shown([*study.values(*place, p).values()], sign=False) for p in parts]
                 cells += ["–"] * (3 - len(cells))
-                lines.append("| " + " | ".join([dataset, method, setting, strategy, *cells]) + " |")
-    return "\n".join(lines) if len(lines) > 2 else NONE
+                if cells != ["–"] * 3:
+                    lines.append([dataset, method, scenario, strategy, *cells])
+    heads = ("updates", "no image", "no text")
+    return _table(("task", "method", "scenario", "strategy"), heads, lines)
 
 
 def _update_cosine(result: Mapping[str, Any]) -> float | None:
@@ -307,49 +409,48 @@ def _update_cosine(result: Mapping[str, Any]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _masked(condition: str) -> Callable[[Mapping[str, Any]], float | None]:
-    def part(result: Mapping[str, Any]) -> float | None:
-        return result.get("modality_alignment", {}).get(condition, {}).get("cosine")
-
-    return part
+def _masked(condition: str) -> Part:
+    return lambda r: r.get("modality_alignment", {}).get(condition, {}).get("cosine")
 
 
-def gain_svg() -> str | None:
+# -- the figure ----------------------------------------------------------------------------------
+
+
+def gain_svg(study: Study) -> str | None:
     """Gains with their intervals, a panel a task (FedAvg), a colour and shape a strategy."""
     import matplotlib
 
-    found = strategy_runs()
-    tasks = [dataset for dataset, method in present(found) if method == "fedavg"]
+    tasks = [dataset for dataset, method in study.arms() if method == "fedavg"]
     if not tasks:
         return None
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(3.4 * len(tasks) + 1.2, 3.6), layout="constrained")
         axes = figure.subplots(1, len(tasks), squeeze=False, sharey=False)[0]
         for ax, dataset in zip(axes, tasks, strict=True):
-            _draw_gains(ax, found, dataset)
+            _draw_gains(ax, study, dataset)
         axes[0].set_ylabel("gain over plain FedAvg")
         handles = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
         figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=4)
         return svg(figure)
 
 
-def _draw_gains(ax: Any, found: Mapping[Key, BySeed], dataset: str) -> None:
-    names = strategies(found, dataset, "fedavg")[1:]
-    every = _order()
+def _draw_gains(ax: Any, study: Study, dataset: str) -> None:
+    names = study.ran(dataset, "fedavg")[1:]
     for i, strategy in enumerate(names):
         points = []
-        for x, setting in enumerate(SETTINGS):
-            key = (dataset, setting, "fedavg", strategy)
-            values = gains(found, key) if own(found, key) else []
+        for x, scenario in enumerate(SCENARIOS):
+            if study.shared(dataset, scenario, "fedavg", strategy):
+                continue
+            values = [*gains(study, dataset, study.of(scenario), "fedavg", strategy).values()]
             if values:
                 points.append((x + 0.7 * ((i + 0.5) / len(names) - 0.5), *mean_and_half(values)))
         if points:
             xs, means, halves = zip(*points, strict=True)
-            k = every.index(strategy)
+            k = study.strategies.index(strategy)
             style = {"fmt": "osD^vP*Xd<>h"[k % 12], "color": f"C{k % 10}", "label": strategy}
             spread = [half or 0.0 for half in halves]
             ax.errorbar(xs, means, spread, markersize=4, linewidth=1, capsize=2, **style)
     ax.axhline(0, color="0.4", linewidth=0.8)
-    ax.set_xlim(-0.5, len(SETTINGS) - 0.5)
-    ax.set_xticks(range(len(SETTINGS)), [s.replace("-", "\n") for s in SETTINGS])
+    ax.set_xlim(-0.5, len(SCENARIOS) - 0.5)
+    ax.set_xticks(range(len(SCENARIOS)), SCENARIOS)
     ax.set_title(dataset)

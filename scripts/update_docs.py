@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import strategy_tables
@@ -448,6 +449,21 @@ def network_sizing() -> str:
     return "\n".join(lines)
 
 
+STUDIES = ("strategies", "strategies-large")
+STUDY: dict[str, Callable[[str], str]] = {  # tables of a grid of strategies
+    "plain": lambda name: strategy_tables.plain_table(strategy_tables.load(name)),
+    "best": lambda name: strategy_tables.best_table(strategy_tables.load(name)),
+    "gains": lambda name: strategy_tables.gain_table(strategy_tables.load(name)),
+    "gains-no-image": lambda name: strategy_tables.gain_table(
+        strategy_tables.load(name), "image_withheld"
+    ),
+    "gains-no-text": lambda name: strategy_tables.gain_table(
+        strategy_tables.load(name), "text_withheld"
+    ),
+    "recovery": lambda name: strategy_tables.recovery_table(strategy_tables.load(name)),
+    "cost": lambda name: strategy_tables.cost_table(strategy_tables.load(name)),
+    "drift": lambda name: strategy_tables.drift_table(strategy_tables.load(name)),
+}
 PARTS: dict[str, Callable[[], str]] = {
     "network-rounds": network_rounds,
     "network-memory": network_memory,
@@ -466,13 +482,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "levels": lambda: levels(*EMBEDDED),
     "level-gaps": lambda: level_gaps(*EMBEDDED),
     "pretraining": pretraining,
-    "strategy-plain": strategy_tables.plain_table,
-    "strategy-gains": strategy_tables.gain_table,
-    "strategy-gains-no-image": lambda: strategy_tables.gain_table("image_withheld"),
-    "strategy-gains-no-text": lambda: strategy_tables.gain_table("text_withheld"),
-    "strategy-recovery": strategy_tables.recovery_table,
-    "strategy-cost": strategy_tables.cost_table,
-    "strategy-drift": strategy_tables.drift_table,
+    **{f"{grid}-{part}": partial(table, grid) for grid in STUDIES for part, table in STUDY.items()},
 }
 
 
@@ -487,7 +497,7 @@ def main(check: bool) -> int:
     if (RESULTS / "demo").is_dir():
         found, _ = load_results([RESULTS / "demo"])
         wanted[PICTURE] = figures.learning_curves_svg(found)
-    if gains := strategy_tables.gain_svg():
+    if gains := strategy_tables.gain_svg(strategy_tables.load("strategies")):
         wanted[GAINS] = gains
     stale = [p for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     for path in stale:

@@ -23,7 +23,7 @@ from fedmllm.bench.grid import merge
 from fedmllm.bench.lock import locked
 from fedmllm.bench.state import Present, states
 from fedmllm.bench.table import plan_lines
-from fedmllm.config import make_config
+from fedmllm.config import CONDITION_NAMES, make_config
 from fedmllm.data import DATASETS
 from fedmllm.data.dataset import DatasetSpec
 from fedmllm.errors import UserError
@@ -429,14 +429,21 @@ def test_mini_is_the_whole_grid() -> None:
         "dataset": 3,
         "setting": 12,
         "method": 9,
-        "strategy": 2,
+        "strategy": 3,
         "seed": 5,
     }
+    # with strategies: prompt and regularisation of what is federated, the prompt of what is not
     assert sum(len(cell.places) for cell in found.cells) == 3 * 12 * 9 * 2 * 5
     zero = [cell for cell in found.cells if cell.config.topology == "zero-shot"]
     assert [cell.name for cell in zero][:2] == ["memes-zero-shot-plain", "memes-zero-shot-prompt"]
-    assert len(zero) == 6
-    assert all(len(cell.places) == 60 for cell in zero)
+    assert len(zero) == 5  # medical has none for the prompt: its questions name no modality
+    assert sorted(len(cell.places) for cell in zero) == [60, 60, 60, 60, 120]
+
+
+@pytest.mark.parametrize("file", sorted(GRIDS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_cell_of_the_ready_grids_is_tested_under_four_conditions(file, real_datasets) -> None:
+    found = load_grid(file, only=["seed=0"])
+    assert {cell.config.evaluation.conditions for cell in found.cells} == {CONDITION_NAMES}
 
 
 def test_mini_quick_is_small() -> None:

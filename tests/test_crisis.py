@@ -26,9 +26,11 @@ def test_two_cues_name_the_class_and_either_alone_leaves_two(classes):
         by_thing[thing(sample)].add(sample.label)
         by_matter[MATTER[sample.text]].add(sample.label)
         by_both[thing(sample), MATTER[sample.text]].add(sample.label)
-    assert len(by_both) == classes and all(len(found) == 1 for found in by_both.values())
+    assert len(by_both) == classes
+    assert all(len(found) == 1 for found in by_both.values())
     for alone in (by_thing, by_matter):
-        assert len(alone) == classes // 2 and all(len(found) == 2 for found in alone.values())
+        assert len(alone) == classes // 2
+        assert all(len(found) == 2 for found in alone.values())
 
 
 def test_classes_are_balanced_and_noise_stays_among_their_cues():

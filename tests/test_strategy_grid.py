@@ -16,7 +16,7 @@ from fedmllm.fusion import fusion_of
 from fedmllm.heterogeneity import is_complete, profile_of
 from fedmllm.recombination import completions
 
-GRID = Path(__file__).resolve().parent.parent / "experiments" / "grids" / "strategies.yaml"
+GRIDS = Path(__file__).resolve().parent.parent / "experiments" / "grids"
 
 
 def does(config: Config, samples: dict[str, list[Any]], classes: int) -> dict[str, Any]:
@@ -42,11 +42,13 @@ def does(config: Config, samples: dict[str, list[Any]], classes: int) -> dict[st
 
 
 @pytest.mark.parametrize("dataset", ["crisis", "medical", "memes"])
-def test_shared_cells_are_identities(dataset) -> None:
-    strategies = yaml.safe_load(GRID.read_text())["axes"]["strategy"]
+@pytest.mark.parametrize("grid", ["strategies", "strategies-large"])
+def test_shared_cells_are_identities(grid, dataset) -> None:
+    file = GRIDS / f"{grid}.yaml"
+    strategies = yaml.safe_load(file.read_text())["axes"]["strategy"]
     compared = 0
-    for cell in load_grid(GRID, only=[f"dataset={dataset}", "seed=0", "method=fedavg"]).cells:
-        names = [place["strategy"] for place in cell.places]
+    for cell in load_grid(file, only=[f"dataset={dataset}", "seed=0", "method=fedavg"]).cells:
+        names = list(dict.fromkeys(place["strategy"] for place in cell.places))
         if len(names) == 1:
             continue
         data = load_dataset(**cell.config.data)
