@@ -523,14 +523,14 @@ def test_memory_keeps_its_budget_and_what_was_used_last(home) -> None:
     cache.get(key(0))
     cache.put(key(3), entry(3))
     assert [i for i in range(4) if cache.get(key(i)) is not None] == [0, 2, 3]
-    assert cache._bytes == 3 * size
+    assert cache.memory.held == 3 * size
     tight = FeatureCache(budget_bytes=1, store=store(home))
     for i in range(3):
         tight.put(key(i), entry(i))
-    assert len(tight._entries) == 1
+    assert len(tight.memory) == 1
     for i in range(3):  # beyond memory, on disk
         assert alike(tight.get(key(i)), entry(i))
-        assert len(tight._entries) == 1
+        assert len(tight.memory) == 1
 
 
 def test_disk_keeps_its_limit_and_what_was_used_last(home) -> None:

@@ -211,7 +211,7 @@ def test_an_evicted_image_is_seen_again(mllm: Mllm, memes) -> None:
     kept, mllm.features = mllm.features, FeatureCache(budget_bytes=1)
     try:
         torch.testing.assert_close(mllm.score_options(items), before, atol=1e-6, rtol=1e-5)
-        assert len(mllm.features._entries) == 1
+        assert len(mllm.features.memory) == 1
     finally:
         mllm.features = kept
 

@@ -6,7 +6,7 @@ probabilities of the options, open tasks from greedily generated answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,7 +27,11 @@ CONDITIONS: dict[str, tuple[bool, bool]] = {
 
 
 class TestSet:
-    """Test samples under each condition, encoded once and used for every evaluation of a run."""
+    """Test samples under each condition, encoded once and used for every evaluation of a run.
+
+    encode: how a sample, masked as the condition has it, becomes tokens; by default in `style`,
+    within `max_length`, by `long_text` (`Mllm.encode`).
+    """
 
     __test__ = False  # not a pytest class
 
@@ -37,26 +41,30 @@ class TestSet:
         task: Task,
         samples: Sequence[Sample],
         *,
-        style: str,
+        style: str = "plain",
         max_length: int = 1200,
         long_text: str = "refuse",
+        encode: Callable[[Sample], Encoded] | None = None,
     ) -> None:
         self.mllm, self.task, self.samples = mllm, task, samples
         self.style, self.max_length, self.long_text = style, max_length, long_text
-        self._encoded: dict[tuple[str, int], list[Encoded]] = {}
+        self._encode = encode or self._rendered
+        self._encoded: dict[str, list[Encoded]] = {}
 
     def encoded(self, condition: str, limit: int) -> list[Encoded]:
-        if (condition, limit) not in self._encoded:
-            image, text = CONDITIONS[condition]
-            self._encoded[condition, limit] = [
-                self.mllm.encode(
-                    render(s.masked(keep_image=image, keep_text=text), self.task, self.style),
-                    max_length=self.max_length,
-                    long_text=self.long_text,
-                )
-                for s in self.samples[:limit]
-            ]
-        return self._encoded[condition, limit]
+        """The first `limit` samples as the condition has them."""
+        image, text = CONDITIONS[condition]
+        made = self._encoded.setdefault(condition, [])
+        for sample in self.samples[len(made) : limit]:
+            made.append(self._encode(sample.masked(keep_image=image, keep_text=text)))
+        return made[:limit]
+
+    def _rendered(self, sample: Sample) -> Encoded:
+        return self.mllm.encode(
+            render(sample, self.task, self.style),
+            max_length=self.max_length,
+            long_text=self.long_text,
+        )
 
     def shortened(self) -> set[str]:
         """Ids of the samples whose text was shortened."""
@@ -68,7 +76,8 @@ class TestSet:
         """Probabilities of the options [size, C] for the first `size` samples of a choice task."""
 
         def score(condition: str, which: Sequence[int]) -> np.ndarray:
-            items = [self.encoded(condition, size)[i] for i in which]
+            items = self.encoded(condition, size)
+            items = [items[i] for i in which]
             return self.mllm.score_options(items, batch_size=batch_size).numpy()
 
         found = score(condition, range(size))

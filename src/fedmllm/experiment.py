@@ -35,7 +35,7 @@ from fedmllm.algorithms.base import (
 )
 from fedmllm.alignment import PROTOTYPES
 from fedmllm.client import LocalPlan, learning_rate
-from fedmllm.config import HASH_KEY, Config, StrategySection, config_hash, options_of
+from fedmllm.config import HASH_KEY, Config, config_hash, options_of
 from fedmllm.data import load_dataset
 from fedmllm.data.dataset import Dataset
 from fedmllm.data.images import ArchiveImage, EncodedImage, ImageFile
@@ -55,6 +55,7 @@ from fedmllm.mixtures import Mixtures
 from fedmllm.models import model_path, weights_digest
 from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.recent import Recent
 from fedmllm.parties import Exchange, Parties, exchange_of, parties_of
 from fedmllm.partition import held_out
 from fedmllm.prompts import render
@@ -67,6 +68,9 @@ Event = Mapping[str, Any]
 Listener = Callable[[Event], None]
 EVERYONE = ""  # the federation of all; a local run has one named after each client
 ADAPTER_FACTS = "fedmllm.json"
+# what a process keeps of its runs, beyond what the present one holds
+ENCODED_TOKENS = 8_000_000  # some 300 MB
+TEST_SETS = 8
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 ANSWERS_FILE = "answers.jsonl"
@@ -100,15 +104,20 @@ class Federation:
 @dataclass
 class Shared:
     """What the runs of one process on one base have in common, so that it is made once: the base
-    itself, with the vision features that it keeps; data sets; encoded samples and test sets.
+    itself, with the vision features that it keeps; data sets; encoded samples and test sets, those
+    used last.
 
     Nothing in it depends on an adapter. Not for several runs at the same time.
     """
 
     mllm: Mllm
     datasets: dict[str, Dataset] = field(default_factory=dict)
-    tests: dict[str, TestSet] = field(default_factory=dict)
-    encoded: dict[tuple[Any, ...], Encoded] = field(default_factory=dict)
+    tests: Recent[str, TestSet] = field(default_factory=lambda: Recent(TEST_SETS, lambda _: 1))
+    encoded: Recent[tuple[Any, ...], Encoded] = field(
+        default_factory=lambda: Recent(
+            ENCODED_TOKENS, lambda item: len(item) + sum(map(len, item.options))
+        )
+    )
 
     @staticmethod
     def data_key(config: Config) -> str:
@@ -126,9 +135,10 @@ class Shared:
         """The config's test samples, encoded as they are first asked for."""
         length = config.training.max_length
         key = f"{config.prompt} {length} {config.training.long_text} {self.data_key(config)}"
-        if key not in self.tests:
+        found = self.tests.get(key)
+        if found is None:
             data = self.dataset(config)
-            self.tests[key] = TestSet(
+            found = TestSet(
                 self.mllm,
                 data.task,
                 data.test,
@@ -136,17 +146,24 @@ class Shared:
                 max_length=length,
                 long_text=config.training.long_text,
             )
-        return self.tests[key]
+            self.tests.put(key, found)
+        return found
 
     def encode(self, config: Config, task: Task, sample: Sample) -> Encoded:
         """A training sample as its party sees it; with its masked views where the strategy reads
         them."""
+        return self.with_views(config, task, sample, self.encode_whole(config, task, sample))
+
+    def encode_whole(self, config: Config, task: Task, sample: Sample) -> Encoded:
+        """A party's sample as the party sees it, to train or to test on, without views."""
         length, long_text = config.training.max_length, config.training.long_text
         held = (sample.id, sample.image is None, sample.text is None)
         key = (*held, config.prompt, length, long_text, self.data_key(config))
-        if key not in self.encoded:
-            self.encoded[key] = self.encode_new(config, task, sample)
-        return self.with_views(config, task, sample, self.encoded[key])
+        found = self.encoded.get(key)
+        if found is None:
+            found = self.encode_new(config, task, sample)
+            self.encoded.put(key, found)
+        return found
 
     def encode_new(self, config: Config, task: Task, sample: Sample) -> Encoded:
         """A sample that no other run has, such as a completion: not kept here."""
@@ -161,15 +178,10 @@ class Shared:
         """With its masked views, where the strategy reads them."""
         if not config.strategy.uses_views:
             return whole
-        views = [self.encode_view(config, task, view) for view in masked_views(sample)]
+        views = [self.encode_whole(config, task, view) for view in masked_views(sample)]
         # where its answer was shortened, that of its views is as well
         views = [replace(view, answer=view.answer[: len(whole.answer)]) for view in views]
         return replace(whole, views=tuple(views))
-
-    def encode_view(self, config: Config, task: Task, view: Sample) -> Encoded:
-        """A masked view, which has none of its own."""
-        plain = config.model_copy(update={"strategy": StrategySection()})
-        return self.encode(plain, task, view)
 
 
 def masked_views(sample: Sample) -> list[Sample]:
@@ -762,14 +774,12 @@ def score_own(
     session: Session, samples: Sequence[Sample], fusion: Fusion | None = None
 ) -> dict[str, float]:
     """The model's present adapter on a party's own samples, as the party holds them."""
-    config = session.config
+    config, task, shared = session.config, session.task, session.shared
     own = TestSet(
         session.mllm,
-        session.task,
+        task,
         samples,
-        style=config.prompt,
-        max_length=config.training.max_length,
-        long_text=config.training.long_text,
+        encode=lambda sample: shared.encode_whole(config, task, sample),
     )
     return own.evaluate("both", batch_size=config.evaluation.batch_size, fusion=fusion)
 

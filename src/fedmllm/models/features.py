@@ -23,6 +23,7 @@ from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fedmllm.models.families import Family
+from fedmllm.models.recent import Recent
 from fedmllm.models.replay import (
     Blank,
     Calls,
@@ -97,31 +98,22 @@ class FeatureCache:
     def __init__(self, budget_bytes: int = 512 * 2**20, store: Store | None = None) -> None:
         self.budget_bytes = budget_bytes
         self.store = store
-        self._entries: dict[str, ImageFeatures] = {}
-        self._bytes = 0
+        self.memory: Recent[str, ImageFeatures] = Recent(budget_bytes, lambda held: held.nbytes)
 
     def get(self, key: str) -> ImageFeatures | None:
-        if key in self._entries:
-            self._entries[key] = self._entries.pop(key)  # the last is the one used last
-            return self._entries[key]
-        found = self.store.get(key) if self.store is not None else None
-        if found is not None:
-            self._keep(key, found)
+        found = self.memory.get(key)
+        if found is None and self.store is not None:
+            found = self.store.get(key)
+            if found is not None:
+                self.memory.put(key, found)
         return found
 
     def put(self, key: str, value: ImageFeatures) -> None:
-        if key in self._entries:
+        if key in self.memory:
             return
-        self._keep(key, value)
+        self.memory.put(key, value)
         if self.store is not None:
             self.store.put(key, value)
-
-    def _keep(self, key: str, value: ImageFeatures) -> None:
-        self._entries[key] = value
-        self._bytes += value.nbytes
-        while self._bytes > self.budget_bytes and len(self._entries) > 1:
-            oldest = next(iter(self._entries))
-            self._bytes -= self._entries.pop(oldest).nbytes
 
 
 @torch.no_grad()
