@@ -16,6 +16,10 @@ class UserError(Exception):
     """Bad input: a wrong config, file, path or name. Carries a message for a person."""
 
 
+class MemoryRanOutError(UserError):
+    """Too little memory for a run. Another time there may be more: what asked may ask again."""
+
+
 def unknown(kind: str, given: object, allowed: Iterable[str]) -> str:
     """One line for a name that is not in a set, with the nearest match when there is one.
 

@@ -74,6 +74,7 @@ TEST_SETS = 8
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 ANSWERS_FILE = "answers.jsonl"
+GROUPS = "groups"  # in a round's line: of clients that shared a pass, and how many still may
 VERDICTS_FILE = "verdicts.jsonl"  # replies of a judge, which may have been paid for
 # what a run writes; a folder with anything else is never overwritten
 WRITTEN = (
@@ -99,6 +100,10 @@ class Federation:
     name: str
     samples: Mapping[str, Sequence[Sample]]
     rounds: int
+
+    def shares_passes(self, config: Config) -> bool:
+        """Whether clients are to train in groups."""
+        return config.training.clients_at_once > 1 and len(self.samples) > 1
 
 
 @dataclass
@@ -531,6 +536,8 @@ def run_federation(
     if found is not None:
         state, history = found.state, found.history
         runner.memory = dict(found.memory)
+        if isinstance(runner, InProcessRunner) and history and GROUPS in history[-1]:
+            runner.clients_at_once = history[-1][GROUPS]["at_once"]
     while state.round < federation.rounds:
         ready = runner.ready(list(federation.samples))
         known = parties() if parties else known
@@ -557,6 +564,9 @@ def run_federation(
             drift=config.evaluation.drift,
         )
         history.append(_record(session, federation, record, state.params, known.fusion))
+        if isinstance(runner, InProcessRunner) and federation.shares_passes(config):
+            held = {"sizes": list(runner.groups), "at_once": runner.clients_at_once}
+            history[-1][GROUPS] = held
         checkpoint.save(folder, checkpoint.Checkpoint(state, runner.memory, history))
         _write_history(session.folder, federation.name, history)
         _tell(session, "round", federation=federation.name, rounds=federation.rounds, **history[-1])
@@ -646,6 +656,7 @@ def local_runner(
         seed=config.seed,
         clients_at_once=training.clients_at_once,
         weights=weights,
+        halved=lambda tried, next_: _tell(session, "memory", tried=tried, next=next_),
     )
 
 
@@ -872,6 +883,10 @@ def make_result(
     if held is not None:
         result["samples"] = _samples(config, held, outcomes)
         result["manifest"] = results.holdings(held)
+    if found := [line[GROUPS]["at_once"] for line in lines if GROUPS in line]:
+        asked = config.training.clients_at_once
+        if found[-1] < asked:  # memory did not suffice
+            result["clients_at_once"] = {"asked": asked, "fitted": found[-1]}
     if cut := session.shortened | session.test.shortened():
         result["shortened"] = {"samples": len(cut), "first": sorted(cut)[:5]}
     if outcomes[0].heterogeneity:

@@ -17,7 +17,9 @@ from fedmllm.algorithms.base import Algorithm, Params, ServerState, StreamingMea
 from fedmllm.client import Job, LocalPlan, train_client
 from fedmllm.cohort import train_cohort
 from fedmllm.drift import Drift
+from fedmllm.errors import MemoryRanOutError
 from fedmllm.models.cohort import obstacle
+from fedmllm.models.device import out_of_memory, release_memory
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.rng import stream
 
@@ -166,8 +168,11 @@ class InProcessRunner:
     samples: the encoded samples of a client, by name (called when the client's group trains).
     memory: what clients keep between rounds (SCAFFOLD's c_k), part of a checkpoint.
     clients_at_once: how many share a pass (`train_cohort`); a group of one takes the plain path
-    (`train_client`), and so do all on a model that has an `obstacle`.
+    (`train_client`), and so do all on a model that has an `obstacle`. A group for which memory does
+    not suffice is halved and trained anew, and later ones are no larger: then it is lowered.
     weights: of each client in the adaptive regularisation; 1 for one that is not named.
+    groups: the sizes of the groups of the last round. halved: called when memory ran out, with the
+    size that was tried and the one that is tried next.
     """
 
     mllm: Mllm
@@ -177,6 +182,8 @@ class InProcessRunner:
     memory: dict[str, Params] = field(default_factory=dict)
     clients_at_once: int = 1
     weights: Mapping[str, float] = field(default_factory=dict)
+    groups: list[int] = field(default_factory=list)
+    halved: Callable[[int, int], None] = lambda tried, next_: None
 
     def ready(self, clients: Sequence[str]) -> Sequence[str]:
         return clients
@@ -190,18 +197,58 @@ class InProcessRunner:
         *,
         lr: float,
     ) -> Iterator[tuple[int, Update]]:
-        size = 1 if self.clients_at_once == 1 or obstacle(self.mllm) else self.clients_at_once
-        for start in range(0, len(cohort), size):
-            group = cohort[start : start + size]
-            results = self._train_group(group, round_, algorithm, state, lr=lr)
+        alone = bool(self.clients_at_once > 1 and obstacle(self.mllm))
+        self.groups = []
+        while (start := sum(self.groups)) < len(cohort):
+            size = 1 if alone else self.clients_at_once
+            group = [self._job(name) for name in cohort[start : start + size]]
+            results = self._within_memory(group, round_, algorithm, state, lr=lr)
+            if results is None:
+                self.clients_at_once = len(group) // 2
+                self.halved(len(group), self.clients_at_once)
+                continue
+            self.groups.append(len(group))
             for position, (update, memory) in enumerate(results, start=start):
                 if memory is not None:
                     self.memory[update.client] = memory
                 yield position, update
 
+    def _job(self, name: str) -> Job:
+        return Job(name, self.samples(name), self.memory.get(name), self.weights.get(name, 1.0))
+
+    def _within_memory(
+        self,
+        group: Sequence[Job],
+        round_: int,
+        algorithm: Algorithm,
+        state: ServerState,
+        *,
+        lr: float,
+    ) -> list[tuple[Update, Params | None]] | None:
+        """The group's results; None where memory ran out, with nothing left of the attempt.
+
+        Raises `MemoryRanOutError` if it does so for one client.
+        """
+        try:
+            return self._train_group(group, round_, algorithm, state, lr=lr)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            reason = str(error).strip().splitlines()[0]
+        # only here is the error gone, and with it the tensors of the pass
+        self.mllm.model.zero_grad(set_to_none=True)
+        release_memory()
+        if len(group) == 1:
+            raise MemoryRanOutError(
+                f"memory ran out while {group[0].client} trained alone in round {round_} "
+                f"({reason}): lower training.micro_batch, set model.gradient_checkpointing=true, "
+                "or shorten samples by training.max_length; `fedmllm plan` estimates what is needed"
+            )
+        return None
+
     def _train_group(
         self,
-        group: Sequence[str],
+        jobs: Sequence[Job],
         round_: int,
         algorithm: Algorithm,
         state: ServerState,
@@ -216,10 +263,6 @@ class InProcessRunner:
             "objective": algorithm.local,
             "broadcast": {slot: state.slots[slot] for slot in algorithm.broadcast},
         }
-        jobs = [
-            Job(name, self.samples(name), self.memory.get(name), self.weights.get(name, 1.0))
-            for name in group
-        ]
         if len(jobs) > 1:
             return train_cohort(self.mllm, state.params, jobs, **common)
         job = jobs[0]

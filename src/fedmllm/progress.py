@@ -21,6 +21,14 @@ def headline(event: Mapping[str, Any]) -> tuple[str, float] | None:
     return None if value is None else (name, value)
 
 
+def memory_line(event: Mapping[str, Any]) -> str:
+    """What is told when memory did not suffice for a group of clients."""
+    return (
+        f"{event['name']}: memory ran out with {event['tried']} clients in a pass, "
+        f"going on with {event['next']}"
+    )
+
+
 class RunProgress:
     """A context manager whose `listen` takes the events of `fedmllm.experiment.run`."""
 
@@ -64,6 +72,8 @@ class RunProgress:
                 self.console.print(f"  full copy of {module}: {count:,}", soft_wrap=True)
         elif event["event"] == "round":
             self._round(event)
+        elif event["event"] == "memory":
+            self.console.print(memory_line(event), soft_wrap=True)
         elif event["event"] == "done" and event.get("shortened"):
             cut = event["shortened"]
             self.console.print(
@@ -124,6 +134,8 @@ class ManyProgress:
             line["round"] = f"{event['round']}/{event['rounds']}{who}"
             line["loss"] = f"{event['loss']:.3f}"
             self.part[name] += (1 - self.TESTING) / self.steps.get(name, event["rounds"])
+        elif event["event"] == "memory":
+            self.console.print(memory_line(event), soft_wrap=True, markup=False, highlight=False)
         found = headline(event)
         if found:
             line["metric"] = f"{found[0]} {found[1]:.3f}"

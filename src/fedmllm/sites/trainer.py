@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedmllm.errors import UserError
+from fedmllm.errors import MemoryRanOutError, UserError
 from fedmllm.sites import wire
 from fedmllm.sites.handshake import RefusedError
 from fedmllm.sites.wire import Message
@@ -191,7 +191,8 @@ def answered(what: str, work: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
     except RefusedError as error:
         return None, {"error": str(error), "told": str(error), "final": True}
     except UserError as error:
-        return None, {"error": str(error), "told": f"cannot {what}: {_SEE}", "final": True}
+        final = not isinstance(error, MemoryRanOutError)
+        return None, {"error": str(error), "told": f"cannot {what}: {_SEE}", "final": final}
     except Exception as error:
         kind = f"{type(error).__name__}, so it cannot {what}"
         text = f"{kind}\n{traceback.format_exc()}"
