@@ -213,6 +213,32 @@ def features() -> str:
     return "\n".join([*lines, "", about])
 
 
+def padding() -> str:
+    """The share of padding in training, a line a task and setting."""
+    file = RESULTS / "padding.json"
+    if not file.exists():
+        return NONE
+    facts = json.loads(file.read_text())
+    found = {(r["task"], r["setting"], r["micro_batch"], r["at_once"]): r for r in facts["rows"]}
+    ways = sorted({key[2:] for key in found}, key=lambda way: (-way[0], way[1]))
+    heads = [f"{micro} of a client, {n} client{'s' * (n > 1)}" for micro, n in ways]
+    lines = [
+        "| task | setting | " + " | ".join(heads) + " |",
+        "|---|---" + "|---:" * len(ways) + "|",
+    ]
+    for task, setting in dict.fromkeys(key[:2] for key in found):
+        rows = [found[task, setting, *way] for way in ways]
+        shares = [_padding_cell(row, facts["batch_size"]) for row in rows]
+        lines.append(f"| {task} | {setting} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
+def _padding_cell(row: dict, batch_size: int) -> str:
+    """Percent; in brackets what it would be without an order, where there is one."""
+    drawn = f" ({100 * row['as_drawn']:.0f})" if row["micro_batch"] < batch_size else ""
+    return f"{100 * row['padding']:.0f}{drawn}"
+
+
 SPEED = {  # row of benchmarks/speed -> what it is about
     "training": "training against a loop in the authors' manner",
     "evaluation": "scoring options against one `generate` call a question",
@@ -479,6 +505,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "gate": gate,
     "mini-quick": lambda: grid("mini-quick"),
     "memory": memory,
+    "padding": padding,
     "levels": lambda: levels(*EMBEDDED),
     "level-gaps": lambda: level_gaps(*EMBEDDED),
     "pretraining": pretraining,

@@ -161,7 +161,10 @@ class LocalTraining:
         )
 
     def batches(self) -> Iterator[list[Encoded]]:
-        """The round's optimiser steps: a fresh order for each epoch, from (seed, client, round)."""
+        """The round's optimiser steps: a fresh order for each epoch, from (seed, client, round).
+
+        Where a step takes several micro-batches, its samples are cut into them by length.
+        """
         samples, size = self.job.samples, self.plan.batch_size
         for epoch in range(self.plan.epochs):
             self.terms.epoch = epoch
@@ -175,7 +178,8 @@ class LocalTraining:
                 seed=self.seed,
             )
             for start in range(0, len(made), size):
-                yield made[start : start + size]
+                step = made[start : start + size]
+                yield longest_first(step) if self.plan.micro_batch < size else step
 
     def step(self, batch: Sequence[Encoded], loss: float) -> None:
         """One optimiser step with the gradients that `batch` has left; then they are gone.
@@ -289,6 +293,11 @@ def _optimizer(
     return torch.optim.AdamW(
         tensors, lr=lr, betas=(plan.beta1, plan.beta2), weight_decay=plan.weight_decay
     )
+
+
+def longest_first(step: Sequence[Encoded]) -> list[Encoded]:
+    """A step's samples by falling length, so that a micro-batch is padded little."""
+    return sorted(step, key=len, reverse=True)
 
 
 def _backward(mllm: Mllm, terms: Terms, batch: list[Encoded], micro_batch: int) -> float:
