@@ -16,16 +16,15 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from padding import counting
 
 from fedmllm import results
 from fedmllm.algorithms import make_algorithm
@@ -71,19 +70,10 @@ def train(
     state = algorithm.init(mllm.init_adapter(0))
     plan = LocalPlan(micro_batch=micro)
     runner = InProcessRunner(mllm, samples.__getitem__, plan, 0, clients_at_once=at_once)
-    held, filled = 0, 0
-    plain = mllm.losses
-
-    def counted(batch: Sequence[Encoded]) -> torch.Tensor:
-        nonlocal held, filled
-        held += len(batch) * max(map(len, batch))
-        filled += sum(map(len, batch))
-        return plain(batch)
-
-    with mock.patch.object(mllm, "losses", counted):
+    with counting(mllm) as count:
         began = time.process_time()
         updates = [update for _, update in runner.train(1, cohort, algorithm, state, lr=1e-3)]
-        return Round(time.process_time() - began, updates, 1 - filled / held)
+        return Round(time.process_time() - began, updates, count.padding)
 
 
 def difference(one: Update, other: Update) -> float:

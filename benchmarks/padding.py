@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    commit = results.commit()  # of the code that is measured
     rows = measure(load_model(config_of("memes", SETTINGS[0], TRAIN)))
     for row in rows:
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
@@ -144,7 +145,7 @@ def main() -> None:
         "train": TRAIN,
         "rows": rows,
         "versions": results.versions(),
-        "commit": results.commit(),
+        "commit": commit,
     }
     results.write_json(given.out, facts)
 
