@@ -290,6 +290,37 @@ def test_bench_plans_refuses_and_tells_of_failures(cli, tmp_path, monkeypatch) -
     assert "no luck" in text
 
 
+@pytest.mark.parametrize(
+    ("words", "processes", "devices"),
+    [
+        ([], 5, []),
+        (["--devices", "0,1,2,3"], 4, ["0", "1", "2", "3"]),
+        (["--devices", "0, 1", "model.device=cuda"], 2, ["0", "1"]),
+        (["--devices", "0,1", "--processes", "3"], 3, ["0", "1"]),
+        (["--processes", "7"], 7, []),
+        (["model.device=cuda"], 1, []),
+    ],
+)
+def test_bench_takes_a_process_a_device_or_a_core(
+    words, processes, devices, cli, tmp_path, monkeypatch
+) -> None:
+    """Five cores that this process may use; runs on an accelerator that nobody shared out are one
+    at a time."""
+    given = {}
+
+    def run_jobs(jobs, **options):
+        given.update(options)
+        for job in jobs:
+            yield job, Failure("not run")
+
+    monkeypatch.setattr("fedmllm.bench.run.run_jobs", run_jobs)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 2, 4, 6, 8}, raising=False)
+    file = tmp_path / "grid.yaml"
+    file.write_text(GRID)
+    assert cli("bench", file, "--out", tmp_path / "out", *words)[0] == 1
+    assert (given["processes"], given["devices"]) == (processes, devices)
+
+
 def test_report_writes_what_the_suffix_says(cli, tmp_path) -> None:
     results = [result("fedavg", "missing-b0.5", seed) for seed in (0, 1)]
     runs = write(tmp_path / "runs", results)

@@ -17,7 +17,7 @@ from fedmllm.demo import BASE, RUNS, demo_configs, run_demo
 from fedmllm.errors import UserError
 from fedmllm.experiment import run
 from fedmllm.models.mllm import Mllm
-from fedmllm.parallel import Job, _next, rough_work, run_many
+from fedmllm.parallel import Job, _next, default_processes, rough_work, run_many
 from fedmllm.progress import ManyProgress
 
 SMALL = {
@@ -184,6 +184,18 @@ class Idle:
 
     def __init__(self, base: str = "", data: str = "") -> None:
         self.base, self.data = base, data
+
+
+def test_a_core_each_where_nobody_says(monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {1, 3, 4}, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert default_processes() == 3
+    assert default_processes(["0", "1"]) == default_processes(["0", "1"], accelerated=True) == 2
+    assert default_processes(accelerated=True) == 1
+    monkeypatch.delattr("os.sched_getaffinity")  # as on macOS
+    assert default_processes() == 64
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert default_processes() == 1
 
 
 def test_a_worker_keeps_to_what_it_has_loaded_and_begins_with_the_longest() -> None:

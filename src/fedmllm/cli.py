@@ -131,7 +131,15 @@ def bench(
         Path | None, typer.Option(help="Where the runs go. [default: runs/NAME]")
     ] = None,
     plan_: Annotated[bool, typer.Option("--plan", help="Only say what would be run.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Runs at the same time. [default: one a device of --devices; else one a core, "
+            "one in all with model.device other than cpu]",
+            show_default=False,
+        ),
+    ] = None,
     devices: Annotated[
         str | None, typer.Option(help="GPUs, one a process in turn: 0,1.", show_default=False)
     ] = None,
@@ -149,17 +157,18 @@ def bench(
 
     Exit code 1 if a cell failed; the others have run.
     """
-    from fedmllm.bench import load_grid, run_grid
+    from fedmllm.bench import load_grid, processes_for, run_grid
     from fedmllm.bench.table import ended_lines, plan_lines
 
     found = load_grid(grid, overrides or [], only=only or [], variables=set_ or [])
     sources = measured or [Path("results")]
+    names = [name.strip() for name in (devices or "").split(",") if name.strip()]
+    count = processes or processes_for(found, names)
     if plan_:
-        for line in plan_lines(found, out=out, measured=sources, processes=processes):
+        for line in plan_lines(found, out=out, measured=sources, processes=count):
             print(line)
         return
-    names = [name for name in (devices or "").split(",") if name]
-    ended = run_grid(found, out=out, processes=processes, devices=names, measured=sources)
+    ended = run_grid(found, out=out, processes=count, devices=names, measured=sources)
     for line in ended_lines(ended, out or found.out):
         print(line)
     if ended.failed:

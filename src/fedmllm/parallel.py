@@ -73,6 +73,18 @@ def run_many(
     return found
 
 
+def default_processes(devices: Sequence[str] = (), *, accelerated: bool = False) -> int:
+    """How many runs at a time where nobody says: one a device; without devices one a core that
+    this process may use (its affinity), but one alone where runs would share an accelerator."""
+    if devices:
+        return len(devices)
+    if accelerated:
+        return 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def rough_work(config: Config) -> float:
     """A guess at how long a run takes, where nothing was measured: passes over the training set,
     and one for each test of an adapter."""

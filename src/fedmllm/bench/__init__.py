@@ -8,6 +8,6 @@ agree with to count as done is in `state.py`; docs/benchmark.md says both in wor
 """
 
 from fedmllm.bench.grid import Cell, Grid, load_grid
-from fedmllm.bench.run import Ended, run_grid
+from fedmllm.bench.run import Ended, processes_for, run_grid
 
-__all__ = ["Cell", "Ended", "Grid", "load_grid", "run_grid"]
+__all__ = ["Cell", "Ended", "Grid", "load_grid", "processes_for", "run_grid"]

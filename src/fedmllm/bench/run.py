@@ -21,7 +21,7 @@ from fedmllm.bench.state import (
 )
 from fedmllm.bench.timing import estimates, measured_results
 from fedmllm.errors import UserError
-from fedmllm.parallel import Failure, Job, rough_work, run_jobs
+from fedmllm.parallel import Failure, Job, default_processes, rough_work, run_jobs
 from fedmllm.progress import ManyProgress
 
 
@@ -39,7 +39,7 @@ def run_grid(
     grid: Grid,
     *,
     out: Path | None = None,
-    processes: int = 2,
+    processes: int | None = None,
     devices: Sequence[str] = (),
     measured: Sequence[Path] = (),
     console: Console | None = None,
@@ -47,12 +47,13 @@ def run_grid(
     """Run every cell that is not done; each has its run folder below `out` (by default the
     grid's). A failed cell does not stop the others.
 
-    devices: accelerators by CUDA's numbers, one a process. measured: folders with results to judge
+    processes: by default `processes_for` the grid. devices: accelerators by CUDA's numbers, one a
+    process. measured: folders with results to judge
     times from, besides `out`. Raises `UserError` if a variable of the grid has no value, or
     another process runs a benchmark in that folder.
     """
     began = time.perf_counter()
-    folder = out or grid.out
+    folder, processes = out or grid.out, processes or processes_for(grid, devices)
     if grid.open_variables:
         lines = [f"  --set {name}=…   {about}" for name, about in grid.open_variables.items()]
         raise UserError(f"{grid.name} needs values for its variables:\n" + "\n".join(lines))
@@ -68,6 +69,12 @@ def run_grid(
     names = {job.config.name for job in jobs}
     skipped = tuple(cell.name for cell in grid.cells if cell.name not in names)
     return Ended(skipped, tuple(done), failed, time.perf_counter() - began)
+
+
+def processes_for(grid: Grid, devices: Sequence[str] = ()) -> int:
+    """How many cells to run at a time where nobody says (`default_processes`)."""
+    accelerated = any(cell.config.model.device != "cpu" for cell in grid.cells)
+    return default_processes(devices, accelerated=accelerated)
 
 
 def _work(cells: Sequence[Cell], seconds: Mapping[str, float]) -> dict[str, float]:
