@@ -473,6 +473,7 @@ def test_paper_has_the_papers_hyper_parameters_and_plans_without_data(real_datas
     assert (one.training.lr, one.training.batch_size, one.training.micro_batch) == (2e-5, 4, 1)
     assert (one.partition.clients, one.training.clients_per_round) == (10, 2)
     assert (one.lora.rank, one.lora.alpha, one.lora.dropout) == (8, 8, 0.05)
+    assert (one.model.feature_cache, one.model.drop_tower) == ("disk", "auto")
     lines = list(plan_lines(found, out=Path("nowhere"), measured=[], processes=1))
     assert any(line.startswith("to be given: --set data=") for line in lines)
     given = ["data=/d", "minicpm_v_2_6=/a", "minicpm_v_2_5=/b"]

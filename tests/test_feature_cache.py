@@ -33,7 +33,7 @@ from fedmllm.config import config_hash, make_config
 from fedmllm.data.images import ImageFile, MemoryImage
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
-from fedmllm.experiment import load_model, run
+from fedmllm.experiment import load_model, run, spare_tower
 from fedmllm.models import feature_files as files
 from fedmllm.models import feature_store, features
 from fedmllm.models.components import Policy
@@ -711,6 +711,43 @@ def test_a_tower_that_left_is_read_where_it_lies(idefics, pictures, monkeypatch)
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     with pytest.raises(UserError, match=r"cannot leave memory.*TMPDIR"):
         mllm.drop_tower()
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "budget", "cache", "leaves"),
+    [
+        ("auto", "cuda", 10**9, "memory", True),
+        ("auto", "cuda", 1, "memory", False),  # one of two images is no longer kept
+        ("auto", "cuda", 1, "disk", True),
+        ("auto", "cpu", 10**9, "memory", False),
+        (True, "cpu", 1, "memory", True),
+        (False, "cuda", 10**9, "memory", False),
+    ],
+)
+def test_the_tower_leaves_by_itself_where_that_is_of_use(
+    setting, device, budget, cache, leaves, idefics, pictures, monkeypatch
+) -> None:
+    """The device is a name here: where the tower lies is asked of nothing else."""
+    mllm = load(idefics, FROZEN, cache, feature_memory_gb=budget / 1e9)
+    assert mllm.features.budget_bytes == budget
+    left: list[int] = []
+    monkeypatch.setattr("fedmllm.models.mllm.to_file", lambda parts: left.append(1) or 1)
+    monkeypatch.setattr("fedmllm.models.mllm.to_device", lambda parts, device: None)
+    monkeypatch.setattr(mllm, "device", torch.device(device))
+    config = make_config({"name": "x", "model": {"drop_tower": setting}})
+    assert config_hash(config) == config_hash(make_config({"name": "x"}))
+    spare_tower(config, mllm, samples(pictures))
+    assert bool(left) == leaves
+
+
+def test_how_much_is_kept_in_memory_is_no_number_of_a_run() -> None:
+    plain = make_config({"name": "x"})
+    assert round(plain.model.feature_memory_gb * 1e9) == FeatureCache().budget_bytes == 2**29
+    more = make_config({"name": "x"}, ["model.feature_memory_gb=8"])
+    assert config_hash(more) == config_hash(plain)
+    for change in ("feature_memory_gb=0", "drop_tower=maybe"):
+        with pytest.raises(UserError, match=f"1 problem\n  - model.{change.partition('=')[0]}: "):
+            make_config({"name": "x"}, [f"model.{change}"])
 
 
 def test_shared_weights_stay_shared() -> None:

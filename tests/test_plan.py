@@ -414,6 +414,10 @@ def test_features_stay_within_the_caches_budget() -> None:
     load = Load(tokens=1, slices=1, batch=1, test_batch=1, rank=1, dropout=0.0)
     assert feature_cache(SHAPES, load) == 512 * 2**20
     assert feature_cache(SHAPES, replace(load, images=10**9)) == 512 * 2**20
+    assert feature_cache(SHAPES, replace(load, images=10**9, feature_memory=10**6)) == 10**6
+    given = make_plan(make_config(SMALL, ["model.feature_memory_gb=0.000001"]), tokens=100)
+    picture = 16 * 128 * 4  # one is kept, though it is larger
+    assert given.memory.resident["image features"] == picture
     few = replace(load, images=3, slices=2)
     assert feature_cache(SHAPES, few) == 3 * 2 * 4 * 96 * 4
     patches = 3 * 2 * SHAPES.N

@@ -21,6 +21,7 @@ from fedmllm.data import DATASETS
 from fedmllm.errors import UserError, unknown
 from fedmllm.models import MODELS
 from fedmllm.models.components import POLICIES, make_policy
+from fedmllm.models.features import MEMORY_BYTES
 from fedmllm.report.loading import config_digest
 from fedmllm.scenarios import SCENARIOS, SETTINGS, assign, check_options
 
@@ -65,8 +66,9 @@ class ModelSection(_Section):
     gradient_checkpointing: less memory for more time, same numbers. remote_code: the path again,
     word for word, of a model whose own code may be run.
     feature_cache: disk keeps what the frozen tower makes of image files for later runs, below the
-    user's cache folder, at most feature_cache_gb (10^9 bytes) for all models. drop_tower: all
-    images pass the frozen tower first, and it leaves memory.
+    user's cache folder, at most feature_cache_gb (10^9 bytes) for all models. feature_memory_gb: of
+    it in main memory, of each process. drop_tower: all images pass the frozen tower first, and it
+    leaves memory; auto: on an accelerator, if what it makes of them all is kept.
     """
 
     name: str = "embedded"
@@ -78,7 +80,8 @@ class ModelSection(_Section):
     remote_code: str | None = None
     feature_cache: Literal["memory", "disk"] = "memory"
     feature_cache_gb: float = Field(20.0, gt=0)
-    drop_tower: bool = False
+    feature_memory_gb: float = Field(MEMORY_BYTES / 1e9, gt=0)
+    drop_tower: Literal[False, True, "auto"] = False
 
 
 class LoraSection(_Section):

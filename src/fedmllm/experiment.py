@@ -276,9 +276,8 @@ def run(
         copied_modules=model.copied_modules(),
         steps=sum(federation.rounds for federation in found),
     )
-    if config.model.drop_tower:
-        trained = [s for party in found for held_ in party.samples.values() for s in held_]
-        model.drop_tower([*trained, *dataset.test])
+    owned = [s for own in manifest.client_samples(held, dataset).values() for s in own]
+    spare_tower(config, model, [*owned, *dataset.test])
     outcomes = [run_federation(session, federation) for federation in found]
     save_adapter(session, outcomes)
     result = make_result(session, held, outcomes, time.perf_counter() - began)
@@ -387,7 +386,18 @@ def load_model(config: Config) -> Mllm:
         policy=make_policy(config.trained["name"], **options_of(config.trained)),
         feature_cache=config.model.feature_cache,
         feature_cache_gb=config.model.feature_cache_gb,
+        feature_memory_gb=config.model.feature_memory_gb,
     )
+
+
+def spare_tower(config: Config, mllm: Mllm, samples: Sequence[Sample]) -> None:
+    """Take the vision tower out of memory where `model.drop_tower` says so. samples: all of the
+    run, whose images pass the tower first."""
+    wanted = config.model.drop_tower
+    if wanted == "auto" and mllm.device.type == "cpu":
+        return
+    if wanted:
+        mllm.drop_tower(samples, if_kept=wanted == "auto")
 
 
 def load_shapes(config: Config) -> Mllm | None:

@@ -84,6 +84,11 @@ class FeatureStore:
             return None
         return self.folder / self.model / found[1][:2] / f"{found[1]}{files.SUFFIX}"
 
+    def holds(self, key: str) -> bool:
+        """Whether there is an entry, be it whole or damaged."""
+        path = self.path(key)
+        return path is not None and path.exists()
+
     def get(self, key: str) -> ImageFeatures | None:
         """An image's features, or None: memory-mapped, or copied where there is little of them.
         A damaged entry is removed."""

@@ -37,6 +37,7 @@ from fedmllm.models.replay import (
 )
 
 Parts = Sequence[torch.nn.Module]
+MEMORY_BYTES = 512 * 2**20  # of features in main memory, unless a config says otherwise
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Store(Protocol):
     """Where features outlive the process; keys as of `FeatureCache`."""
 
     def get(self, key: str) -> ImageFeatures | None: ...
+    def holds(self, key: str) -> bool: ...
     def put(self, key: str, value: ImageFeatures) -> None: ...
 
 
@@ -95,7 +97,7 @@ class FeatureCache:
     entry that came last always stays. Without a store what left is computed anew.
     """
 
-    def __init__(self, budget_bytes: int = 512 * 2**20, store: Store | None = None) -> None:
+    def __init__(self, budget_bytes: int = MEMORY_BYTES, store: Store | None = None) -> None:
         self.budget_bytes = budget_bytes
         self.store = store
         self.memory: Recent[str, ImageFeatures] = Recent(budget_bytes, lambda held: held.nbytes)
@@ -107,6 +109,10 @@ class FeatureCache:
             if found is not None:
                 self.memory.put(key, found)
         return found
+
+    def holds(self, key: str) -> bool:
+        """Whether it can be had without the tower."""
+        return key in self.memory or (self.store is not None and self.store.holds(key))
 
     def put(self, key: str, value: ImageFeatures) -> None:
         if key in self.memory:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from fedmllm.models.components import (
 )
 from fedmllm.models.feature_store import store_for
 from fedmllm.models.features import (
+    MEMORY_BYTES,
     FeatureCache,
     GivenFeatures,
     ImageFeatures,
@@ -161,6 +162,7 @@ class Mllm:
         policy: Policy | None = None,
         feature_cache: str = "memory",
         feature_cache_gb: float = 20.0,
+        feature_memory_gb: float = MEMORY_BYTES / 1e9,
     ) -> Mllm:
         """Load a base from a folder or hub name and add a fresh adapter (B = 0: the base itself).
 
@@ -169,6 +171,7 @@ class Mllm:
         policy: what is trained beside LoRA on the language model's attention; by default nothing.
         feature_cache: ``disk`` keeps what the frozen tower makes of image files also in the user's
         cache folder, at most `feature_cache_gb` times 10^9 bytes for all models.
+        feature_memory_gb: in main memory there are at most so many times 10^9 bytes of it.
         Raises `UserError` if the model or a component to train cannot be had.
         """
         if feature_cache not in FEATURE_CACHES:
@@ -183,10 +186,12 @@ class Mllm:
             base.disable_input_require_grads()  # the frozen embeddings need no gradient
         model.peft_config["default"].base_model_name_or_path = name  # not a path of this machine
         mllm = cls(name, model.eval(), processor, policy)
+        store = None
         if feature_cache == "disk":
             limit = int(feature_cache_gb * 1e9)
             facts = (mllm.base, processor, entry, policy.keeps)
-            mllm.features = FeatureCache(store=store_for(*facts, name=name, limit_bytes=limit))
+            store = store_for(*facts, name=name, limit_bytes=limit)
+        mllm.features = FeatureCache(round(feature_memory_gb * 1e9), store)
         return mllm
 
     @classmethod
@@ -418,14 +423,15 @@ class Mllm:
             self.features.put(source.key, found)
         return found
 
-    def drop_tower(self, samples: Iterable[Sample] = ()) -> int:
+    def drop_tower(self, samples: Sequence[Sample] = (), *, if_kept: bool = False) -> int:
         """Free the memory of the frozen vision tower; returns its bytes, 0 where it stays.
 
-        samples: those still needed; their images pass the tower first. An image that turns up
-        later brings the tower back (on an accelerator) or reads it where it lies (`tower.py`). It
-        stays where it is trained, and on an accelerator where the connector is, whose
-        surroundings ask the tower for its device. Raises `UserError` if there is no room for the
-        weights in TMPDIR, or if an image cannot be read.
+        samples: those still needed; their images pass the tower first. if_kept: it stays unless
+        what it makes of all these images is kept. An image that turns up later brings the tower
+        back (on an accelerator) or reads it where it lies (`tower.py`). It stays where it is
+        trained, and on an accelerator where the connector is, whose surroundings ask the tower for
+        its device. Raises `UserError` if there is no room for the weights in TMPDIR, or if an image
+        cannot be read.
         """
         keeps = self.policy.keeps
         if keeps == "pixels" or (keeps == "tower" and self.device.type != "cpu"):
@@ -433,6 +439,9 @@ class Mllm:
         for sample in samples:
             if sample.image is not None:
                 self._image_of(sample.id, sample.image)
+        images = [sample.image for sample in samples if sample.image is not None]
+        if if_kept and not all(self.features.holds(image.key) for image in images):
+            return 0
         try:
             return to_file(self._parts)
         except (OSError, SafetensorError) as error:

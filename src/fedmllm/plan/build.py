@@ -245,6 +245,7 @@ def _load(
         generates=parties.open if parties else True,
         connector=config.trained["connector"] == "full",
         vision=config.trained["vision"] == "lora",
+        feature_memory=round(config.model.feature_memory_gb * 1e9),
     )
 
 

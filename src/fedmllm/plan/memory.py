@@ -21,13 +21,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedmllm.errors import UserError
-from fedmllm.models.features import FeatureCache
+from fedmllm.models.features import MEMORY_BYTES
 from fedmllm.plan.structure import Skeleton, weight_bytes
 
 CUDA_RUNTIME = 800 * 2**20  # context, kernels, cuBLAS workspace: an assumption, not measured here
 HEAP_HOLES = 0.6  # of training: holes that freed tensors leave in glibc's heap, where tensors are
 # below its 32 MB; one allowance for all, chosen on the embedded model (results/memory.json)
-FEATURE_BUDGET = FeatureCache().budget_bytes
 UNKNOWN_PATCHES = 1024  # of a slice, where the config names no image size: 448 x 448 at 14
 ANSWER_TOKENS = 32  # of a sample, where nothing else is said
 PIXELS = 4 * 3 * 14 * 14  # bytes of a patch in float32
@@ -63,6 +62,7 @@ class Load:
     test_batch: `evaluation.batch_size`. images: different images of the data, or None if unknown.
     generates: whether tests generate answers (open questions). copies: float32 copies of the
     adapter on the server and between it and a client. connector, vision: whether they are trained.
+    feature_memory: bytes of image features that are kept.
     """
 
     tokens: int
@@ -82,6 +82,7 @@ class Load:
     answer: int = ANSWER_TOKENS
     connector: bool = False
     vision: bool = False
+    feature_memory: int = MEMORY_BYTES
 
     @property
     def sees(self) -> bool:
@@ -265,13 +266,13 @@ def feature_cache(shapes: Shapes, load: Load) -> int:
     """Of all images features in float32, the tower's output, b E a patch, where the connector is
     trained, or pixels where the tower is; at most the cache's budget."""
     if load.images is None:
-        return FEATURE_BUDGET
+        return load.feature_memory
     one = 4 * load.slices * shapes.image_tokens * shapes.D
     if load.connector:
         one = load.slices * shapes.N * load.itemsize * shapes.E
     if load.vision:
         one = load.slices * shapes.N * PIXELS
-    return min(max(FEATURE_BUDGET, one), load.images * one)
+    return min(max(load.feature_memory, one), load.images * one)
 
 
 def estimate(skeleton: Skeleton, load: Load, *, runtime: int) -> Estimate:

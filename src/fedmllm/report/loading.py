@@ -35,6 +35,7 @@ NO_NUMBERS: dict[str, tuple[str, ...]] = {
         "remote_code",
         "feature_cache",
         "feature_cache_gb",
+        "feature_memory_gb",
         "drop_tower",
     ),
 }

@@ -27,6 +27,7 @@ LOCAL = (
     "model.gradient_checkpointing",
     "model.feature_cache",
     "model.feature_cache_gb",
+    "model.feature_memory_gb",
     "model.drop_tower",
     "training.batch_size",
     "training.micro_batch",

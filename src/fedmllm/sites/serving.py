@@ -41,6 +41,7 @@ from fedmllm.experiment import (
     over_parties,
     run_federation,
     save_adapter,
+    spare_tower,
     write_result,
 )
 from fedmllm.models import model_path
@@ -110,8 +111,8 @@ def _serve(
     runner.greet_all()
     session = _session(config, agreed, folder, mllm, dataset, runner)
     session.listener = status.event
-    if config.model.drop_tower and tests:
-        mllm.drop_tower(tests)
+    if tests:
+        spare_tower(config, mllm, tests)
     federation = Federation(EVERYONE, dict.fromkeys(runner.sites, ()), config.training.rounds)
     algorithm = algorithm_of(config, len(runner.sites), mllm, session.task)
     runner.weighted = all(facts["reveal"]["samples"] for facts in runner.facts.values())

@@ -38,6 +38,7 @@ from fedmllm.experiment import (
     make_manifest,
     own_samples,
     score_own,
+    spare_tower,
 )
 from fedmllm.heterogeneity import Profile
 from fedmllm.models import model_path
@@ -72,8 +73,7 @@ class Site:
         known = parties_of(self.config, self.session.task, own.samples)
         self.runner = local_runner(self.session, own, known.weights)
         self.samples = len(train)
-        if self.config.model.drop_tower:
-            self.session.mllm.drop_tower([*train, *self.held_out])
+        spare_tower(self.config, self.session.mllm, [*train, *self.held_out])
         self.base_sha256 = digests.base_digest(
             model_path(self.config.model.name, self.config.model.path)
         )
