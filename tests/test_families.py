@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -236,8 +237,42 @@ def test_options_on_one_prompts_cache_are_scored_like_whole_rows(tiny: Mllm) -> 
         bare = replace(item, options=options)
         plain = tiny._score_alone(bare)
         assert plain.std() > 1e-3
-        torch.testing.assert_close(tiny._score_after_prompt(bare), plain, atol=1e-4, rtol=1e-5)
+        (found,) = tiny._score_after_prompts([bare])
+        torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(tiny.score_options([bare])[0], plain.softmax(-1))
+
+
+def test_questions_of_one_length_are_scored_together(tiny: Mllm, monkeypatch) -> None:
+    """Of three lengths, each twice with two words changed places, and one with fewer options; no
+    more rows in a pass than there are questions."""
+    words = [tiny.answer_ids(word) for word in ("red", "red star", "red star shape", "red")]
+    items = [replace(item, options=tuple(words)) for item in encoded(tiny)]
+    fewer = replace(items[0], options=tuple(words[:3]))
+    asked = 2 * [items[0], *map(swapped, items), *items[1:], fewer]
+    passes, together = [], tiny._score_after_prompts
+
+    def counted(batch: list[Encoded]) -> list[torch.Tensor]:
+        passes.append(len(batch))
+        return together(batch)
+
+    monkeypatch.setattr(tiny, "_score_after_prompts", counted)
+    found = tiny._score_full(asked)
+    kinds = Counter((len(item.prompt), len(item.options)) for item in asked)
+    assert sum(passes) == len(asked) == 14
+    assert len(passes) == sum(-(-n // (14 // options)) for (_, options), n in kinds.items())
+    assert max(passes) == 3  # of four options each
+    for item, scores in zip(asked, found, strict=True):
+        torch.testing.assert_close(scores, tiny._score_alone(item), atol=1e-4, rtol=1e-5)
+    assert float((found[0] - found[1]).detach().abs().max()) > 1e-4  # the prompts differ
+
+
+def swapped(item: Encoded) -> Encoded:
+    """Its last two tokens that differ, in each other's place."""
+    prompt = list(item.prompt)
+    last = len(prompt) - 1
+    other = max(i for i in range(last) if prompt[i] != prompt[last])
+    prompt[last], prompt[other] = prompt[other], prompt[last]
+    return replace(item, prompt=tuple(prompt))
 
 
 def test_generation_is_that_of_plain_transformers(tiny: Mllm) -> None:

@@ -539,29 +539,47 @@ class Mllm:
         ]
 
     def _score_full(self, batch: list[Encoded]) -> list[torch.Tensor]:
-        return [self._score_after_prompt(item) for item in batch]
+        """Questions of one length with as many options share a pass, whose rows, one an option,
+        are no more than the batch has questions."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        for index, item in enumerate(batch):
+            alike.setdefault((len(item.prompt), len(item.options)), []).append(index)
+        scored: list[torch.Tensor] = [torch.empty(0)] * len(batch)
+        for (_, options), indices in alike.items():
+            size = max(1, len(batch) // options)
+            for start in range(0, len(indices), size):
+                part = indices[start : start + size]
+                rows = self._score_after_prompts([batch[i] for i in part])
+                for index, row in zip(part, rows, strict=True):
+                    scored[index] = row
+        return scored
 
-    def _score_after_prompt(self, item: Encoded) -> torch.Tensor:
-        """Log-probability of each option [options]: the prompt once, then all on its cache."""
+    def _score_after_prompts(self, items: list[Encoded]) -> list[torch.Tensor]:
+        """Log-probability of each option [options]: each prompt once, then all on its cache.
+
+        The prompts are of one length, so that nothing is padded, and have as many options, O.
+        """
         core: Any = getattr(self.base, "model", self.base)
         if hasattr(core, "rope_deltas"):
             core.rope_deltas = None  # the Qwen families', of an earlier prompt with an image
-        with self._only_at([(0, len(item.prompt) - 1)]):
-            first = self.model(**self._inputs([item], [item.prompt]), use_cache=True)
+        prompts = [item.prompt for item in items]
+        with self._only_at([(b, len(prompt) - 1) for b, prompt in enumerate(prompts)]):
+            first = self.model(**self._inputs(items, prompts), use_cache=True)
         cache = first.past_key_values
         if not _repeatable(cache):
-            return self._score_alone(item)
-        cache.batch_repeat_interleave(len(item.options))
-        rows = [option[:-1] for option in item.options]
-        width = max(map(len, rows))
-        logits_OTV = first.logits.expand(len(rows), -1, -1)
-        if width:
+            return [self._score_alone(item) for item in items]
+        count = len(items[0].options)
+        cache.batch_repeat_interleave(count)
+        options = [option for item in items for option in item.options]
+        rows = [option[:-1] for option in options]
+        logits_RTV = first.logits[0].repeat_interleave(count, 0)[:, None]
+        if max(map(len, rows)):
             # no mask: every token sees all before it, and padding comes last
-            ids_OT = self._padded(rows)["input_ids"]
-            rest = self.model(input_ids=ids_OT, past_key_values=cache, use_cache=True).logits
-            logits_OTV = torch.cat([logits_OTV, rest], 1)
-        scores = zip(logits_OTV, item.options, strict=True)
-        return torch.stack([-self._nll(values, option) for values, option in scores])
+            ids_RT = self._padded(rows)["input_ids"]
+            rest = self.model(input_ids=ids_RT, past_key_values=cache, use_cache=True).logits
+            logits_RTV = torch.cat([logits_RTV, rest], 1)
+        scores = [-self._nll(v, option) for v, option in zip(logits_RTV, options, strict=True)]
+        return list(torch.stack(scores).split(count))
 
     def _score_alone(self, item: Encoded) -> torch.Tensor:
         """The same with the prompt read anew for each option, for models whose layers keep more
