@@ -142,7 +142,7 @@ def test_every_family_trains_together_as_alone(name, tmp_path) -> None:
     check_same(*both(mllm, jobs_of(mllm)), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["minicpmv 2.6", "qwen2_vl"])
+@pytest.mark.parametrize("name", sorted(TINY))
 def test_four_bit_weights_serve_all_clients(name, tmp_path) -> None:
     mllm = load(name, tmp_path / "m", quantization="nf4")
     check_same(*both(mllm, jobs_of(mllm)), 1e-5)
