@@ -24,7 +24,7 @@ from fedmllm.algorithms import make_algorithm
 from fedmllm.algorithms.base import ServerState, Update
 from fedmllm.config import config_hash, load_config, make_config
 from fedmllm.data import load_dataset
-from fedmllm.errors import UserError
+from fedmllm.errors import MemoryRanOutError, UserError
 from fedmllm.experiment import load_shapes, make_manifest, run
 from fedmllm.export import export
 from fedmllm.federation import cohort_of, run_round
@@ -287,6 +287,13 @@ def test_an_empty_file_and_a_wrong_one_tell_the_server_nothing_of_them(tmp_path)
     _, reply = answered("train", lambda: {}["Mrs Miller"])
     assert "Mrs Miller" in reply["error"]
     assert reply["told"] == "KeyError, so it cannot train: the reason stands in the site's log"
+    assert not reply["final"]
+
+    def train() -> None:
+        raise MemoryRanOutError("memory ran out")  # there may be more another time
+
+    _, reply = answered("train", train)
+    assert reply["error"] == "memory ran out"
     assert not reply["final"]
 
 
