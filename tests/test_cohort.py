@@ -450,6 +450,17 @@ def test_one_client_for_which_memory_does_not_suffice_is_named(
     assert all(value.grad is None for value in tiny.trainable.values())
 
 
+def test_a_lack_of_memory_without_words_is_named_too(tiny: Mllm, monkeypatch) -> None:
+    def read(mllm: Mllm, batch):
+        raise MemoryError
+
+    monkeypatch.setattr(Mllm, "read", read)
+    with pytest.raises(
+        MemoryRanOutError, match=r"client-00 trained alone in round 1 \(MemoryError\)"
+    ):
+        scarce_round(tiny, 2)
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny: Mllm, monkeypatch) -> None:
     asked = []
 

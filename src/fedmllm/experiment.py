@@ -276,8 +276,9 @@ def run(
         copied_modules=model.copied_modules(),
         steps=sum(federation.rounds for federation in found),
     )
-    owned = [s for own in manifest.client_samples(held, dataset).values() for s in own]
-    spare_tower(config, model, [*owned, *dataset.test])
+    if config.model.drop_tower:
+        owned = [s for own in manifest.client_samples(held, dataset).values() for s in own]
+        spare_tower(config, model, [*owned, *dataset.test])
     outcomes = [run_federation(session, federation) for federation in found]
     save_adapter(session, outcomes)
     result = make_result(session, held, outcomes, time.perf_counter() - began)

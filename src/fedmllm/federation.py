@@ -234,7 +234,7 @@ class InProcessRunner:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         # only here is the error gone, and with it the tensors of the pass
         self.mllm.model.zero_grad(set_to_none=True)
         release_memory()
