@@ -4,6 +4,7 @@ memory that does not grow with the number of clients."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -251,13 +252,14 @@ print(json.dumps(found))
 
 
 def test_memory_does_not_grow_with_the_clients(tmp_path) -> None:
-    """64 updates of 4 MB, 256 MB in all, take no more than 8 do, and no more than 40 MB."""
+    """64 updates of 4 MB, 256 MB in all, take no more than 8 do, and no more than 36 MB."""
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    known = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors go back at once
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=known)
     found = json.loads(done.stdout)
     for name in ("median", "multi-krum"):
         assert found[f"{name} 64"] < found[f"{name} 8"] + 4, found
-        assert found[f"{name} 64"] < 40, found
+        assert found[f"{name} 64"] < 36, found
 
 
 def test_updates_lie_in_the_runs_folder_and_leave_nothing(tmp_path) -> None:

@@ -82,16 +82,16 @@ def sent(position: int) -> Update:
 def test_a_cohort_in_reverse_is_not_held_in_memory(tmp_path) -> None:
     """The slowest is the first: of nine that wait for it, two are in memory. Two of ten do not
     deliver. What comes out is what was sent, to the bit, and nothing is left on disk."""
-    alive, most = weakref.WeakSet(), []
+    seen, most = [], []
 
     def arrivals():
         for position in reversed(range(10)):
             update = None if position in (3, 7) else sent(position)
             if update is not None:
-                alive.add(update)
+                seen.append(weakref.ref(update))
             yield position, update
             del update
-            most.append(len(alive))
+            most.append(sum(each() is not None for each in seen))
 
     for position, update in enumerate(in_order(arrivals(), 10, tmp_path / "state")):
         if position in (3, 7):

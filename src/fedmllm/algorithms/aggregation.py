@@ -141,11 +141,15 @@ def _median(found: Gathered, row_P: torch.Tensor) -> Sequence[int]:
 def _trimmed(found: Gathered, row_P: torch.Tensor, *, trim: int) -> Sequence[int]:
     """Sums are taken in sorted order and float64: the order of the clients changes no bit."""
     for here, x_NC in found.blocks():
-        x_CN = x_NC.T.contiguous().numpy()
-        x_CN.sort(axis=1)
-        middle = x_CN[:, trim : found.count - trim]
-        row_P[here] = torch.from_numpy(middle.mean(axis=1, dtype=np.float64))
+        row_P[here] = _middle(x_NC, trim)
     return ()
+
+
+def _middle(x_NC: torch.Tensor, trim: int) -> torch.Tensor:
+    x_CN = x_NC.T.clone(memory_format=torch.contiguous_format).numpy()
+    x_CN.sort(axis=1)
+    middle_CM = x_CN[:, trim : len(x_NC) - trim]
+    return torch.from_numpy(middle_CM.mean(axis=1, dtype=np.float64))
 
 
 def _krum(
@@ -156,7 +160,7 @@ def _krum(
     order_N = torch.argsort(scores_N, stable=True).tolist()
     best = sorted(order_N[: near if keep is None else keep])
     for here, x_MC in found.blocks(best):
-        row_P[here] = x_MC.double().mean(0).float()
+        row_P[here] = x_MC.mean(0, dtype=torch.float64)
     return best
 
 
@@ -174,10 +178,13 @@ def _distances(found: Gathered) -> torch.Tensor:
     """
     products_NN = torch.zeros(found.count, found.count, dtype=torch.float64)
     for _, x_NC in found.blocks():
-        wide_NC = x_NC.double()
-        products_NN += wide_NC @ wide_NC.T
+        products_NN += _products(x_NC.double())
     norms_N = products_NN.diagonal()
     return (norms_N[:, None] + norms_N - products_NN - products_NN.T).clamp(min=0)
+
+
+def _products(x_NC: torch.Tensor) -> torch.Tensor:
+    return x_NC @ x_NC.T
 
 
 def _check_whole(name: str, value: object, *, least: int) -> None:

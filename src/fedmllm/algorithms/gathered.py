@@ -88,12 +88,13 @@ class Gathered:
 
     def blocks(self, rows: Sequence[int] | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
         """(which coordinates, their numbers [N, C]) until all are read; of some updates only where
-        `rows` says which. The numbers may be changed by the caller."""
+        `rows` says which. The next numbers come into the same memory."""
         rows = range(self.count) if rows is None else rows
         width = max(1, BLOCK // (4 * len(rows)))
+        room = torch.empty(len(rows), min(width, self.size))
         for start in range(0, self.size, width):
             here = slice(start, min(start + width, self.size))
-            x_NC = torch.empty(len(rows), here.stop - here.start)
+            x_NC = room[:, : here.stop - here.start]
             for x_C, row in zip(x_NC, rows, strict=True):
                 self._scratch.read(x_C, 4 * (row * self.size + start))
             yield here, x_NC
