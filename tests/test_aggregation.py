@@ -321,6 +321,21 @@ def test_what_does_not_go_together_is_said(overrides, words: str) -> None:
         config(*overrides)
 
 
+def test_too_few_parties_in_the_data_are_refused_before_training(tmp_path, mllm) -> None:
+    """How many there are, a user's own files say."""
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
+    for name in ("test", "parties/a", "parties/b"):
+        file = tmp_path / f"{name}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps([{"id": 1, "image": None, "conversations": talk}]))
+    data = {"name": "conversations", "root": str(tmp_path)}
+    own = config("aggregation=median", data=data, training={"clients_per_round": 3})
+    words = "needs at least 3 updates a round, and a round has 2 of 2 clients: raise it"
+    with pytest.raises(UserError, match=words):
+        experiment.run(own, out=tmp_path / "run", mllm=mllm)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_goes_together() -> None:
     found = config("aggregation=median", "algorithm=fedadam", "strategy.sampling=1")
     assert found.aggregation == {"name": "median"}
@@ -457,6 +472,7 @@ def test_sites_give_the_weights_of_one_process(tmp_path, monkeypatch, mllm) -> N
     found = serve(kits["server"], sha256, NearLink(kits, tmp_path))
     here = experiment.run(make_config(raw), out=tmp_path / "here", mllm=mllm)
     assert found["config_sha256"] == here["config_sha256"]
+    assert found["network"]["weighted"] == "uniform"
     ours = experiment.checkpoint.load(kits["server"] / "runs" / "x" / "state")
     theirs = experiment.checkpoint.load(tmp_path / "here" / "state")
     for name, value in theirs.state.params.items():

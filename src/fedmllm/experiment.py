@@ -237,8 +237,10 @@ def run(
     if shared is None:
         shared = Shared(mllm or load_model(config), {Shared.data_key(config): dataset})
     algorithm = algorithm_of(config, len(held.clients), shared.mllm, dataset.task)
-    size = min(config.training.clients_per_round, len(held.clients))
-    check_enough(algorithm.aggregation, size, f"a round has {size}")
+    if config.topology == "federated":
+        parties = len(held.clients)
+        size = min(config.training.clients_per_round, parties)
+        check_enough(algorithm.aggregation, size, f"a round has {size} of {parties} clients")
     if resume:
         _check_manifest(folder / MANIFEST_FILE, held)
     make_folder(folder, config, overwrite=overwrite)  # only now: bad input has lost nothing

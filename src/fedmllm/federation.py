@@ -162,7 +162,7 @@ def in_order(
     held = Overtakers(scratch)
     position = 0
     for index, update in arrivals:
-        held.put(index, update)
+        held.put(index, update, wait=index != position)
         del update  # it would stay in memory while the next one is waited for
         while position in held:
             yield held.take(position)
@@ -189,9 +189,10 @@ class Overtakers:
     def __contains__(self, position: int) -> bool:
         return position in self._held or position in self._away
 
-    def put(self, position: int, update: Update | None) -> None:
-        """Keep an update until its turn; None takes no room."""
-        if update is None or sum(each is not None for each in self._held.values()) < HELD:
+    def put(self, position: int, update: Update | None, *, wait: bool) -> None:
+        """Keep an update until its turn; None takes no room, and what need not wait stays."""
+        room = sum(each is not None for each in self._held.values()) < HELD
+        if update is None or room or not wait:
             self._held[position] = update
             return
         start = self._scratch.write(each for part in _parts(update) for each in part.values())
