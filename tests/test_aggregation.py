@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +117,15 @@ def test_against_numpy_and_scipy(monkeypatch, tmp_path, clients: int, block: int
     many = aggregate("multi-krum", rows, keep=2)
     assert flat(many.delta()) == pytest.approx(exact[best[:2]].mean(axis=0), rel=1e-6)
     assert many.chosen == tuple(f"c{i}" for i in sorted(best[:2]))
+
+
+def test_krum_sees_small_differences_of_large_updates() -> None:
+    """The squares of 1,000 are 1e8 times the distances: too much for float32."""
+    rows = (1000 + 0.01 * drawn(8)).astype(np.float32)
+    exact = rows.astype(np.float64)
+    apart = ((exact[:, None] - exact) ** 2).sum(-1)
+    best = np.argmin(np.sort(apart, axis=1)[:, 1:6].sum(1))
+    assert aggregate("krum", rows).delta()["a"].tolist() == rows[best, :3].tolist()
 
 
 # -- identities -----------------------------------------------------------------------------------
@@ -262,13 +272,17 @@ def test_memory_does_not_grow_with_the_clients(tmp_path) -> None:
         assert found[f"{name} 64"] < 36, found
 
 
-def test_updates_lie_in_the_runs_folder_and_leave_nothing(tmp_path) -> None:
+def test_updates_lie_in_the_runs_folder_and_leave_nothing(tmp_path, monkeypatch) -> None:
     folder = tmp_path / "state"
+    opened = []
+    make = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: opened.append(dir) or make(dir=dir))
     scratch = Scratch(folder)
     assert not folder.exists()
     parts = [torch.rand(3, 2), torch.rand(5).to(torch.bfloat16), torch.tensor(7)]
     assert scratch.write(parts[:2]) == 0
     assert scratch.write(parts[2:]) == 24 + 10
+    assert opened == [folder]
     assert list(folder.iterdir()) == []  # a file without a name
     for part, start in zip(parts, (0, 24, 34), strict=True):
         into = torch.empty_like(part)

@@ -115,6 +115,13 @@ def test_a_cohort_in_reverse_is_not_held_in_memory(tmp_path) -> None:
     assert most[1] == 2  # they do wait in memory
 
 
+def test_what_need_not_wait_is_not_written_down(monkeypatch) -> None:
+    """Two overtakers in memory, and the one that they waited for."""
+    monkeypatch.setattr("fedmllm.federation.Scratch.write", None)
+    found = list(in_order(((k, sent(k)) for k in (1, 2, 0, 3)), 4))
+    assert [update.client for update in found] == CLIENTS[:4]
+
+
 def test_overtaking_changes_no_bit(tmp_path) -> None:
     """As many updates as make two groups of a sum, in three orders of arrival."""
     names = [f"client-{k:02d}" for k in range(20)]
