@@ -61,5 +61,5 @@ def test_a_raised_part_concerns_only_runs_that_pass_through_it(monkeypatch) -> N
     before = {name: revisions_of(small_config(name).model_dump()) for name in RUNS}
     monkeypatch.setitem(revisions.REVISIONS, "algorithm:fedadam", 2)
     after = {name: revisions_of(small_config(name).model_dump()) for name in RUNS}
-    assert [name for name in RUNS if before[name] != after[name]] == ["fedadam"]
+    assert [name for name in RUNS if before[name] != after[name]] == ["fedadam", "median"]
     assert after["fedadam"]["algorithm:fedadam"] == 2
