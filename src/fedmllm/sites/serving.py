@@ -19,8 +19,6 @@ import torch
 
 import fedmllm
 from fedmllm import checkpoint, results
-from fedmllm.algorithms.aggregation import make_aggregation
-from fedmllm.algorithms.base import check_enough
 from fedmllm.config import Config, config_hash, load_config
 from fedmllm.data import load_dataset
 from fedmllm.data.dataset import Dataset
@@ -109,9 +107,6 @@ def _serve(
         tell=status.tell,
     )
     parties = _parties(config, runner, folder / RUN_FILE)
-    # a round closes with so many; checked here, it has enough of them whoever drops out
-    aggregation = make_aggregation(**config.aggregation)
-    check_enough(aggregation, file.min_sites, f"the server's min_sites is {file.min_sites}")
     runner.greet_all()
     session = _session(config, agreed, folder, mllm, dataset, runner)
     session.listener = status.event
