@@ -19,6 +19,11 @@ SMALL: dict[str, Any] = {
     "training": {"rounds": 2, "lr": 0.003},
     "evaluation": {"every": 0, "conditions": ["both"]},
 }
+FIVE: dict[str, Any] = {  # as many as Krum needs, unlike each other and with steps that show it
+    "data": {"name": "memes", "train": 20, "test": 12},
+    "partition": {"clients": 5, "alpha": 0.5},
+    "training": {"clients_per_round": 5, "lr": 0.01},
+}
 RUNS: dict[str, dict[str, Any]] = {
     "zero-shot": {"topology": "zero-shot"},
     "local": {"topology": "local", "training": {"rounds": 1}},
@@ -40,6 +45,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "scenario": {"name": "missing", "beta": 0.3},
     },
     "crisis": {"data": {"name": "crisis", "train": 16, "test": 8}},
+    "median": {"aggregation": "median", "algorithm": {"name": "fedadam", "eta": 0.01}, **FIVE},
+    "trimmed-mean": {"aggregation": {"name": "trimmed-mean", "trim": 1}, **FIVE},
+    "krum": {"aggregation": {"name": "krum", "byzantine": 1}, **FIVE},
+    "multi-krum": {"aggregation": {"name": "multi-krum", "keep": 2}, "scenario": "cross", **FIVE},
     "medical": {"data": {"name": "medical", "train": 12, "test": 6, "flashcards": 8}},
 }
 

@@ -477,6 +477,10 @@ def test_wrong_kits_are_refused(tmp_path) -> None:
         ({"sites": ["a", "a"]}, "different names"),
         ({"host": "no host"}, "is not a host name"),
         ({"min_sites": 4}, "min-sites is 4: 1 to 3"),
+        (
+            {"config": small("tiny", aggregation="median"), "min_sites": 2},
+            "median needs at least 3 updates a round, and min-sites is 2: raise it",
+        ),
     ]:
         plan = Plan(**{"config": small("tiny"), "sites": SITES, **change})
         with pytest.raises(UserError, match=words):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
 from fedmllm.algorithms import make_algorithm
 from fedmllm.algorithms.base import Update
-from fedmllm.federation import cohort_of, in_order, payload, run_round
+from fedmllm.federation import HELD, cohort_of, in_order, payload, run_round
 
 CLIENTS = [f"client-{i:02d}" for i in range(10)]
 
@@ -67,6 +69,107 @@ def test_updates_are_passed_on_as_soon_as_their_turn_comes() -> None:
     for lacking in ([(1, updates[1])], [(0, updates[0])], []):
         with pytest.raises(ValueError, match="2 updates expected, none came at position"):
             list(in_order(lacking, 2))
+
+
+def sent(position: int) -> Update:
+    """An update of several dtypes and with an extra."""
+    draw = torch.Generator().manual_seed(position)
+    delta = {"b": torch.randn(3, 2, generator=draw), "a": torch.randn(5, generator=draw).bfloat16()}
+    extra = {"control": {"w": torch.randn(2, generator=draw)}, "none": {}}
+    return Update(CLIENTS[position], position + 1, delta, extra, {"loss": float(position)})
+
+
+def test_a_cohort_in_reverse_is_not_held_in_memory(tmp_path) -> None:
+    """The slowest is the first: of nine that wait for it, two are in memory. Two of ten do not
+    deliver. What comes out is what was sent, to the bit, and nothing is left on disk."""
+    seen, most = [], []
+
+    def arrivals():
+        for position in reversed(range(10)):
+            update = None if position in (3, 7) else sent(position)
+            if update is not None:
+                seen.append(weakref.ref(update))
+            yield position, update
+            del update
+            most.append(sum(each() is not None for each in seen))
+
+    for position, update in enumerate(in_order(arrivals(), 10, tmp_path / "state")):
+        if position in (3, 7):
+            assert update is None
+            continue
+        expected = sent(position)
+        assert (update.client, update.num_samples) == (expected.client, position + 1)
+        assert update.metrics == expected.metrics
+        pairs = [(update.delta, expected.delta)]
+        pairs += [(update.extra[slot], expected.extra[slot]) for slot in expected.extra]
+        assert update.extra.keys() == expected.extra.keys()
+        for ours, theirs in pairs:
+            assert list(ours) == list(theirs)
+            for name, value in theirs.items():
+                assert (ours[name].dtype, ours[name].shape) == (value.dtype, value.shape)
+                assert torch.equal(ours[name], value)
+        del update, expected, pairs, ours, theirs
+        assert list((tmp_path / "state").iterdir()) == []
+    assert len(most) == 10
+    assert max(most) == HELD
+    assert most[1] == 2  # they do wait in memory
+
+
+def test_what_need_not_wait_is_not_written_down(monkeypatch) -> None:
+    """Two overtakers in memory, and the one that they waited for."""
+    monkeypatch.setattr("fedmllm.federation.Scratch.write", None)
+    found = list(in_order(((k, sent(k)) for k in (1, 2, 0, 3)), 4))
+    assert [update.client for update in found] == CLIENTS[:4]
+
+
+def test_overtaking_changes_no_bit(tmp_path) -> None:
+    """As many updates as make two groups of a sum, in three orders of arrival."""
+    names = [f"client-{k:02d}" for k in range(20)]
+    algorithm = make_algorithm("fedadam", num_clients=20)
+    state = algorithm.init({"w": torch.rand(100, generator=torch.Generator().manual_seed(0))})
+    runs = [
+        run_round(Adders(order), algorithm, state, names, lr=1.0, scratch=tmp_path)
+        for order in (None, range(19, -1, -1), [*range(1, 20), 0])
+    ]
+    for after, record in runs[1:]:
+        assert torch.equal(after.params["w"], runs[0][0].params["w"])
+        assert torch.equal(after.slots["v"]["w"], runs[0][0].slots["v"]["w"])
+        assert record.loss == runs[0][1].loss
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold"])
+def test_the_next_parameters_lie_where_the_mean_lay(name: str) -> None:
+    """So a step takes no memory of its own, and what went in is not touched."""
+    algorithm = make_algorithm(name, num_clients=2)
+    state = algorithm.init({"w": torch.rand(100), "a": torch.rand(3, 2)})
+    before = {name: value.clone() for name, value in state.params.items()}
+    mean = algorithm.aggregation.begin(algorithm.weighting, None)
+    for k in range(2):
+        delta = {name: torch.rand(value.shape) for name, value in state.params.items()}
+        extra = {"control": {n: -v for n, v in delta.items()}} if name == "scaffold" else {}
+        mean.fold(Update(f"c{k}", 1, delta, extra))
+    taken: list[dict[str, torch.Tensor]] = []
+
+    class Watched:
+        count, chosen = 2, ()
+
+        def delta(self):
+            taken.append(mean.delta())
+            return taken[-1]
+
+        def extra(self, slot):
+            taken.append(mean.extra(slot))
+            return taken[-1]
+
+        fold = mean.fold
+
+    after = algorithm.step(state, Watched())
+    assert any(after.params is each for each in taken)
+    assert all(any(slot is each for each in taken) for slot in after.slots.values())
+    assert list(after.params) == ["a", "w"]
+    for key, value in before.items():
+        assert torch.equal(state.params[key], value)
+        assert not torch.equal(after.params[key], value)
 
 
 def test_cohorts_are_a_function_of_seed_and_round() -> None:

@@ -10,6 +10,7 @@ from small_runs import FILE, RUNS, facts_of, small_config
 
 from fedmllm import revisions
 from fedmllm.algorithms import ALGORITHMS
+from fedmllm.algorithms.aggregation import AGGREGATIONS
 from fedmllm.experiment import Shared
 from fedmllm.models.mllm import Mllm
 from fedmllm.revisions import revisions_of
@@ -40,6 +41,8 @@ def test_numbers_change_only_with_a_revision(name: str, shared: Shared, tmp_path
 def test_the_small_runs_pass_through_every_part() -> None:
     parts = {part for name in RUNS for part in KEPT[name]["revisions"]}
     assert {f"algorithm:{name}" for name in ALGORITHMS} <= parts
+    assert {f"aggregation:{name}" for name in AGGREGATIONS if name != "mean"} <= parts
+    assert "aggregation:mean" not in parts
     assert {f"scenario:{name}" for name in SCENARIOS} <= parts
     topologies = ("zero-shot", "local", "centralised", "federated")
     assert {f"topology:{name}" for name in topologies} <= parts
@@ -58,5 +61,5 @@ def test_a_raised_part_concerns_only_runs_that_pass_through_it(monkeypatch) -> N
     before = {name: revisions_of(small_config(name).model_dump()) for name in RUNS}
     monkeypatch.setitem(revisions.REVISIONS, "algorithm:fedadam", 2)
     after = {name: revisions_of(small_config(name).model_dump()) for name in RUNS}
-    assert [name for name in RUNS if before[name] != after[name]] == ["fedadam"]
+    assert [name for name in RUNS if before[name] != after[name]] == ["fedadam", "median"]
     assert after["fedadam"]["algorithm:fedadam"] == 2

@@ -492,6 +492,9 @@ def test_a_bad_update_is_a_failed_site_and_not_the_end() -> None:
         "no update": Message(facts={"hello": 1}),
         "not an update": Message(facts={"update": {"client": SITES[1], "surprise": 1}}),
         "not a tensor's name": Message({"w": torch.ones(2)}, {"update": {}}),
+        "finite at w": packed(delta={"w": torch.tensor([1.0, 1e300], dtype=torch.float64)}),
+        "has torch.int64 at w, not floats": packed(delta={"w": torch.tensor([1, 2])}),
+        "carries extras ['control']": packed(extra={"control": {"w": torch.ones(2)}}),
         "metric loss is 'low'": packed(metrics={"loss": "low"}),
     }
     for words, message in bad.items():
@@ -504,6 +507,31 @@ def test_a_bad_update_is_a_failed_site_and_not_the_end() -> None:
         assert record.missing == (SITES[1],), words
         found = [line["failed"][SITES[1]] for line in told if line.get("failed")]
         assert any(any(w in why for w in words.split("|")) for why in found), (words, found)
+
+
+def test_extras_that_an_algorithm_asks_for_are_checked() -> None:
+    """SCAFFOLD's controls: there, and of the adapter's shapes; else that site has failed."""
+    algorithm = make_algorithm("scaffold", num_clients=3)
+    shapes = {"w": torch.ones(2)}
+    for extra, words in (
+        ({"control": {"w": torch.ones(3)}}, "control has shapes [(3,)], not [(2,)]"),
+        ({}, "carries extras [], and this run's are ['control']"),
+        ({"control": shapes}, ""),
+    ):
+
+        def script(site: str, task: str, times: int, extra=extra) -> Any:
+            if task != "train":
+                return ...
+            own = {"control": shapes} if site != SITES[1] else extra
+            found = wire.pack_update(Update(site, 1, {"w": torch.ones(2)}, own))
+            return Message(found.tensors, {"update": found.facts})
+
+        runner, told = network(FakeLink(script))
+        runner.greet_all()
+        _, record = run_round(runner, algorithm, algorithm.init(THETA), SITES, lr=0.5)
+        assert record.missing == ((SITES[1],) if words else ())
+        failed = {why for line in told for why in line.get("failed", {}).values()}
+        assert any(words in why for why in failed) == bool(words), failed
 
 
 def test_sites_that_disagree_among_themselves() -> None:

@@ -4,7 +4,8 @@
 Ours takes the updates one by one as they arrive (making one is not timed, and it is dropped
 afterwards); Flower's `aggregate_train` has all replies in memory. Where they would not fit they are
 not measured, and nothing is extrapolated. Peak memory is above what the process held before the
-first update: its libraries, the adapter and the server's own state.
+first update: its libraries, the adapter and the server's own state. That of the other algorithms,
+and of the aggregations that need all updates, is measured without an alternative.
 Flower is that of FLOWER_PYTHON; without it only ours is measured.
 """
 
@@ -22,27 +23,37 @@ from common import Took, child, compare, high_water, tell, write
 
 CLIENTS = (10, 100, 500, 1000)
 THEIRS = {"fedavg": "FedAvg", "fedadam": "FedAdam"}
+# algorithm and aggregation, of which the memory alone is measured
+ALONE = (
+    *((name, "mean") for name in ("fedprox", "fedavgm", "fedadagrad", "fedyogi", "scaffold")),
+    *(("fedavg", name) for name in ("median", "trimmed-mean", "krum", "multi-krum")),
+)
+ALONE_CLIENTS = (10, 100)
 LIMIT = 16e9  # bytes of replies; more is not tried
 ALIKE = 1e-5  # of FedAvg's result; FedAdam's formulas differ on purpose
 
 
-def ours(name: str, clients: int, warm: int) -> dict[str, Any]:
+def ours(name: str, aggregation: str, clients: int, warm: int) -> dict[str, Any]:
     """Fold and step in this process."""
     import torch
 
     from fedmllm import results
     from fedmllm.algorithms import make_algorithm
-    from fedmllm.algorithms.base import StreamingMean, Update
+    from fedmllm.algorithms.aggregation import make_aggregation, with_aggregation
+    from fedmllm.algorithms.base import Update
 
     torch.set_num_threads(1)
     algorithm = make_algorithm(name, num_clients=clients)
+    algorithm = with_aggregation(algorithm, make_aggregation(aggregation))
+    begin, weighting = algorithm.aggregation.begin, algorithm.weighting
     params = load.start()
     state = algorithm.init({name: torch.from_numpy(value) for name, value in params.items()})
-    small = make_algorithm(name, num_clients=1)  # all code is in memory before the measurement
-    mean = StreamingMean(small.weighting)
-    for _ in range(40):
-        mean.fold(Update("c", 1, {"a": torch.ones(3)}))
-    small.step(small.init({"a": torch.ones(3)}), mean)
+    small = {"a": torch.ones(3)}  # all code is in memory before the measurement
+    extra = dict.fromkeys(algorithm.broadcast, small)
+    mean = begin(weighting, None)
+    for _ in range(min(40, clients)):
+        mean.fold(Update("c", 1, small, extra))
+    algorithm.step(algorithm.init(small), mean)
     del mean
     wall = cpu = 0.0
     results.reset_peak_memory()
@@ -50,15 +61,13 @@ def ours(name: str, clients: int, warm: int) -> dict[str, Any]:
     probe: list[float] = []
     for _ in range(warm + 1):
         wall, cpu = 0.0, 0.0
-        mean = StreamingMean(algorithm.weighting)
+        mean = begin(weighting, None)
         for client in range(clients):
             made = load.delta(params, client)
-            update = Update(
-                str(client),
-                load.samples(client),
-                {name: torch.from_numpy(value) for name, value in made.items()},
-            )
-            del made
+            delta = {name: torch.from_numpy(value) for name, value in made.items()}
+            extra = {slot: {n: -v for n, v in delta.items()} for slot in algorithm.broadcast}
+            update = Update(str(client), load.samples(client), delta, extra)
+            del made, delta, extra
             began = time.perf_counter(), time.process_time()
             mean.fold(update)
             wall, cpu = wall + time.perf_counter() - began[0], cpu + time.process_time() - began[1]
@@ -90,7 +99,7 @@ def measure(name: str, clients: int, repeats: int) -> dict[str, Any]:
     """One algorithm and number of clients: `repeats` pairs of processes."""
     size = sum(a * b * 4 for a, b in load.shapes().values())
     warm = 2 if clients <= 10 else 1 if clients <= 100 else 0
-    words = ("server", "--here", "part", name, str(clients), str(warm))
+    words = ("server", "--here", "part", name, "mean", str(clients), str(warm))
     fits = clients * size <= min(LIMIT, 0.75 * free()) and "FLOWER_PYTHON" in os.environ
     tries: list[dict[str, Took]] = []
     for _ in range(repeats):
@@ -119,17 +128,39 @@ def measure(name: str, clients: int, repeats: int) -> dict[str, Any]:
     )
 
 
+def measure_alone(name: str, aggregation: str, clients: int) -> dict[str, Any]:
+    """The memory of one algorithm and aggregation."""
+    size = sum(a * b * 4 for a, b in load.shapes().values())
+    found = child("server", "--here", "part", name, aggregation, str(clients), "0")
+    words = name if aggregation == "mean" else f"{name}, {aggregation}"
+    return compare(
+        f"{words}, {clients:,} clients",
+        [{"ours": Took(found["wall"], found["cpu"])}],
+        count=clients,
+        unit="updates",
+        goals={},
+        adapter_bytes=size,
+        peak_adapters={"ours": found["peak_bytes"] / size},
+        memory_only=True,
+    )
+
+
 def main(quick: bool, part: str = "", *words: str) -> None:
     """Everything, or one measurement of ours."""
     if part:
-        name, clients, warm = words
-        print(json.dumps(ours(name, int(clients), int(warm))))
+        name, aggregation, clients, warm = words
+        print(json.dumps(ours(name, aggregation, int(clients), int(warm))))
         return
     cases = []
     for clients in (10, 40) if quick else CLIENTS:
         for name in THEIRS:
             repeats = 1 if quick else 5 if clients == 10 else 3 if clients == 100 else 1
             cases.append(measure(name, clients, repeats))
+            tell(cases[-1])
+            print({k: round(v, 2) for k, v in cases[-1]["peak_adapters"].items()}, flush=True)
+    for clients in (10,) if quick else ALONE_CLIENTS:
+        for name, aggregation in ALONE:
+            cases.append(measure_alone(name, aggregation, clients))
             tell(cases[-1])
             print({k: round(v, 2) for k, v in cases[-1]["peak_adapters"].items()}, flush=True)
     write("server", cases, what=__doc__ or "", quick=quick)

@@ -17,6 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmllm.algorithms import ALGORITHMS, make_algorithm
+from fedmllm.algorithms.aggregation import AGGREGATIONS, make_aggregation, with_aggregation
+from fedmllm.algorithms.base import Aggregation, Algorithm, check_enough
 from fedmllm.data import DATASETS
 from fedmllm.errors import UserError, unknown
 from fedmllm.models import MODELS
@@ -30,10 +32,11 @@ NAMED: tuple[tuple[str, Mapping[str, Any], str, str], ...] = (
     ("data", DATASETS, "dataset", "memes"),
     ("scenario", SCENARIOS, "scenario", "aligned"),
     ("algorithm", ALGORITHMS, "algorithm", "fedavg"),
+    ("aggregation", AGGREGATIONS, "aggregation", "mean"),
     ("trained", POLICIES, "policy of what is trained", "paper"),
 )
 # `scenario: missing` is short for `scenario: {name: missing}`
-SHORTHAND = ("model", "partition", "data", "scenario", "algorithm", "trained")
+SHORTHAND = ("model", "partition", "data", "scenario", "algorithm", "aggregation", "trained")
 HASH_KEY = "config_sha256"
 CONDITION_NAMES: Any = ("both", "image_withheld", "text_withheld", "neither")
 
@@ -201,7 +204,8 @@ class EvaluationSection(_Section):
 
 
 class Config(_Section):
-    """One experiment. `data`, `scenario`, `algorithm` and `trained` carry their own options."""
+    """One experiment. `data`, `scenario`, `algorithm`, `aggregation` and `trained` carry their own
+    options."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str = ""
@@ -216,6 +220,7 @@ class Config(_Section):
     partition: PartitionSection = PartitionSection()
     scenario: dict[str, Any] = Field(default_factory=dict)
     algorithm: dict[str, Any] = Field(default_factory=dict)
+    aggregation: dict[str, Any] = Field(default_factory=dict)
     training: TrainingSection = TrainingSection()
     strategy: StrategySection = StrategySection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -283,6 +288,7 @@ def check_config(
     for section, registry, kind, default in NAMED:
         chosen[section], lines = _options(section, merged.get(section), registry, kind, default)
         problems += lines
+    _weigh_alike(chosen, merged)
     if config is not None:
         config = config.model_copy(update=chosen)
         problems += _combinations(config) if all(chosen.values()) else []
@@ -388,6 +394,15 @@ def _options(
     return full, problems
 
 
+def _weigh_alike(chosen: Mapping[str, dict[str, Any]], given: Mapping[str, Any]) -> None:
+    """An aggregation that counts all clients alike: the algorithm's weighting says so, unless the
+    user says otherwise (which is a problem)."""
+    own = given.get("algorithm") or {}
+    alike = chosen["aggregation"].get("name", "mean") != "mean"
+    if alike and "weighting" in chosen["algorithm"] and "weighting" not in own:
+        chosen["algorithm"]["weighting"] = "uniform"
+
+
 def _same_type(value: Any, default: Any) -> bool:
     if default is None:
         return value is None or isinstance(value, str | int | float | list)
@@ -478,9 +493,10 @@ def _combinations(config: Config) -> list[str]:
     except UserError as error:
         problems.append(f"trained: {error}")
     try:
-        make_algorithm(
+        algorithm = make_algorithm(
             config.algorithm["name"], num_clients=clients, **options_of(config.algorithm)
         )
+        problems += _aggregation_problems(config, algorithm)
     except UserError as error:
         problems.append(f"algorithm: {error}")
     if config.topology != "federated" and config.algorithm["name"] != "fedavg":
@@ -493,6 +509,50 @@ def _combinations(config: Config) -> list[str]:
     if config.evaluation.limit is not None and config.evaluation.limit < 2:
         problems.append("evaluation.limit: at least 2 samples are needed for a metric")
     return problems
+
+
+def _aggregation_problems(config: Config, algorithm: Algorithm) -> list[str]:
+    """What does not go with an aggregation that counts all clients alike, and rounds too small."""
+    name = config.aggregation["name"]
+    try:
+        aggregation = make_aggregation(**config.aggregation)
+        with_aggregation(algorithm, aggregation)
+    except UserError as error:
+        return [f"aggregation: {error}"]
+    if name == "mean":
+        return []
+    if config.topology != "federated":
+        return [
+            f"aggregation.name: topology {config.topology} has nothing to aggregate, so {name} "
+            "would do nothing: leave mean or choose topology federated"
+        ]
+    problems = []
+    if algorithm.weighting == "samples":
+        problems.append(
+            f"algorithm.weighting: aggregation {name} counts all clients alike, since a client's "
+            "number of samples is a claim of its own: leave it out or set uniform"
+        )
+    for key in ("aggregation", "prototypes"):
+        if getattr(config.strategy, key):
+            problems.append(f"strategy.{key}: {_NOT_ALIKE[key].format(name=name)}")
+    return problems + _too_small(config, aggregation)
+
+
+_NOT_ALIKE = {
+    "aggregation": "it weighs updates by what parties state of themselves, and aggregation {name} "
+    "counts them alike: leave one of the two off (strategy.sampling goes with it)",
+    "prototypes": "class prototypes are means of what parties send, of which aggregation {name} "
+    "protects none: leave one of the two off",
+}
+
+
+def _too_small(config: Config, aggregation: Aggregation) -> list[str]:
+    size = config.training.clients_per_round
+    try:
+        check_enough(aggregation, size, f"training.clients_per_round is {size}")
+    except UserError as error:
+        return [f"aggregation: {error}"]
+    return []
 
 
 def _strategy_problems(config: Config) -> list[str]:

@@ -25,6 +25,7 @@ import yaml
 
 from fedmllm import checkpoint, heterogeneity, manifest, results
 from fedmllm.algorithms import make_algorithm
+from fedmllm.algorithms.aggregation import make_aggregation, with_aggregation
 from fedmllm.algorithms.base import (
     Algorithm,
     Alignment,
@@ -32,6 +33,7 @@ from fedmllm.algorithms.base import (
     Params,
     Proximal,
     ServerState,
+    check_enough,
 )
 from fedmllm.alignment import PROTOTYPES
 from fedmllm.client import LocalPlan, learning_rate
@@ -251,7 +253,11 @@ def run(
     held = make_manifest(config, dataset)
     if shared is None:
         shared = Shared(mllm or load_model(config), {Shared.data_key(config): dataset})
-    algorithm_of(config, len(held.clients), shared.mllm, dataset.task)
+    algorithm = algorithm_of(config, len(held.clients), shared.mllm, dataset.task)
+    if config.topology == "federated":
+        parties = len(held.clients)
+        size = min(config.training.clients_per_round, parties)
+        check_enough(algorithm.aggregation, size, f"a round has {size} of {parties} clients")
     if resume:
         _check_manifest(folder / MANIFEST_FILE, held)
     make_folder(folder, config, overwrite=overwrite)  # only now: bad input has lost nothing
@@ -573,6 +579,7 @@ def run_federation(
             lr=lr,
             scales=known.scales,
             drift=config.evaluation.drift,
+            scratch=folder,
         )
         history.append(_record(session, federation, record, state.params, known.fusion))
         if isinstance(runner, InProcessRunner) and federation.shares_passes(config):
@@ -593,11 +600,13 @@ def run_federation(
 
 
 def algorithm_of(config: Config, clients: int, mllm: Mllm, task: Task) -> Algorithm:
-    """The config's algorithm, with its strategy, for a federation of so many clients."""
+    """The config's algorithm, with its aggregation and strategy, for a federation of so many
+    clients."""
     name, options = config.algorithm["name"], options_of(config.algorithm)
+    algorithm = make_algorithm(name, num_clients=clients, **options)
     return apply_strategy(
         config,
-        make_algorithm(name, num_clients=clients, **options),
+        with_aggregation(algorithm, make_aggregation(**config.aggregation)),
         layers=mllm.num_layers,
         classes=len(task.classes),
         width=mllm.width,
@@ -718,7 +727,7 @@ def _record(
         seconds = time.perf_counter() - began
     line = asdict(record)
     line["clients"] = list(line.pop("cohort"))
-    for name in ("missing", "measured"):
+    for name in ("missing", "chosen", "measured"):
         if not line[name]:
             del line[name]
     if session.config.topology != "federated":  # nothing crossed a network

@@ -10,10 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
-from fedmllm.algorithms.base import Algorithm, Params, ServerState, StreamingMean, Update
+import torch
+
+from fedmllm.algorithms.base import Algorithm, Params, ServerState, Update, check_enough
+from fedmllm.algorithms.scratch import Scratch
 from fedmllm.client import Job, LocalPlan, train_client
 from fedmllm.cohort import train_cohort
 from fedmllm.drift import Drift
@@ -28,7 +32,8 @@ from fedmllm.rng import stream
 class RoundRecord:
     """What is kept of a round. bytes_up, bytes_down: all clients together, payload only.
 
-    cohort: the clients whose updates are in it. missing: those that were asked in vain. loss: the
+    cohort: the clients whose updates are in it. missing: those that were asked in vain. chosen: of
+    the cohort, those that the next adapter is made of, where the aggregation picks some. loss: the
     mean over the clients that tell theirs; NaN if none does. measured: the mean over clients of
     what they state beside the loss, and the drift if asked for.
     """
@@ -41,6 +46,7 @@ class RoundRecord:
     bytes_down: int
     seconds: float
     missing: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
     measured: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -97,18 +103,23 @@ def run_round(
     lr: float,
     scales: Mapping[str, float] | None = None,
     drift: bool = False,
+    scratch: Path | None = None,
 ) -> tuple[ServerState, RoundRecord]:
     """One round. Returns the next state and the round's record.
 
     scales: factors on the weights of the clients' updates. drift: measure how far they differ.
+    scratch: a folder for updates that do not stay in memory (`Scratch`).
+    Raises `UserError` if an update cannot be taken, or if fewer came than the aggregation needs: no
+    state is changed then, and the round can be done again.
     """
     began = time.perf_counter()
-    mean = StreamingMean(algorithm.weighting)
+    mean = algorithm.aggregation.begin(algorithm.weighting, scratch)
     losses, up = [], 0
     delivered: list[str] = []
     apart, stated = Drift(), dict[str, list[float]]()
     arrivals = runner.train(state.round + 1, cohort, algorithm, state, lr=lr)
-    for client, update in zip(cohort, in_order(arrivals, len(cohort)), strict=True):
+    ordered = in_order(arrivals, len(cohort), scratch)
+    for client, update in zip(cohort, ordered, strict=True):
         if update is None:
             continue
         mean.fold(update, (scales or {}).get(client, 1.0))
@@ -120,6 +131,8 @@ def run_round(
             apart.fold(update)
         up += payload(update.delta, *update.extra.values())
         del update  # its memory is for the step, or for the next one
+    came = f"in round {state.round + 1} there are {len(delivered)} of {len(cohort)} asked for"
+    check_enough(algorithm.aggregation, len(delivered), came)
     sent = payload(state.params, *(state.slots[slot] for slot in algorithm.broadcast))
     record = RoundRecord(
         round=state.round + 1,
@@ -135,25 +148,89 @@ def run_round(
             **{f"drift_{name}": value for name, value in apart.facts().items()},
         },
     )
-    return algorithm.step(state, mean), record
+    after = algorithm.step(state, mean)
+    return after, replace(record, chosen=mean.chosen)
 
 
-def in_order(arrivals: Iterable[tuple[int, Update | None]], count: int) -> Iterator[Update | None]:
+def in_order(
+    arrivals: Iterable[tuple[int, Update | None]], count: int, scratch: Path | None = None
+) -> Iterator[Update | None]:
     """Updates in cohort order, each as soon as its predecessors are there.
 
     Sums of floats depend on their order; this makes a round's result independent of who was
-    quicker. Only updates that overtook another are held. None stands for a client that did not
-    deliver. Raises ValueError unless all `count` are told of.
+    quicker. Only updates that overtook another are held (`Overtakers`). None stands for a client
+    that did not deliver. Raises ValueError unless all `count` are told of.
     """
-    held: dict[int, Update | None] = {}
+    held = Overtakers(scratch)
     position = 0
     for index, update in arrivals:
-        held[index] = update
+        held.put(index, update, wait=index != position)
+        del update  # it would stay in memory while the next one is waited for
         while position in held:
-            yield held.pop(position)
+            yield held.take(position)
             position += 1
     if position != count:
         raise ValueError(f"{count} updates expected, none came at position {position}")
+
+
+HELD = 2
+"""Updates that overtook others and wait in memory; more wait on disk."""
+
+
+class Overtakers:
+    """Updates that came before their turn, by position: `HELD` in memory, the others in a file.
+
+    So a cohort whose first client is the slowest takes no more memory than any other.
+    """
+
+    def __init__(self, scratch: Path | None = None) -> None:
+        self._held: dict[int, Update | None] = {}
+        self._away: dict[int, tuple[Update, int]] = {}  # its shapes, and where its numbers begin
+        self._scratch = Scratch(scratch)
+
+    def __contains__(self, position: int) -> bool:
+        return position in self._held or position in self._away
+
+    def put(self, position: int, update: Update | None, *, wait: bool) -> None:
+        """Keep an update until its turn; None takes no room, and what need not wait stays."""
+        room = sum(each is not None for each in self._held.values()) < HELD
+        if update is None or room or not wait:
+            self._held[position] = update
+            return
+        start = self._scratch.write(each for part in _parts(update) for each in part.values())
+        self._away[position] = _over_tensors(update, _shape_of), start
+
+    def take(self, position: int) -> Update | None:
+        """Give an update back, the same to the bit."""
+        if position in self._held:
+            return self._held.pop(position)
+        shapes, start = self._away.pop(position)
+        update = _over_tensors(shapes, torch.empty_like, device="cpu")
+        for part in _parts(update):
+            for value in part.values():
+                self._scratch.read(value, start)
+                start += value.nbytes
+        if not self._away:
+            self._scratch.clear()
+        return update
+
+
+def _shape_of(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+
+def _parts(update: Update) -> list[Params]:
+    return [update.delta, *update.extra.values()]
+
+
+def _over_tensors(update: Update, function: Callable[..., torch.Tensor], **options: Any) -> Update:
+    """The update with every tensor replaced by what the function makes of it."""
+
+    def over(params: Params) -> Params:
+        return {name: function(value, **options) for name, value in params.items()}
+
+    extra = {slot: over(params) for slot, params in update.extra.items()}
+    return replace(update, delta=over(update.delta), extra=extra)
 
 
 def payload(*parts: Params) -> int:

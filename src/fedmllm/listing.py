@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedmllm.algorithms import ALGORITHMS
+from fedmllm.algorithms.aggregation import AGGREGATIONS
 from fedmllm.data import DATASETS
 from fedmllm.models import MODELS
 from fedmllm.models.components import POLICIES
@@ -43,6 +44,7 @@ def sections() -> list[tuple[str, list[tuple[str, str]]]]:
         ("scenarios  scenario.name", [(n, s.summary) for n, s in SCENARIOS.items()]),
         ("settings  setting", [("the paper's twelve", settings)]),
         ("algorithms  algorithm.name", [(n, s.summary) for n, s in ALGORITHMS.items()]),
+        ("aggregations  aggregation.name", [(n, s.summary) for n, s in AGGREGATIONS.items()]),
         ("trained  trained.name", [(n, s.summary) for n, s in POLICIES.items()]),
         ("topologies  topology", list(TOPOLOGIES.items())),
         ("strategies  prompt", list(PROMPTS.items())),

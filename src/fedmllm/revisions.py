@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 # Part -> revision; a part that is not listed is at 1. Parts: core (model, client, loop,
-# evaluation, metrics, partition), data:NAME, algorithm:NAME, scenario:NAME, topology:NAME,
-# prompt:NAME, strategy:NAME (regularisation, profiles, alignment,
-# composition, mixtures, fusion; only where in use).
+# evaluation, metrics, partition), data:NAME, algorithm:NAME, aggregation:NAME (but for the mean,
+# which is core), scenario:NAME, topology:NAME, prompt:NAME, strategy:NAME (regularisation,
+# profiles, alignment, composition, mixtures, fusion; only where in use).
 REVISIONS: dict[str, int] = {}
 
 
@@ -28,6 +28,8 @@ def revisions_of(config: Mapping[str, Any]) -> dict[str, int]:
     if topology != "zero-shot":
         parts.append(f"scenario:{_name(config, 'scenario', 'aligned')}")
         parts.append(f"algorithm:{_name(config, 'algorithm', 'fedavg')}")
+        if (rule := _name(config, "aggregation", "mean")) != "mean":
+            parts.append(f"aggregation:{rule}")
         parts += [f"strategy:{part}" for part in strategy_parts(config.get("strategy") or {})]
     return {part: REVISIONS.get(part, 1) for part in parts}
 

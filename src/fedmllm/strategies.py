@@ -15,13 +15,13 @@ from dataclasses import replace
 import torch
 
 from fedmllm.algorithms.base import (
+    Aggregate,
     Algorithm,
     Alignment,
     Composition,
     Params,
     Proximal,
     ServerState,
-    StreamingMean,
 )
 from fedmllm.algorithms.options import check_not_negative
 from fedmllm.alignment import PROTOTYPES, check_alignment
@@ -97,13 +97,18 @@ def with_strategy(
             "strategy.prototypes: the task has open questions and so no classes to have a "
             "prototype of: use strategy.distillation there"
         )
+    if algorithm.aggregation.name != "mean":
+        raise UserError(
+            "strategy.prototypes: class prototypes are means of what parties send, of which "
+            f"aggregation {algorithm.aggregation.name} protects none: leave one of the two off"
+        )
 
     def init(params: Params) -> ServerState:
         state = algorithm.init(params)
         empty = {"mean": torch.zeros(classes, width), "seen": torch.zeros(classes)}
         return replace(state, slots={**state.slots, PROTOTYPES: empty})
 
-    def step(state: ServerState, mean: StreamingMean) -> ServerState:
+    def step(state: ServerState, mean: Aggregate) -> ServerState:
         own = {name: slot for name, slot in state.slots.items() if name != PROTOTYPES}
         if PROTOTYPES not in state.slots:
             raise UserError(

@@ -4,6 +4,8 @@
     mean  = StreamingMean(algorithm.weighting); mean.fold(update) for each update as it arrives
     state = algorithm.step(state, mean)
 
+In place of the mean there may be another `Aggregation`, such as the median.
+
 State goes in and state comes out, so checkpoints, resuming and tests come free (the shape is
 that of google/fedjax). FedProx, FedAvgM and the FedOpt family are FedAvg with another local
 objective or another server optimiser, not loops of their own.
@@ -17,6 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -56,6 +60,29 @@ class ServerState:
 WEIGHTINGS = ("samples", "uniform")
 
 
+class Aggregate(Protocol):
+    """The updates of a round on their way to one: what a server optimiser asks.
+
+    count: updates folded so far. chosen: the clients of which the result is made, where a rule
+    picks some; empty before and where all take part.
+    """
+
+    count: int
+    chosen: tuple[str, ...]
+
+    def fold(self, update: Update, scale: float = 1.0) -> None:
+        """Add one update, with a factor on its weight. Raises `UserError` if it cannot be taken."""
+        ...
+
+    def delta(self) -> Params:
+        """What stands for all d_k, float32, sorted by name; only once. The caller owns it."""
+        ...
+
+    def extra(self, slot: str) -> Params:
+        """The uniform mean of an extra; only once."""
+        ...
+
+
 class StreamingMean:
     """Mean of updates, folded one by one: memory does not grow with the number of clients.
 
@@ -70,6 +97,7 @@ class StreamingMean:
             raise UserError(unknown("weighting", weighting, WEIGHTINGS))
         self.weighting = weighting
         self.count = 0
+        self.chosen: tuple[str, ...] = ()
         self._delta = WeightedSum()
         self._extra: dict[str, WeightedSum] = {}
 
@@ -79,7 +107,7 @@ class StreamingMean:
         Raises `UserError` naming the client if the update claims no samples, is not finite or has
         other tensors than the updates before it; the sums are then as they were.
         """
-        _check_update(update)
+        check_update(update)
         self._check_same_layout(update)
         weight = update.num_samples if self.weighting == "samples" else 1
         self._delta.add(update.delta, weight if scale == 1 else weight * scale)
@@ -170,7 +198,34 @@ class WeightedSum:
         return mean
 
 
-ServerOptimizer = Callable[[ServerState, StreamingMean], ServerState]
+ServerOptimizer = Callable[[ServerState, Aggregate], ServerState]
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How the updates of a round become one. The default is the mean; others are in `aggregation`.
+
+    needed: the fewest updates that it is defined for. begin: (weighting, folder) -> an aggregate of
+    no updates yet; the folder is for what does not stay in memory, None for the system's own.
+    knobs: the options that `needed` follows from.
+    """
+
+    name: str = "mean"
+    needed: int = 1
+    begin: Callable[[str, Path | None], Aggregate] = lambda weighting, folder: StreamingMean(
+        weighting
+    )
+    knobs: tuple[str, ...] = ()
+
+
+def check_enough(aggregation: Aggregation, count: int, what: str) -> None:
+    """Raise `UserError` if rounds of `count` updates are too small. what: says so, in words."""
+    if count < aggregation.needed:
+        lower = "".join(f", lower aggregation.{name}" for name in aggregation.knobs)
+        raise UserError(
+            f"aggregation {aggregation.name} needs at least {aggregation.needed} updates a round, "
+            f"and {what}: raise it{lower} or use aggregation mean"
+        )
 
 
 @dataclass(frozen=True)
@@ -241,6 +296,7 @@ class Algorithm:
 
     name: registry name. init: the first state, with the slots that the step needs.
     step: the server optimiser. local: what clients add. broadcast: slots sent to the clients.
+    aggregation: what the step gets of the updates.
     """
 
     name: str
@@ -249,6 +305,7 @@ class Algorithm:
     step: ServerOptimizer
     local: LocalObjective = LocalObjective()
     broadcast: tuple[str, ...] = ()
+    aggregation: Aggregation = Aggregation()
 
 
 def zeros_like(params: Params) -> Params:
@@ -262,10 +319,15 @@ def in_one_piece(like: Params, dtype: torch.dtype) -> Params:
     It goes back to the system as one; hundreds of small pieces leave holes, of which the next
     round's tensors do not make use.
     """
+    device = next(iter(like.values())).device if like else None  # a plan's is the meta device
+    total = sum(value.numel() for value in like.values())
+    return cut(torch.zeros(total, dtype=dtype, device=device), like)
+
+
+def cut(flat: torch.Tensor, like: Params) -> Params:
+    """One row of numbers as tensors of these names (sorted) and shapes, in the same memory."""
     names = sorted(like)
-    counts = [like[name].numel() for name in names]
-    device = like[names[0]].device if names else None  # a plan's tensors are on the meta device
-    pieces = torch.zeros(sum(counts), dtype=dtype, device=device).split(counts)
+    pieces = flat.split([like[name].numel() for name in names])
     return {n: piece.view(like[n].shape) for n, piece in zip(names, pieces, strict=True)}
 
 
@@ -291,7 +353,8 @@ def _few(names: list[str], limit: int = 3) -> str:
     return listed + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _check_update(update: Update) -> None:
+def check_update(update: Update) -> None:
+    """Raise `UserError` if an update claims no samples or is not finite."""
     if update.num_samples <= 0:
         raise UserError(
             f"update of {update.client} claims {update.num_samples} samples: at least 1 is needed"
@@ -303,6 +366,7 @@ def _check_update(update: Update) -> None:
 
 def _check_finite(values: Params, client: str, prefix: str = "") -> None:
     for name, value in values.items():
+        value = value.to(torch.float32)  # as it will be added up: a larger number is infinite there
         # a finite sum has finite terms; only where it is not (it may overflow) each is looked at
         if not math.isfinite(value.sum().item()) and not torch.isfinite(value).all():
             raise UserError(

@@ -6,7 +6,7 @@ E. Moore, D. Ramage, S. Hampson, B. Agüera y Arcas, AISTATS 2017, Algorithm 1.
 
 from __future__ import annotations
 
-from fedmllm.algorithms.base import Algorithm, LocalObjective, ServerState, StreamingMean
+from fedmllm.algorithms.base import Aggregate, Algorithm, LocalObjective, ServerState
 from fedmllm.algorithms.options import check_form, check_positive, check_weighting
 from fedmllm.algorithms.state import advance, first_state
 
@@ -27,7 +27,7 @@ def averaging(name: str, *, eta: float, weighting: str, local: LocalObjective) -
     check_positive(eta=eta)
     check_weighting(weighting)
 
-    def step(state: ServerState, mean: StreamingMean) -> ServerState:
+    def step(state: ServerState, mean: Aggregate) -> ServerState:
         return advance(state, mean.delta(), eta)
 
     return Algorithm(name, weighting, first_state, step, local)

@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from fedmllm.algorithms.base import Algorithm, ServerState, StreamingMean
+from fedmllm.algorithms.base import Aggregate, Algorithm, ServerState
 from fedmllm.algorithms.options import (
     FORMS,
     check_decay,
@@ -36,7 +36,7 @@ def fedavgm(
     check_positive(eta=eta)
     check_weighting(weighting)
 
-    def step(state: ServerState, mean: StreamingMean) -> ServerState:
+    def step(state: ServerState, mean: Aggregate) -> ServerState:
         gain = 1.0 if form == "paper" or state.round == 0 else 1 - beta
 
         def move(theta: torch.Tensor, m: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, ...]:

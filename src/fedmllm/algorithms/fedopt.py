@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from fedmllm.algorithms.base import Algorithm, ServerState, StreamingMean
+from fedmllm.algorithms.base import Aggregate, Algorithm, ServerState
 from fedmllm.algorithms.options import (
     FORMS,
     check_decay,
@@ -131,7 +131,7 @@ def _adaptive(
     check_not_negative(v0=start)
     check_weighting(weighting)
 
-    def step(state: ServerState, mean: StreamingMean) -> ServerState:
+    def step(state: ServerState, mean: Aggregate) -> ServerState:
         decay = 0.0 if form == "reference" and state.round == 0 else beta1
 
         def move(

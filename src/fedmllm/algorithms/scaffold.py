@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 
-from fedmllm.algorithms.base import Algorithm, LocalObjective, ServerState, StreamingMean
+from fedmllm.algorithms.base import Aggregate, Algorithm, LocalObjective, ServerState
 from fedmllm.algorithms.options import check_count, check_form, check_positive
-from fedmllm.algorithms.state import advance, first_state, map_params, slot_of
+from fedmllm.algorithms.state import advance, first_state, map_together, slot_of
 from fedmllm.errors import UserError
 
 
@@ -26,14 +26,13 @@ def scaffold(*, num_clients: int, eta_g: float = 1.0, form: str = "paper") -> Al
     check_count(num_clients=num_clients)
     check_positive(eta_g=eta_g)
 
-    def step(state: ServerState, mean: StreamingMean) -> ServerState:
+    def step(state: ServerState, mean: Aggregate) -> ServerState:
         if mean.count > num_clients:
             raise UserError(f"{mean.count} updates in a federation of {num_clients} clients")
         share = mean.count / num_clients
-        control = map_params(
-            lambda c, change: c + share * change,
-            slot_of(state, "control"),
-            mean.extra("control"),
+        change = mean.extra("control")
+        (control,) = map_together(
+            lambda c, change: (c + share * change,), slot_of(state, "control"), change, spare=change
         )
         return advance(state, mean.delta(), eta_g, {"control": control})
 

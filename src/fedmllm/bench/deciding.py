@@ -17,7 +17,8 @@ from fedmllm.report.loading import NO_NUMBERS
 _UNREAD = {
     # An untrained adapter adds nothing, and nobody takes part: who holds what is not asked.
     "zero-shot": (
-        *("seed", "partition", "scenario", "algorithm", "lora", "trained", "strategy"),
+        *("seed", "partition", "scenario", "algorithm", "aggregation", "lora", "trained"),
+        "strategy",
         *("evaluation.every", "evaluation.limit"),
     ),
     "local": ("training.clients_per_round", "evaluation.every", "evaluation.limit"),

@@ -30,7 +30,7 @@ from fedmllm.scenarios import SETTINGS
 Place = Mapping[str, str]
 KEYS = ("name", "title", "out", "base", "axes", "exclude", "share", "variables")
 # sections with a name and options of that name's own: another name drops the options
-NAMED = ("data", "scenario", "algorithm")
+NAMED = ("data", "scenario", "algorithm", "aggregation")
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -102,8 +102,8 @@ def load_grid(
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """A config with a change put over it, key by key.
 
-    A dotted key reaches into a section. Where a change names another dataset, scenario or
-    algorithm, the base's options of the former one are dropped.
+    A dotted key reaches into a section. Where a change names another dataset, scenario, algorithm
+    or aggregation, the base's options of the former one are dropped.
     """
     merged = dict(base)
     for key, value in change.items():

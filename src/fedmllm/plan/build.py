@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedmllm.algorithms import make_algorithm
+from fedmllm.algorithms.gathered import BLOCK
 from fedmllm.config import Config, options_of
 from fedmllm.data import DATASETS, load_dataset
 from fedmllm.data.images import ArchiveImage, ImageFile
@@ -148,6 +149,7 @@ def make_plan(
         load,
         four_bit=config.model.quantization == "nf4",
         copies=_copies(slots, clients, control=algorithm.local.control),
+        blocks=_blocks(config, 4 * skeleton.trainable * traffic.cohort),
     )
     estimated = estimate(skeleton, load, runtime=runtime)
     capacity = find_capacity(config.model.device, memory)
@@ -164,6 +166,7 @@ def make_plan(
         notes=(
             *notes,
             *_strategy_notes(config, parties),
+            *_disk_notes(config, 4 * skeleton.trainable * traffic.cohort),
             *_unknown_quantisation(skeleton),
             *_notes(config, load, estimated, capacity, time),
         ),
@@ -271,6 +274,12 @@ def _copies(slots: int, clients: int, *, control: bool) -> int:
     return 7 + 2 * slots + (4 + clients if control else 0)
 
 
+def _blocks(config: Config, updates: int) -> int:
+    """Bytes of what an aggregation looks at together, of all updates of a round in bytes: read, and
+    once more in float64 for Krum's distances or in another order to be sorted."""
+    return 0 if config.aggregation["name"] == "mean" else 3 * min(BLOCK, updates)
+
+
 # -- words -----------------------------------------------------------------------------------
 
 
@@ -350,6 +359,18 @@ def _strategy_notes(config: Config, parties: Parties | None) -> list[str]:
     if parties is None and (strategy.prototypes or strategy.uses_profiles):
         lines.append("the classes are not known: prototypes are counted for one, labels for none")
     return lines
+
+
+def _disk_notes(config: Config, updates: int) -> list[str]:
+    name = config.aggregation["name"]
+    return (
+        []
+        if name == "mean"
+        else [
+            f"aggregation {name}: a round's updates lie in the run's "
+            f"folder until its end, {size(updates)}"
+        ]
+    )
 
 
 def _unknown_quantisation(skeleton: Skeleton) -> list[str]:

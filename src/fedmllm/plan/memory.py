@@ -61,7 +61,8 @@ class Load:
     tokens: of the longest sample. slices: of the largest image. batch: `training.micro_batch`.
     test_batch: `evaluation.batch_size`. images: different images of the data, or None if unknown.
     generates: whether tests generate answers (open questions). copies: float32 copies of the
-    adapter on the server and between it and a client. connector, vision: whether they are trained.
+    adapter on the server and between it and a client. blocks: bytes of the updates that an
+    aggregation reads side by side. connector, vision: whether they are trained.
     feature_memory: bytes of image features that are kept.
     """
 
@@ -79,6 +80,7 @@ class Load:
     images: int | None = None
     generates: bool = True
     copies: int = 8
+    blocks: int = 0
     answer: int = ANSWER_TOKENS
     connector: bool = False
     vision: bool = False
@@ -285,6 +287,8 @@ def estimate(skeleton: Skeleton, load: Load, *, runtime: int) -> Estimate:
         "copies of the adapter": 4 * load.copies * trainable,
         "image features": feature_cache(shapes, load),
     }
+    if load.blocks:
+        main["updates side by side"] = load.blocks
     training = {
         **activations(shapes, load),
         "logits": train_logits(shapes, load),

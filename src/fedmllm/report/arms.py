@@ -103,8 +103,7 @@ def is_grid(results: Sequence[Result]) -> bool:
 def method_of(result: Result) -> str:
     """``Local``, ``FedAvg``, …"""
     kind = facts.topology(result)
-    name = str(facts.lookup(result, "config", "algorithm", "name") or "federated")
-    return METHODS.get(kind) or facts.ALGORITHMS.get(name, name)
+    return METHODS.get(kind) or facts.method(result)
 
 
 def strategy_of(result: Result) -> str:

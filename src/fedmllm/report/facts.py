@@ -31,6 +31,12 @@ ALGORITHMS = {
     "fedadagrad": "FedAdagrad",
     "scaffold": "SCAFFOLD",
 }
+AGGREGATIONS = {  # in place of the mean of the updates
+    "median": "median",
+    "trimmed-mean": "trimmed mean",
+    "krum": "Krum choice",
+    "multi-krum": "Multi-Krum mean",
+}
 
 
 # --- one run ---------------------------------------------------------------------------------
@@ -227,12 +233,19 @@ def about(result: Result) -> str:
 
 
 def _about_federated(result: Result, parties: int) -> str:
-    algorithm = lookup(result, "config", "algorithm", "name") or "federated"
-    words = [ALGORITHMS.get(str(algorithm), str(algorithm))]
+    words = [method(result)]
     cohort = lookup(result, "config", "training", "clients_per_round")
     if parties:
         words.append(f"{cohort} of {parties} parties a round" if cohort else f"{parties} parties")
     return ", ".join(words)
+
+
+def method(result: Result) -> str:
+    """``FedAvg``, or ``FedAvg of the median``: the algorithm, and what stands for the mean."""
+    name = str(lookup(result, "config", "algorithm", "name") or "federated")
+    rule = str(lookup(result, "config", "aggregation", "name") or "mean")
+    words = ALGORITHMS.get(name, name)
+    return words if rule == "mean" else f"{words} of the {AGGREGATIONS.get(rule, rule)}"
 
 
 def _about_prompt(result: Result) -> str:

@@ -64,6 +64,7 @@ _STRATEGY: dict[str, Any] = {
 LATER: dict[str, dict[str, Any]] = {
     "": {
         "strategy": _STRATEGY,
+        "aggregation": {"name": "mean"},
         "trained": {
             "name": "paper",
             "connector": "frozen",

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedmllm.algorithms.aggregation import make_aggregation
+from fedmllm.algorithms.base import check_enough
 from fedmllm.config import Config, config_hash, load_config
 from fedmllm.data import DATASETS
 from fedmllm.errors import UserError, unknown
@@ -64,11 +66,21 @@ def site_config(kit: Path, file: SiteFile, experiment: Path) -> Config:
 
 
 def server_config(kit: Path, file: ServerFile, experiment: Path) -> Config:
-    """An experiment as the server runs it."""
+    """An experiment as the server runs it.
+
+    Raises `UserError` if its rounds may close with fewer updates than the aggregation needs: so
+    a round waits for enough of them, whoever drops out.
+    """
     agreed = load_config(experiment)
     _check_kind(agreed)
+    check_quorum(agreed, file.min_sites, "the server's min_sites")
     data = [] if file.data.none else _test_overrides(agreed, kit, file.data)
     return load_config(experiment, [*_overrides(file.settings, kit / FILE), *data])
+
+
+def check_quorum(config: Config, min_sites: int, what: str) -> None:
+    """Raise `UserError` if so many updates are too few for the experiment's aggregation."""
+    check_enough(make_aggregation(**config.aggregation), min_sites, f"{what} is {min_sites}")
 
 
 def _check_kind(config: Config) -> None:

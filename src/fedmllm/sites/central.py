@@ -289,6 +289,7 @@ class _Round:
                 update = self._take(self.runner._listen())
                 if update is not None:
                     yield self.position[update.client], update
+                del update  # else it stays in memory until the next one is there
                 self._ask_again()
         finally:
             for ticket, site in self.tickets.items():
@@ -333,7 +334,8 @@ class _Round:
         try:
             facts = reply.message.facts
             update = wire.unpack_update(Message(reply.message.tensors, facts["update"]))
-            wire.check_update(update, site=reply.site, params=self.state.params)
+            slots = {slot: self.state.slots[slot] for slot in self.broadcast}
+            wire.check_update(update, site=reply.site, params=self.state.params, slots=slots)
         except (UserError, KeyError, TypeError, AttributeError) as error:
             self._fail(reply.site, f"sent what is no update: {error}")
             return None

@@ -115,9 +115,9 @@ def _serve(
         spare_tower(config, mllm, tests)
     federation = Federation(EVERYONE, dict.fromkeys(runner.sites, ()), config.training.rounds)
     algorithm = algorithm_of(config, len(runner.sites), mllm, session.task)
-    runner.weighted = all(facts["reveal"]["samples"] for facts in runner.facts.values())
-    if not runner.weighted:
+    if not all(facts["reveal"]["samples"] for facts in runner.facts.values()):
         algorithm = replace(algorithm, weighting="uniform")
+    runner.weighted = algorithm.weighting == "samples"
     session.resumed = checkpoint.load(folder / "state" / EVERYONE) is not None
     outcome = run_federation(
         session, federation, runner=runner, algorithm=algorithm, parties=parties

@@ -104,21 +104,43 @@ def unpack_update(message: Message) -> Update:
     return Update(**values)
 
 
-def check_update(update: Update, *, site: str, params: Params) -> None:
+def check_update(
+    update: Update, *, site: str, params: Params, slots: Mapping[str, Params] | None = None
+) -> None:
     """Raise `UserError` unless this is an update of the adapter `params`, by `site`, with finite
-    numbers: one bad site must not end a run."""
+    numbers and an extra for each of the `slots` that were sent: one bad site must not end a run."""
     if update.client != site:
         raise UserError(f"{site} sent an update of {update.client!r}")
     if type(update.num_samples) is not int or update.num_samples <= 0:
         raise UserError(f"{site} claims {update.num_samples!r} samples: a whole number above 0")
     check_layout(params, update.delta, f"update of {site}")
+    _check_extras(update, site, slots or {})
     for tensors in (update.delta, *update.extra.values()):
         for name, value in tensors.items():
-            if not torch.isfinite(value).all():
+            if not value.is_floating_point():
+                raise UserError(f"update of {site} has {value.dtype} at {name}, not floats")
+            if not torch.isfinite(value.to(torch.float32)).all():
                 raise UserError(f"update of {site} is not finite at {name}")
     for name, number in update.metrics.items():
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise UserError(f"update of {site}: metric {name} is {number!r}, not a number")
+
+
+def _check_extras(update: Update, site: str, slots: Mapping[str, Params]) -> None:
+    """Extras answer the slots by name, with tensors of the same shapes."""
+    if update.extra.keys() != slots.keys():
+        raise UserError(
+            f"update of {site} carries extras {sorted(update.extra)}, and this run's are "
+            f"{sorted(slots)}: site and server must run the same experiment"
+        )
+    for slot, sent in slots.items():
+        given, wanted = _shapes(update.extra[slot]), _shapes(sent)
+        if given != wanted:
+            raise UserError(f"update of {site}: {slot} has shapes {given}, not {wanted}")
+
+
+def _shapes(params: Params) -> list[tuple[int, ...]]:
+    return sorted(tuple(value.shape) for value in params.values())
 
 
 def numbers(found: Any) -> dict[str, float]:

@@ -27,6 +27,7 @@ import yaml
 
 from fedmllm.config import Config
 from fedmllm.errors import UserError
+from fedmllm.sites.agreed import check_quorum
 from fedmllm.sites.flare.packages import requirements
 from fedmllm.sites.settings import FILE
 
@@ -95,6 +96,7 @@ def check_plan(plan: Plan, out: Path) -> None:
         raise UserError(f"server {plan.host!r} is not a host name, e.g. fed.example.org")
     if not 1 <= plan.min_sites <= len(plan.sites):
         raise UserError(f"min-sites is {plan.min_sites}: 1 to {len(plan.sites)}")
+    check_quorum(plan.config, plan.min_sites, "min-sites")
 
 
 def _provision(plan: Plan, draft: Path) -> None:
