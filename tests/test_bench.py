@@ -30,6 +30,7 @@ from fedmllm.errors import UserError
 from fedmllm.experiment import run
 from fedmllm.models.mllm import Mllm
 from fedmllm.progress import ManyProgress
+from fedmllm.report.loading import result_digest
 
 GRIDS = Path(__file__).resolve().parent.parent / "experiments" / "grids"
 BASE = {
@@ -310,15 +311,30 @@ def test_a_tampered_or_cut_result_is_run_again(finished) -> None:
     assert state(finished).kind == "done"
 
 
-def test_a_result_of_before_digests_still_counts(finished) -> None:
+def test_what_an_older_result_does_not_say_is_not_compared(finished) -> None:
     file = next(finished.rglob("result.json"))
     whole = file.read_text()
     try:
         result = json.loads(whole)
-        for key in ("result_sha256", "data_sha256", "revisions"):
+        for key in ("data_sha256", "revisions"):
             del result[key]
+        result["result_sha256"] = result_digest(result)
         file.write_text(json.dumps(result))
         assert state(finished).kind == "done"
+    finally:
+        file.write_text(whole)
+
+
+def test_a_result_without_its_digest_is_run_again(finished) -> None:
+    file = next(finished.rglob("result.json"))
+    whole = file.read_text()
+    try:
+        result = json.loads(whole)
+        del result["result_sha256"]
+        file.write_text(json.dumps(result))
+        found = state(finished)
+        assert found.kind == "stale"
+        assert "states no digest" in found.reasons[0]
     finally:
         file.write_text(whole)
 

@@ -186,6 +186,20 @@ def test_a_tampered_result_is_named_and_left_out(tmp_path) -> None:
     ]
 
 
+def test_a_result_without_a_digest_is_named_and_left_out(tmp_path) -> None:
+    """Else who changes a number would only have to take out that line as well."""
+    write(tmp_path, seeds("fedavg", [0.6, 0.7, 0.8]))
+    file = next(tmp_path.glob("*-s2/result.json"))
+    changed = json.loads(file.read_text())
+    changed["metrics"]["both"]["auc"] = 0.99
+    del changed["result_sha256"]
+    for none in ({}, {"result_sha256": None}):
+        file.write_text(json.dumps(changed | none))
+        found, (problem,) = load_results([tmp_path])
+        assert table(found).cells["FedAvg"]["aligned-a0.5"].mean == pytest.approx(0.65)
+        assert problem.startswith(f"{file}: states no digest (result_sha256)")
+
+
 def test_arms_of_one_name_are_told_apart() -> None:
     slow, fast = seeds("fedavg", [0.6, 0.6]), seeds("fedavg", [0.7, 0.7])
     for one in fast:
@@ -396,7 +410,7 @@ def test_who_holds_what_by_class_and_modality(tmp_path) -> None:
     assert "no" in re.findall(r">([^<>]+)</text>", text)
     assert summaries_of(seeds("fedavg", [0.6])[0]) == []
     made[0]["manifest"]["clients"][0]["kept"]["no"]["image"] = 1
-    del made[0]["result_sha256"]
+    made[0]["result_sha256"] = result_digest(made[0])
     _, problems = load_results([write(tmp_path / "runs", made)])
     assert "do not add up to its labels" in problems[0]
 

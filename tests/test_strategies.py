@@ -26,7 +26,7 @@ from fedmllm.plan import make_plan
 from fedmllm.plan.timing import fitting_rates
 from fedmllm.report import load_results, write_report
 from fedmllm.report.arms import strategy_of
-from fedmllm.report.loading import LATER
+from fedmllm.report.loading import LATER, result_digest
 from fedmllm.revisions import revisions_of
 from fedmllm.scenarios import SCENARIOS
 from fedmllm.strategies import BY_SCENARIO, WEIGHTS, edge_layers, party_weights, with_strategy
@@ -419,8 +419,9 @@ def test_the_report_draws_the_parties(whole, tmp_path) -> None:
     ],
 )
 def test_a_broken_heterogeneity_is_a_fault(whole, harm, tmp_path) -> None:
-    result = {k: v for k, v in whole[0].items() if k != "result_sha256"}
-    (tmp_path / "result.json").write_text(json.dumps(result | harm))
+    result = whole[0] | harm
+    result["result_sha256"] = result_digest(result)  # nothing else is wrong with it
+    (tmp_path / "result.json").write_text(json.dumps(result))
     with pytest.raises(UserError, match="heterogeneity"):
         load_results([tmp_path / "result.json"])
 

@@ -158,13 +158,21 @@ def _faults(data: Any) -> Iterator[str]:
         yield from _heterogeneity_faults(data.get("heterogeneity"))
         if data.get("config_sha256") not in (None, config_digest(data["config"])):
             yield "was changed after it was written: its config does not match its config_sha256"
-        if data.get("result_sha256") not in (None, result_digest(data)):
-            yield "was changed after it was written: it does not match its result_sha256"
+        yield from _digest_faults(data)
+
+
+def _digest_faults(data: Result) -> Iterator[str]:
+    """Without its digest nothing says that a result is as it was written."""
+    stated = data.get("result_sha256")
+    if stated is None:
+        yield "states no digest (result_sha256), so it may have been changed: run it again"
+    elif stated != result_digest(data):
+        yield "was changed after it was written: it does not match its result_sha256"
 
 
 def result_digest(data: Mapping[str, Any]) -> str:
-    """SHA-256 of all that a result says (older ones state none). A guard against slips of the
-    hand and cut files, not against a forger, who can compute it as well."""
+    """SHA-256 of all that a result says but itself. A guard against slips of the hand and cut
+    files, not against a forger, who can compute it as well."""
     facts = {k: _as_written(v) for k, v in data.items() if k not in ("result_sha256", *_LOADED)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
