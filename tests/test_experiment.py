@@ -26,6 +26,7 @@ from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.experiment import data_digest, make_manifest, own_samples, run
 from fedmllm.models import model_path
+from fedmllm.models.components import COMPONENTS
 from fedmllm.models.mllm import Mllm
 from fedmllm.prompts import render
 from fedmllm.report.loading import result_digest
@@ -70,7 +71,7 @@ def test_the_folder_of_a_run(tmp_path, mllm: Mllm) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["sha256"] == result["manifest"]["sha256"]
     assert sum(c["samples"] for c in result["manifest"]["clients"]) == 80
-    one = result["bytes"]["per_client_round"]["lora"]
+    one = result["bytes"]["per_client_round"]["up"]["lora"]
     assert one == sum(v.nbytes for v in adapter(folder).values())
     assert result["bytes"]["up"] == result["bytes"]["down"] == one * 2 * 2
     assert result["parameters"]["trainable"] * 4 == one
@@ -191,8 +192,44 @@ def test_every_algorithm_runs(tmp_path, mllm: Mllm, name: str) -> None:
     after = adapter(tmp_path / "r")
     assert any(not torch.equal(after[n], base[n]) for n in base)
     extra = 2 if name == "scaffold" else 1
-    one = result["bytes"]["per_client_round"]["lora"]
+    one = result["bytes"]["per_client_round"]["up"]["lora"]
     assert result["bytes"]["up"] == result["bytes"]["down"] == extra * one * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({}, {"lora"}),
+        ({"algorithm": "scaffold"}, {"lora", "control"}),
+        ({"strategy": {"prototypes": 1.0}}, {"lora", "prototypes"}),
+        ({"trained": {"name": "paper", "connector": "full"}}, {"lora", "connector"}),
+        ({"setting": "cross-i5t5", "strategy": {"recombine": 1.0, "mixtures": 2}}, {"lora"}),
+        ({"topology": "local"}, set()),
+        ({"topology": "centralised"}, set()),
+        ({"topology": "zero-shot"}, set()),
+    ],
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else "",
+)
+def test_the_parts_of_a_message_add_up_to_what_was_counted(
+    tmp_path, mllm: Mllm, change, parts
+) -> None:
+    """What a result states by part is made of shapes; a round's bytes are those of the tensors
+    that went through it."""
+    tiny = {
+        "data": {"name": "memes", "train": 40, "test": 4},
+        "evaluation": {"every": 0, "conditions": ["both"]},
+    }
+    base = None if "trained" in change else mllm
+    result = run(small(**tiny, **change), out=tmp_path / "r", mllm=base)
+    stated, once = result["bytes"]["per_client_round"], result["bytes"].get("once", {})
+    for way in ("up", "down"):
+        assert {name for name, count in stated[way].items() if count} == parts
+        assert set(COMPONENTS) <= set(stated[way])
+        for line in result["history"]:
+            assert line[f"bytes_{way}"] == len(line["clients"]) * sum(stated[way].values())
+        rounds = sum(line[f"bytes_{way}"] for line in result["history"])
+        assert result["bytes"][way] == rounds + sum(once.get(way, {}).values())
+    assert set(once.get("up", {})) == ({"mixtures"} if "mixtures" in str(change) else set())
 
 
 def test_fedprox_without_mu_is_fedavg(tmp_path, mllm: Mllm) -> None:

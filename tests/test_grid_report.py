@@ -415,15 +415,38 @@ def test_who_holds_what_by_class_and_modality(tmp_path) -> None:
     assert "do not add up to its labels" in problems[0]
 
 
-def test_what_a_party_sends_by_component(tmp_path) -> None:
-    made = seeds("fedavg", [0.6, 0.7])
+def test_what_a_party_sends_and_receives_by_part(tmp_path) -> None:
+    """Two clients a round, 0.4 MB: 0.2 MB each. SCAFFOLD's result is of before there were two
+    ways."""
+    made = [*seeds("fedavg", [0.6, 0.7]), *seeds("scaffold", [0.6, 0.7])]
+    up = {"lora": 98_304, "connector": 0, "prototypes": 101_696}
+    for run in made[:2]:
+        run["bytes"]["per_client_round"] = {"up": up, "down": {"lora": 200_000, "connector": 0}}
+    for run in made[2:]:
+        run["bytes"]["per_client_round"] = {"lora": 100_000, "connector": 0}
     for run in made:
-        run["bytes"]["per_client_round"] = {"lora": 98_304, "connector": 1_500_000}
-    ((board,), _) = boards(made)
+        run["result_sha256"] = result_digest(run)
+    found, problems = load_results([write(tmp_path / "runs", made)])
+    assert problems == []
+    ((board,), _) = boards(found)
     assert _payload(board) == {
-        "heads": ["lora", "connector", "all, up", "all, down"],
-        "rows": {"FedAvg": ["0.10", "1.50", "0.20", "0.20"]},  # two clients a round, 0.4 MB
+        "heads": ["lora, up", "prototypes, up", "all, up", "lora, down", "all, down"],
+        "rows": {
+            "FedAvg": ["0.10", "0.10", "0.20", "0.20", "0.20"],
+            "SCAFFOLD": ["0.10", "–", "0.20", "0.10", "0.20"],
+        },
     }
+
+
+@pytest.mark.parametrize(
+    "harm", [{"up": 3}, {"up": {"lora": -1}}, {"up": {"lora": {"a": 1}}}, {"lora": {"up": 3}}]
+)
+def test_bytes_that_cannot_be_are_a_fault(harm, tmp_path) -> None:
+    (made,) = seeds("fedavg", [0.6])
+    made["bytes"]["per_client_round"] = harm
+    made["result_sha256"] = result_digest(made)
+    with pytest.raises(UserError, match=r"bytes\.per_client_round\..* not a number from zero up"):
+        load_results([write(tmp_path, [made])])
 
 
 def test_forms_by_suffix(page, tmp_path) -> None:

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedmllm.algorithms.base import Algorithm, Params, ServerState, StreamingMean, Update
+from fedmllm.alignment import PROTOTYPES
 from fedmllm.client import Job, LocalPlan, train_client
 from fedmllm.cohort import train_cohort
 from fedmllm.drift import Drift
 from fedmllm.models.cohort import obstacle
+from fedmllm.models.components import COMPONENTS
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.rng import stream
 
@@ -157,6 +159,28 @@ def in_order(arrivals: Iterable[tuple[int, Update | None]], count: int) -> Itera
 def payload(*parts: Params) -> int:
     """Bytes of tensors."""
     return sum(value.nbytes for part in parts for value in part.values())
+
+
+def message_parts(
+    algorithm: Algorithm, adapter: Params, component_of: Mapping[str, str]
+) -> dict[str, dict[str, int]]:
+    """Bytes that one client sends (``up``) and receives (``down``) in a round, by part: the adapter
+    by trained component, zeros included, and what the algorithm and the strategy add to it
+    (SCAFFOLD: a control each way; prototypes: a mean and a mark of each class down, a sum and a
+    count up).
+
+    adapter: tensors of the exchanged shapes, which may lie on the meta device. component_of: the
+    trained component of each of them.
+    """
+    state = algorithm.init(adapter)
+    trained = dict.fromkeys(COMPONENTS, 0)
+    for name, value in adapter.items():
+        trained[component_of[name]] += value.nbytes
+    received = {slot: payload(state.slots[slot]) for slot in algorithm.broadcast}
+    sent = {"control": payload(adapter)} if algorithm.local.control else {}
+    if PROTOTYPES in state.slots:  # sums and counts are of the size of means and marks
+        sent[PROTOTYPES] = payload(state.slots[PROTOTYPES])
+    return {"up": trained | sent, "down": trained | received}
 
 
 @dataclass

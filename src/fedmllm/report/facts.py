@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedmllm.report.loading import TOPOLOGIES, Result
+from fedmllm.report.loading import TOPOLOGIES, WAYS, Result
 
 DASH = "–"
 CONDITIONS = {
@@ -161,6 +161,20 @@ def per_party(result: Result, key: str) -> float | None:
     count = len(first.get("clients") or [])
     amount = first.get(key)
     return amount / count if count and isinstance(amount, int | float) else None
+
+
+def message_parts(result: Result) -> dict[str, dict[str, float]]:
+    """Bytes that one party sends (``up``) and receives (``down``) in a round, by part; empty if the
+    file does not say. Results of before state the parts of one way, which were those of both but
+    for SCAFFOLD's control."""
+    stated = lookup(result, "bytes", "per_client_round") or {}
+    if not any(way in stated for way in WAYS):
+        stated = dict.fromkeys(WAYS, stated) if stated else {}
+    return {
+        way: {name: count for name, count in (stated[way] or {}).items() if count is not None}
+        for way in WAYS
+        if way in stated
+    }
 
 
 def losses(result: Result) -> list[tuple[int, float]]:

@@ -25,6 +25,7 @@ Result = dict[str, Any]
 SCHEMA = 1
 # The order of a reader's questions: nothing learnt, alone, together, everything in one place.
 TOPOLOGIES = ("zero-shot", "local", "federated", "centralised")
+WAYS = ("up", "down")  # of bytes: to the server, and from it
 HOLDINGS = ("image_text", "image", "text", "neither")
 COMBINATIONS = ("image+text", "image", "text", "neither")  # as a manifest calls them
 # config keys that cannot change a run's numbers, by section; "" is the top
@@ -270,11 +271,22 @@ def _quantity_faults(data: Result) -> Iterator[str]:
     for section, keys in wanted.items():
         values = _object(data.get(section))
         amounts |= {f"{section}.{key}": values.get(key) for key in keys}
-    payload = _object(_object(data.get("bytes")).get("per_client_round"))
-    amounts |= {f"bytes.per_client_round.{key}": value for key, value in payload.items()}
+    for key in ("per_client_round", "once"):
+        amounts |= _leaves(_object(data.get("bytes")).get(key), f"bytes.{key}")
     for name, value in amounts.items():
         if value is not None and not _is_amount(value):
             yield f"{name} is {value!r}, not a number from zero up"
+
+
+def _leaves(values: Any, where: str) -> dict[str, Any]:
+    """Bytes by part: up and down, or, as results were before, of one way alone."""
+    values = _object(values)
+    found = {f"{where}.{key}": value for key, value in values.items() if key not in WAYS}
+    for way in (way for way in WAYS if way in values):
+        each = values[way]
+        parts = each if isinstance(each, dict) else {"parts": f"{each!r}"}
+        found |= {f"{where}.{way}.{part}": value for part, value in parts.items()}
+    return found
 
 
 def _metric_faults(data: Result) -> Iterator[str]:

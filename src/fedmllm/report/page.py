@@ -145,8 +145,8 @@ def _number(count: int) -> str:
 
 def _upload(federated: Sequence[Result]) -> str:
     """What one client sends in one round, if all federated runs agree."""
-    parts = [facts.lookup(r, "bytes", "per_client_round") for r in federated]
-    sums = {sum(part.values()) for part in parts if isinstance(part, Mapping)}
+    parts = [facts.message_parts(result).get("up") for result in federated]
+    sums = {sum(part.values()) for part in parts if part is not None}
     return f"{facts.format_megabytes(sums.pop())} MB" if len(sums) == 1 else ""
 
 
