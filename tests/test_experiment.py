@@ -30,6 +30,7 @@ from fedmllm.models.components import COMPONENTS
 from fedmllm.models.mllm import Mllm
 from fedmllm.prompts import render
 from fedmllm.report.loading import result_digest
+from fedmllm.report.page import provenance
 from fedmllm.scenarios import SETTINGS
 
 SMALL = {
@@ -366,6 +367,42 @@ def test_the_peak_is_that_of_the_run(tmp_path) -> None:
     del held
     results.reset_peak_memory()
     assert results.peak_memory_bytes() < high - 200 * 2**20
+
+
+PEAK = "peak GPU memory"
+
+
+def test_the_peak_of_an_accelerator_is_that_of_the_run(tmp_path, mllm, monkeypatch) -> None:
+    """A stand-in for CUDA: 7 bytes are in use, and the peak is that of an earlier run."""
+    from fedmllm import results
+
+    peak = {"cuda:1": 900}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: peak.update({str(device): 7})
+    )
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[str(device)])
+    assert results.peak_accelerator_bytes("cpu") is None
+    results.reset_peak_memory()
+    assert results.peak_accelerator_bytes("cuda:1") == 900
+    results.reset_peak_memory("cuda:1")
+    assert results.peak_accelerator_bytes("cuda:1") == 7
+    plain = run(small(topology="zero-shot"), out=tmp_path / "cpu", mllm=mllm)
+    assert "peak_accelerator_bytes" not in plain
+    asked = []
+    monkeypatch.setattr(results, "peak_accelerator_bytes", lambda device: asked.append(device) or 5)
+    found = run(small(topology="zero-shot"), out=tmp_path / "gpu", mllm=mllm)
+    assert (found["peak_accelerator_bytes"], asked) == (5, [str(mllm.device)])
+    shown = [provenance([each], tmp_path)["shared"].get(PEAK) for each in (plain, found)]
+    assert shown == [None, "<0.01 MB"]
+
+
+def test_nothing_is_reset_before_cuda_is_used(monkeypatch) -> None:
+    from fedmllm import results
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: 1 / 0)
+    results.reset_peak_memory("cuda")
 
 
 def test_a_run_says_what_it_shortened(tmp_path, mllm: Mllm) -> None:

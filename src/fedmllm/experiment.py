@@ -222,7 +222,7 @@ def run(
     """
     torch.set_num_threads(config.threads)
     began = time.perf_counter()
-    results.reset_peak_memory()
+    results.reset_peak_memory(config.model.device)
     folder = Path(out) if out is not None else Path("runs") / config.name
     check_folder(folder, config, resume=resume, overwrite=overwrite)
     make_algorithm(
@@ -850,6 +850,8 @@ def make_result(
         "hardware": results.hardware(config.threads, config.model.device),
         "started": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds"),
     }
+    if (most := results.peak_accelerator_bytes(str(session.mllm.device))) is not None:
+        result["peak_accelerator_bytes"] = most
     if held is not None:
         result["samples"] = _samples(config, held, outcomes)
         result["manifest"] = results.holdings(held)

@@ -267,7 +267,8 @@ def _quantity_faults(data: Result) -> Iterator[str]:
         "parameters": ("total", "trainable"),
         "time": ("train_seconds", "evaluate_seconds", "total_seconds"),
     }
-    amounts = {"peak_memory_bytes": data.get("peak_memory_bytes")}
+    peaks = ("peak_memory_bytes", "peak_accelerator_bytes")
+    amounts = {key: data.get(key) for key in peaks}
     for section, keys in wanted.items():
         values = _object(data.get(section))
         amounts |= {f"{section}.{key}": values.get(key) for key in keys}
