@@ -29,6 +29,7 @@ from fedmllm.models import model_path
 from fedmllm.models.components import COMPONENTS
 from fedmllm.models.mllm import Mllm
 from fedmllm.prompts import render
+from fedmllm.report import facts
 from fedmllm.report.loading import result_digest
 from fedmllm.report.page import provenance
 from fedmllm.scenarios import SETTINGS
@@ -167,6 +168,21 @@ def test_topologies(tmp_path, mllm: Mllm) -> None:
     assert local["bytes"]["up"] == central["bytes"]["up"] == 0
     assert all(line["bytes_up"] == 0 for line in (*local["history"], *central["history"]))
     assert "auc_se" not in local["metrics"]["both"]
+
+
+def test_a_centralised_run_is_tested_on_the_way(tmp_path, mllm: Mllm) -> None:
+    """With `every: 1` after each round, on the first samples; at the end under every condition, on
+    all. A local run is tested at its end only."""
+    change = {"evaluation": {"every": 1, "limit": 6, "conditions": ["both", "neither"]}}
+    made = {
+        kind: run(small(topology=kind, **change), out=tmp_path / kind, mllm=mllm)
+        for kind in ("centralised", "local")
+    }
+    central, local = made["centralised"], made["local"]
+    assert facts.test_sizes(central, "both") == {1: 6, 2: 24}
+    assert facts.test_sizes(central, "neither") == {2: 24}
+    assert central["history"][1]["metrics"] == central["metrics"]
+    assert [round_ for round_, _ in facts.curve(local, "both")] == [2]
 
 
 def test_local_is_a_federation_of_one(tmp_path, mllm: Mllm) -> None:

@@ -14,13 +14,30 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.collections import PolyCollection
 from scipy import stats
 from synthetic_grid import METHODS, auc, grid, result, write
 
 from fedmllm.errors import UserError
-from fedmllm.report import is_grid, load_results, write_figures, write_grid_report, write_tables
+from fedmllm.report import (
+    facts,
+    figures,
+    is_grid,
+    load_results,
+    write_figures,
+    write_grid_report,
+    write_tables,
+)
 from fedmllm.report.arms import boards, setting_of, stands_for
-from fedmllm.report.grid_figures import _mean_by_round, _over_bytes, _rings, band, drops, shown
+from fedmllm.report.grid_figures import (
+    _mean_by_round,
+    _over_bytes,
+    _rings,
+    band,
+    draw_bands,
+    drops,
+    shown,
+)
 from fedmllm.report.grid_page import _parties, _payload
 from fedmllm.report.grid_tables import csv_grid, grid_tables, latex_grid, markdown_grid, note, tex
 from fedmllm.report.loading import result_digest
@@ -283,6 +300,47 @@ def test_a_strategy_is_drawn_beside_the_baselines() -> None:
         "FedAvg",
         "Centralised",
     ]
+
+
+def test_the_test_at_the_end_is_a_mark_of_its_own() -> None:
+    """On the way 100 samples, at the end 300: no line joins the two. One seed reached .6, one .8:
+    .5 + .1 or .3 times (1 - .6^4) / (1 - .6^6) after four rounds, the means of which are drawn."""
+    made = seeds("fedavg", [0.6, 0.8])
+    way = {n: (1 - 0.6**n) / (1 - 0.6**6) for n in (2, 4)}
+    points, last = facts.followed(made[0], "both")
+    assert points == [(n, pytest.approx(0.5 + 0.1 * part)) for n, part in way.items()]
+    assert last == [(6, pytest.approx(0.6))]
+    ((board,), _) = boards(made)
+    figure = figures.draw_panels([(draw_bands, (board, "aligned-a0.5", "both", ""))])
+    line, mark, *_ = figure.axes[0].get_lines()
+    assert line.get_xdata().tolist() == [2, 4]
+    assert line.get_ydata()[1] == pytest.approx(0.5 + 0.2 * way[4])
+    assert (mark.get_xdata(), mark.get_ydata()) == ([6], [pytest.approx(0.7)])
+    assert (mark.get_linestyle(), mark.get_markerfacecolor()) == ("None", figures.PAPER)
+    words = facts.followed_words(made, "both")
+    assert "the first 100 test samples; the open mark" in words
+    assert words.endswith("on all 300.")
+
+
+def test_tests_on_the_same_samples_are_one_line() -> None:
+    made = seeds("fedavg", [0.6])
+    for line in made[0]["history"]:
+        line["metrics"] = line["metrics"] and {"both": {**line["metrics"]["both"], "n": 300}}
+    points, last = facts.followed(made[0], "both")
+    assert (points, last) == (facts.curve(made[0], "both"), [])
+    assert facts.followed_words(made, "both") == ""
+    del made[0]["history"][5]["metrics"]["both"]["n"]  # one that does not say is not told apart
+    assert facts.followed(made[0], "both")[1] == []
+
+
+def test_centralised_runs_have_curves_with_bands() -> None:
+    ((board,), _) = boards(seeds("centralised", [0.8, 0.9]))
+    figure = figures.draw_panels([(draw_bands, (board, "aligned-a0.5", "both", ""))])
+    (shade,) = [each for each in figure.axes[0].collections if isinstance(each, PolyCollection)]
+    heights = shade.get_paths()[0].vertices[:, 1]
+    reached = (1 - 0.6**4) / (1 - 0.6**6)
+    assert heights.max() == pytest.approx(0.5 + 0.4 * reached)  # the range of two seeds
+    assert len(figure.axes[0].get_lines()[0].get_xdata()) == 2
 
 
 def test_the_cost_curve_is_bytes_so_far_by_round() -> None:

@@ -153,6 +153,7 @@ def _board(board: Board, tables: Sequence[GridTable], key: str) -> dict[str, Any
         "curves": [(svg, width) for name, svg, width in drawn if name.startswith("curves")],
         "others": [svg for name, svg, _ in drawn if not name.startswith(("radar", "curves"))],
         "parties": _parties(board),
+        "followed": facts.followed_words(board.results, facts.headline(board.results)),
         "payload": _payload(board),
         "holdings": _holdings(board, key),
     }

@@ -173,6 +173,7 @@ def _task(group: Sequence[Result], results: Sequence[Result], number: int) -> di
         "published": _published(group),
         "overview": _overview(group, f"t{number}"),
         "curves": _curves(group, f"t{number}"),
+        "followed": facts.followed_words(group, facts.headline(group)),
         "parties": _parties(group, rows, f"t{number}"),
         "scenarios": _scenarios(group),
     }
