@@ -268,7 +268,7 @@ def facts(
     return {
         "case": case.name,
         "sites": case.sites,
-        "adapter_bytes": sum(result["bytes"]["per_client_round"].values()),
+        "adapter_bytes": sum(result["bytes"]["per_client_round"]["up"].values()),
         "rank": case.rank,
         "rounds": case.rounds,
         "round_seconds": rounds,

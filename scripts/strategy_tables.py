@@ -7,7 +7,6 @@ grid, so that a seed is one observation.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 
 from fedmllm.bench.grid import load_grid
 from fedmllm.config import config_hash
+from fedmllm.report import load_results
 from fedmllm.report.figures import RC, svg
 from fedmllm.report.loading import config_digest
 from fedmllm.report.statistics import ENOUGH, LEVEL, holm, mean_and_half, paired_p
@@ -103,7 +103,7 @@ def load(name: str) -> Study:
         file = ROOT / "results" / name / cell.name / "result.json"
         if not file.exists():
             continue
-        result = json.loads(file.read_text(encoding="utf-8"))
+        (result,), _ = load_results([file])
         if config_digest(result["config"]) != config_hash(cell.config):
             raise SystemExit(f"{file}: not the cell's config; run it again")
         for place in cell.places:

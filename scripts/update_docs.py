@@ -42,18 +42,22 @@ def runs(folder: str) -> str:
     """The table of a folder of results."""
     if not (RESULTS / folder).is_dir():
         return NONE
-    found, problems = load_results([RESULTS / folder])
+    return markdown_table(checked(RESULTS / folder))
+
+
+def checked(folder: Path) -> list[dict]:
+    """The results of a folder, if all of them are as they were written."""
+    found, problems = load_results([folder]) if folder.is_dir() else ([], [])
     if problems:
         raise SystemExit("\n".join(problems))
-    return markdown_table(found)
+    return found
 
 
 def grid(folder: str) -> str:
     """The tables of a grid's results, without their headings."""
-    found, problems = load_results([RESULTS / folder])
-    tables, left_out = grid_tables(found)
-    if problems or left_out:
-        raise SystemExit("\n".join([*problems, *left_out]))
+    tables, left_out = grid_tables(checked(RESULTS / folder))
+    if left_out:
+        raise SystemExit("\n".join(left_out))
     lines = markdown_grid(tables).splitlines()
     return "\n".join(line for line in lines if not line.startswith("#"))
 
@@ -84,8 +88,7 @@ def gate() -> str:
 def level_results() -> dict[tuple[str, str], dict[int, dict]]:
     """The level runs' results by task and arm, then by seed."""
     found: dict[tuple[str, str], dict[int, dict]] = {}
-    for file in sorted((RESULTS / "levels").glob("*/result.json")):
-        result = json.loads(file.read_text())
+    for result in checked(RESULTS / "levels"):
         task, arm = result["task"]["name"], result["name"].rsplit("-s", 1)[0]
         arm = arm.removeprefix(f"{task}-")
         found.setdefault((task, arm), {})[result["seed"]] = result
@@ -524,7 +527,7 @@ def main(check: bool) -> int:
     """Write, or with `check` say what is out of date (exit code 1)."""
     wanted = {ROOT / name: filled((ROOT / name).read_text()) for name in DOCS}
     if (RESULTS / "demo").is_dir():
-        found, _ = load_results([RESULTS / "demo"])
+        found = checked(RESULTS / "demo")
         wanted[PICTURE] = figures.learning_curves_svg(found)
     if gains := strategy_tables.gain_svg(strategy_tables.load("strategies")):
         wanted[GAINS] = gains

@@ -8,10 +8,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from fedmllm.config import Config, make_config
 from fedmllm.experiment import Shared, load_model, run
+from fedmllm.fusion import Fusion
 from fedmllm.revisions import revisions_of
 
+CONDITIONS = ("both", "text_withheld")
 FILE = Path(__file__).parent / "data" / "revisions.json"
 SMALL: dict[str, Any] = {
     "data": {"name": "memes", "train": 16, "test": 12},
@@ -44,6 +49,14 @@ RUNS: dict[str, dict[str, Any]] = {
         "strategy": {"prototypes": 1.0, "distillation": 1.0, "views": 0.5, "incomplete": 0.5},
         "scenario": {"name": "missing", "beta": 0.3},
     },
+    "missing": {"scenario": {"name": "missing", "beta": 0.3}},  # without a strategy, as is "cross"
+    "cross": {"scenario": "cross"},
+    "composition": {
+        "strategy": {"recombine": 0.5, "resample": 0.5},
+        "scenario": {"name": "missing", "beta": 0.3},
+    },
+    "mixtures": {"strategy": {"recombine": 1.0, "mixtures": 2}, "scenario": "cross"},
+    "fusion": {"strategy": {"fusion": 1.0}, "scenario": {"name": "missing", "beta": 0.3}},
     "crisis": {"data": {"name": "crisis", "train": 16, "test": 8}},
     "median": {"aggregation": "median", "algorithm": {"name": "fedadam", "eta": 0.01}, **FIVE},
     "trimmed-mean": {"aggregation": {"name": "trimmed-mean", "trim": 1}, **FIVE},
@@ -61,13 +74,32 @@ def small_config(name: str) -> Config:
 
 
 def facts_of(config: Config, shared: Shared, folder: Path) -> dict[str, Any]:
-    """The losses and the metric of a run, and the revisions that it states."""
+    """The losses, the metric and the `surprise` of a run, and the revisions that it states."""
     result = run(config, out=folder, shared=shared)
     return {
         "revisions": revisions_of(config.model_dump(mode="json")),
         "losses": [line["loss"] for line in result["history"]],
         "metric": result["metrics"]["both"][result["task"]["metric"]],
+        "surprise": surprise(config, shared, result),
     }
+
+
+def surprise(config: Config, shared: Shared, result: dict[str, Any]) -> float:
+    """The mean of -log of the right option's probability, under `CONDITIONS`; of open questions the
+    mean token loss of the answers. Of a local run, its last party's.
+
+    Unlike a metric of a dozen samples, it moves with every change of what scores them.
+    """
+    test = shared.test_set(config)
+    size = len(test.samples)
+    if test.task.kind == "open":
+        shared.mllm.model.eval()
+        with torch.no_grad():
+            return float(shared.mllm.losses(test.encoded("both", size)).mean())
+    fusion = Fusion(**result["fusion"]) if "fusion" in result else None
+    found = [test.probabilities(condition, size, fusion=fusion) for condition in CONDITIONS]
+    labels = [int(sample.label or 0) for sample in test.samples]
+    return float(-np.mean([np.log(scores[range(size), labels]) for scores in found]))
 
 
 def main() -> None:

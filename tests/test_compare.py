@@ -15,7 +15,8 @@ from fedmllm.cli import main
 from fedmllm.config import make_config
 from fedmllm.errors import UserError
 from fedmllm.models.mllm import Mllm
-from fedmllm.report.compare import agreement_lines, compare_lines, load_one
+from fedmllm.report.compare import agreement_lines, compare_lines, load_one, numbers
+from fedmllm.report.loading import result_digest
 
 SMALL = {
     "data": {"name": "memes", "train": 16, "test": 12},
@@ -52,7 +53,67 @@ def test_the_same_run_differs_in_nothing() -> None:
     lines = list(compare_lines(one, one))
     assert "config: the same" in lines
     assert "environment: the same" in lines
-    assert lines[-1].endswith("+0.000")
+    assert lines[-3].endswith("+0.000")
+    assert lines[-1] == f"numbers: all {len(numbers(one))} are the same"
+
+
+def with_everything() -> dict:
+    """A result that states something in every place where numbers stand."""
+    made = with_path(result("local", "aligned-a0.5", 0))
+    made["metrics"]["both"] |= {"accuracy": 0.75, "macro_f1": 0.5, "accuracy_slake/zh": 0.25}
+    made["per_client"] = {"client-00": {"both": {"auc": 0.5}}}
+    own = {"client-00": {"accuracy": 0.5, "auc": None}}
+    made["held_out"] = {"per_client": own, "spread": {"accuracy": {"mean": 0.5}}}
+    made["modality_alignment"] = {"neither": {"cosine": 0.25}}
+    made["history"][0]["measured"] = {"drift_cosine": 0.5}
+    return made
+
+
+PLACES = (
+    ("metrics both accuracy", ("metrics", "both", "accuracy")),
+    ("metrics neither auc", ("metrics", "neither", "auc")),
+    ("metrics both macro_f1", ("metrics", "both", "macro_f1")),
+    ("metrics both accuracy_slake/zh", ("metrics", "both", "accuracy_slake/zh")),
+    ("per_client client-00 both auc", ("per_client", "client-00", "both", "auc")),
+    (
+        "held_out per_client client-00 accuracy",
+        ("held_out", "per_client", "client-00", "accuracy"),
+    ),
+    ("held_out spread accuracy mean", ("held_out", "spread", "accuracy", "mean")),
+    ("modality_alignment neither cosine", ("modality_alignment", "neither", "cosine")),
+    ("round 1 measured drift_cosine", ("history", 0, "measured", "drift_cosine")),
+    ("round 2 metrics both auc", ("history", 1, "metrics", "both", "auc")),
+    ("round 3 loss", ("history", 2, "loss")),
+)
+
+
+@pytest.mark.parametrize(("name", "keys"), PLACES, ids=[name for name, _ in PLACES])
+def test_every_number_is_compared(name: str, keys: tuple) -> None:
+    old, new = with_everything(), with_everything()
+    part = new
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] += 0.125
+    agree, lines = agreement_lines(old, new, 0.1)
+    assert not agree
+    count = len(numbers(old))
+    assert f"the largest difference is 0.125, in {name} (1 of {count} differ)" in lines[0]
+    told = list(compare_lines(old, new))
+    at = told.index(f"numbers that differ, 1 of {count} (A, B, B - A)")
+    before = part[keys[-1]] - 0.125
+    assert told[at + 1 :] == [f"  {name}: {before:.9g}  {part[keys[-1]]:.9g}  +0.125"]
+    del part[keys[-1]]  # no longer stated
+    agree, lines = agreement_lines(old, new, 10.0)
+    assert not agree
+    assert f"inf, in {name}" in lines[0]
+    assert list(compare_lines(old, new))[-1] == f"  {name}: {before:.9g}  –  –"
+    assert agreement_lines(new, old, 0.0)[0]  # what an old result does not state is not asked for
+
+
+def test_what_has_no_value_in_either_agrees() -> None:
+    old, new = with_everything(), with_everything()
+    del new["held_out"]["per_client"]["client-00"]["auc"]
+    assert agreement_lines(old, new, 0.0)[0]
 
 
 def test_other_tasks_are_not_subtracted() -> None:
@@ -119,7 +180,7 @@ def test_rerun_from_the_result_alone(tmp_path: Path, command, mllm: Mllm) -> Non
     assert "config: the same" in out
     other = json.loads(kept.read_text())
     other["metrics"]["both"]["auc"] += 0.1
-    del other["result_sha256"]  # as a forger would
+    other["result_sha256"] = result_digest(other)  # as a forger would
     kept.write_text(json.dumps(other))
     code, out = command("rerun", kept, "--out", tmp_path / "third")
     assert code == 1

@@ -271,14 +271,15 @@ SMALL = {
 def test_a_run_states_the_bytes_of_each_component_as_the_plan_says(tmp_path) -> None:
     config = make_config({**SMALL, "trained": {"name": "reference", "vision": "lora"}})
     result = run(config, out=tmp_path / "run")
-    parts = result["bytes"]["per_client_round"]
+    parts = result["bytes"]["per_client_round"]["up"]
     assert set(parts) == set(COMPONENTS)
+    assert result["bytes"]["per_client_round"]["down"] == parts
     assert all(parts.values())
     assert parts["lora"] == 196_608  # as without the rest
     assert result["bytes"]["up"] == 2 * 2 * sum(parts.values())
     assert result["parameters"]["trainable"] == sum(parts.values()) // 4
     facts = make_plan(config).to_json()
-    assert {name: facts["bytes"]["per_client_round"][name] for name in parts} == parts
+    assert facts["bytes"]["per_client_round"] == result["bytes"]["per_client_round"]
     assert facts["parameters"]["total"] == result["parameters"]["total"]
     mllm, _ = load_adapter(tmp_path / "run" / "adapter")
     assert mllm.policy == Policy("full", "full", "lora")
@@ -287,12 +288,8 @@ def test_a_run_states_the_bytes_of_each_component_as_the_plan_says(tmp_path) -> 
 def test_the_papers_policy_is_the_default_and_exchanges_lora_alone(tmp_path, mllm) -> None:
     result = run(make_config(SMALL), out=tmp_path / "run", mllm=mllm)
     assert result["config"]["trained"] == {"name": "paper", **POLICIES["paper"].options}
-    assert result["bytes"]["per_client_round"] == {
-        "lora": 196_608,
-        "connector": 0,
-        "embeddings": 0,
-        "vision_lora": 0,
-    }
+    parts = {"lora": 196_608, "connector": 0, "embeddings": 0, "vision_lora": 0}
+    assert result["bytes"]["per_client_round"] == {"up": parts, "down": parts}
 
 
 def test_ready_policies() -> None:

@@ -26,9 +26,12 @@ from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.experiment import data_digest, make_manifest, own_samples, run
 from fedmllm.models import model_path
+from fedmllm.models.components import COMPONENTS
 from fedmllm.models.mllm import Mllm
 from fedmllm.prompts import render
+from fedmllm.report import facts
 from fedmllm.report.loading import result_digest
+from fedmllm.report.page import provenance
 from fedmllm.scenarios import SETTINGS
 
 SMALL = {
@@ -70,7 +73,7 @@ def test_the_folder_of_a_run(tmp_path, mllm: Mllm) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["sha256"] == result["manifest"]["sha256"]
     assert sum(c["samples"] for c in result["manifest"]["clients"]) == 80
-    one = result["bytes"]["per_client_round"]["lora"]
+    one = result["bytes"]["per_client_round"]["up"]["lora"]
     assert one == sum(v.nbytes for v in adapter(folder).values())
     assert result["bytes"]["up"] == result["bytes"]["down"] == one * 2 * 2
     assert result["parameters"]["trainable"] * 4 == one
@@ -167,6 +170,21 @@ def test_topologies(tmp_path, mllm: Mllm) -> None:
     assert "auc_se" not in local["metrics"]["both"]
 
 
+def test_a_centralised_run_is_tested_on_the_way(tmp_path, mllm: Mllm) -> None:
+    """With `every: 1` after each round, on the first samples; at the end under every condition, on
+    all. A local run is tested at its end only."""
+    change = {"evaluation": {"every": 1, "limit": 6, "conditions": ["both", "neither"]}}
+    made = {
+        kind: run(small(topology=kind, **change), out=tmp_path / kind, mllm=mllm)
+        for kind in ("centralised", "local")
+    }
+    central, local = made["centralised"], made["local"]
+    assert facts.test_sizes(central, "both") == {1: 6, 2: 24}
+    assert facts.test_sizes(central, "neither") == {2: 24}
+    assert central["history"][1]["metrics"] == central["metrics"]
+    assert [round_ for round_, _ in facts.curve(local, "both")] == [2]
+
+
 def test_local_is_a_federation_of_one(tmp_path, mllm: Mllm) -> None:
     """A client alone gets what a federation with only that client would give."""
     alone = run(
@@ -191,8 +209,44 @@ def test_every_algorithm_runs(tmp_path, mllm: Mllm, name: str) -> None:
     after = adapter(tmp_path / "r")
     assert any(not torch.equal(after[n], base[n]) for n in base)
     extra = 2 if name == "scaffold" else 1
-    one = result["bytes"]["per_client_round"]["lora"]
+    one = result["bytes"]["per_client_round"]["up"]["lora"]
     assert result["bytes"]["up"] == result["bytes"]["down"] == extra * one * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({}, {"lora"}),
+        ({"algorithm": "scaffold"}, {"lora", "control"}),
+        ({"strategy": {"prototypes": 1.0}}, {"lora", "prototypes"}),
+        ({"trained": {"name": "paper", "connector": "full"}}, {"lora", "connector"}),
+        ({"setting": "cross-i5t5", "strategy": {"recombine": 1.0, "mixtures": 2}}, {"lora"}),
+        ({"topology": "local"}, set()),
+        ({"topology": "centralised"}, set()),
+        ({"topology": "zero-shot"}, set()),
+    ],
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else "",
+)
+def test_the_parts_of_a_message_add_up_to_what_was_counted(
+    tmp_path, mllm: Mllm, change, parts
+) -> None:
+    """What a result states by part is made of shapes; a round's bytes are those of the tensors
+    that went through it."""
+    tiny = {
+        "data": {"name": "memes", "train": 40, "test": 4},
+        "evaluation": {"every": 0, "conditions": ["both"]},
+    }
+    base = None if "trained" in change else mllm
+    result = run(small(**tiny, **change), out=tmp_path / "r", mllm=base)
+    stated, once = result["bytes"]["per_client_round"], result["bytes"].get("once", {})
+    for way in ("up", "down"):
+        assert {name for name, count in stated[way].items() if count} == parts
+        assert set(COMPONENTS) <= set(stated[way])
+        for line in result["history"]:
+            assert line[f"bytes_{way}"] == len(line["clients"]) * sum(stated[way].values())
+        rounds = sum(line[f"bytes_{way}"] for line in result["history"])
+        assert result["bytes"][way] == rounds + sum(once.get(way, {}).values())
+    assert set(once.get("up", {})) == ({"mixtures"} if "mixtures" in str(change) else set())
 
 
 def test_fedprox_without_mu_is_fedavg(tmp_path, mllm: Mllm) -> None:
@@ -329,6 +383,42 @@ def test_the_peak_is_that_of_the_run(tmp_path) -> None:
     del held
     results.reset_peak_memory()
     assert results.peak_memory_bytes() < high - 200 * 2**20
+
+
+PEAK = "peak GPU memory"
+
+
+def test_the_peak_of_an_accelerator_is_that_of_the_run(tmp_path, mllm, monkeypatch) -> None:
+    """A stand-in for CUDA: 7 bytes are in use, and the peak is that of an earlier run."""
+    from fedmllm import results
+
+    peak = {"cuda:1": 900}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: peak.update({str(device): 7})
+    )
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[str(device)])
+    assert results.peak_accelerator_bytes("cpu") is None
+    results.reset_peak_memory()
+    assert results.peak_accelerator_bytes("cuda:1") == 900
+    results.reset_peak_memory("cuda:1")
+    assert results.peak_accelerator_bytes("cuda:1") == 7
+    plain = run(small(topology="zero-shot"), out=tmp_path / "cpu", mllm=mllm)
+    assert "peak_accelerator_bytes" not in plain
+    asked = []
+    monkeypatch.setattr(results, "peak_accelerator_bytes", lambda device: asked.append(device) or 5)
+    found = run(small(topology="zero-shot"), out=tmp_path / "gpu", mllm=mllm)
+    assert (found["peak_accelerator_bytes"], asked) == (5, [str(mllm.device)])
+    shown = [provenance([each], tmp_path)["shared"].get(PEAK) for each in (plain, found)]
+    assert shown == [None, "<0.01 MB"]
+
+
+def test_nothing_is_reset_before_cuda_is_used(monkeypatch) -> None:
+    from fedmllm import results
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: 1 / 0)
+    results.reset_peak_memory("cuda")
 
 
 def test_a_run_says_what_it_shortened(tmp_path, mllm: Mllm) -> None:

@@ -14,13 +14,30 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.collections import PolyCollection
 from scipy import stats
 from synthetic_grid import METHODS, auc, grid, result, write
 
 from fedmllm.errors import UserError
-from fedmllm.report import is_grid, load_results, write_figures, write_grid_report, write_tables
+from fedmllm.report import (
+    facts,
+    figures,
+    is_grid,
+    load_results,
+    write_figures,
+    write_grid_report,
+    write_tables,
+)
 from fedmllm.report.arms import boards, setting_of, stands_for
-from fedmllm.report.grid_figures import _mean_by_round, _over_bytes, _rings, band, drops, shown
+from fedmllm.report.grid_figures import (
+    _mean_by_round,
+    _over_bytes,
+    _rings,
+    band,
+    draw_bands,
+    drops,
+    shown,
+)
 from fedmllm.report.grid_page import _parties, _payload
 from fedmllm.report.grid_tables import csv_grid, grid_tables, latex_grid, markdown_grid, note, tex
 from fedmllm.report.loading import result_digest
@@ -186,6 +203,20 @@ def test_a_tampered_result_is_named_and_left_out(tmp_path) -> None:
     ]
 
 
+def test_a_result_without_a_digest_is_named_and_left_out(tmp_path) -> None:
+    """Else who changes a number would only have to take out that line as well."""
+    write(tmp_path, seeds("fedavg", [0.6, 0.7, 0.8]))
+    file = next(tmp_path.glob("*-s2/result.json"))
+    changed = json.loads(file.read_text())
+    changed["metrics"]["both"]["auc"] = 0.99
+    del changed["result_sha256"]
+    for none in ({}, {"result_sha256": None}):
+        file.write_text(json.dumps(changed | none))
+        found, (problem,) = load_results([tmp_path])
+        assert table(found).cells["FedAvg"]["aligned-a0.5"].mean == pytest.approx(0.65)
+        assert problem.startswith(f"{file}: states no digest (result_sha256)")
+
+
 def test_arms_of_one_name_are_told_apart() -> None:
     slow, fast = seeds("fedavg", [0.6, 0.6]), seeds("fedavg", [0.7, 0.7])
     for one in fast:
@@ -269,6 +300,47 @@ def test_a_strategy_is_drawn_beside_the_baselines() -> None:
         "FedAvg",
         "Centralised",
     ]
+
+
+def test_the_test_at_the_end_is_a_mark_of_its_own() -> None:
+    """On the way 100 samples, at the end 300: no line joins the two. One seed reached .6, one .8:
+    .5 + .1 or .3 times (1 - .6^4) / (1 - .6^6) after four rounds, the means of which are drawn."""
+    made = seeds("fedavg", [0.6, 0.8])
+    way = {n: (1 - 0.6**n) / (1 - 0.6**6) for n in (2, 4)}
+    points, last = facts.followed(made[0], "both")
+    assert points == [(n, pytest.approx(0.5 + 0.1 * part)) for n, part in way.items()]
+    assert last == [(6, pytest.approx(0.6))]
+    ((board,), _) = boards(made)
+    figure = figures.draw_panels([(draw_bands, (board, "aligned-a0.5", "both", ""))])
+    line, mark, *_ = figure.axes[0].get_lines()
+    assert line.get_xdata().tolist() == [2, 4]
+    assert line.get_ydata()[1] == pytest.approx(0.5 + 0.2 * way[4])
+    assert (mark.get_xdata(), mark.get_ydata()) == ([6], [pytest.approx(0.7)])
+    assert (mark.get_linestyle(), mark.get_markerfacecolor()) == ("None", figures.PAPER)
+    words = facts.followed_words(made, "both")
+    assert "the first 100 test samples; the open mark" in words
+    assert words.endswith("on all 300.")
+
+
+def test_tests_on_the_same_samples_are_one_line() -> None:
+    made = seeds("fedavg", [0.6])
+    for line in made[0]["history"]:
+        line["metrics"] = line["metrics"] and {"both": {**line["metrics"]["both"], "n": 300}}
+    points, last = facts.followed(made[0], "both")
+    assert (points, last) == (facts.curve(made[0], "both"), [])
+    assert facts.followed_words(made, "both") == ""
+    del made[0]["history"][5]["metrics"]["both"]["n"]  # one that does not say is not told apart
+    assert facts.followed(made[0], "both")[1] == []
+
+
+def test_centralised_runs_have_curves_with_bands() -> None:
+    ((board,), _) = boards(seeds("centralised", [0.8, 0.9]))
+    figure = figures.draw_panels([(draw_bands, (board, "aligned-a0.5", "both", ""))])
+    (shade,) = [each for each in figure.axes[0].collections if isinstance(each, PolyCollection)]
+    heights = shade.get_paths()[0].vertices[:, 1]
+    reached = (1 - 0.6**4) / (1 - 0.6**6)
+    assert heights.max() == pytest.approx(0.5 + 0.4 * reached)  # the range of two seeds
+    assert len(figure.axes[0].get_lines()[0].get_xdata()) == 2
 
 
 def test_the_cost_curve_is_bytes_so_far_by_round() -> None:
@@ -396,20 +468,43 @@ def test_who_holds_what_by_class_and_modality(tmp_path) -> None:
     assert "no" in re.findall(r">([^<>]+)</text>", text)
     assert summaries_of(seeds("fedavg", [0.6])[0]) == []
     made[0]["manifest"]["clients"][0]["kept"]["no"]["image"] = 1
-    del made[0]["result_sha256"]
+    made[0]["result_sha256"] = result_digest(made[0])
     _, problems = load_results([write(tmp_path / "runs", made)])
     assert "do not add up to its labels" in problems[0]
 
 
-def test_what_a_party_sends_by_component(tmp_path) -> None:
-    made = seeds("fedavg", [0.6, 0.7])
+def test_what_a_party_sends_and_receives_by_part(tmp_path) -> None:
+    """Two clients a round, 0.4 MB: 0.2 MB each. SCAFFOLD's result is of before there were two
+    ways."""
+    made = [*seeds("fedavg", [0.6, 0.7]), *seeds("scaffold", [0.6, 0.7])]
+    up = {"lora": 98_304, "connector": 0, "prototypes": 101_696}
+    for run in made[:2]:
+        run["bytes"]["per_client_round"] = {"up": up, "down": {"lora": 200_000, "connector": 0}}
+    for run in made[2:]:
+        run["bytes"]["per_client_round"] = {"lora": 100_000, "connector": 0}
     for run in made:
-        run["bytes"]["per_client_round"] = {"lora": 98_304, "connector": 1_500_000}
-    ((board,), _) = boards(made)
+        run["result_sha256"] = result_digest(run)
+    found, problems = load_results([write(tmp_path / "runs", made)])
+    assert problems == []
+    ((board,), _) = boards(found)
     assert _payload(board) == {
-        "heads": ["lora", "connector", "all, up", "all, down"],
-        "rows": {"FedAvg": ["0.10", "1.50", "0.20", "0.20"]},  # two clients a round, 0.4 MB
+        "heads": ["lora, up", "prototypes, up", "all, up", "lora, down", "all, down"],
+        "rows": {
+            "FedAvg": ["0.10", "0.10", "0.20", "0.20", "0.20"],
+            "SCAFFOLD": ["0.10", "–", "0.20", "0.10", "0.20"],
+        },
     }
+
+
+@pytest.mark.parametrize(
+    "harm", [{"up": 3}, {"up": {"lora": -1}}, {"up": {"lora": {"a": 1}}}, {"lora": {"up": 3}}]
+)
+def test_bytes_that_cannot_be_are_a_fault(harm, tmp_path) -> None:
+    (made,) = seeds("fedavg", [0.6])
+    made["bytes"]["per_client_round"] = harm
+    made["result_sha256"] = result_digest(made)
+    with pytest.raises(UserError, match=r"bytes\.per_client_round\..* not a number from zero up"):
+        load_results([write(tmp_path, [made])])
 
 
 def test_forms_by_suffix(page, tmp_path) -> None:

@@ -172,6 +172,7 @@ def test_a_run_of_parties_of_one_modality(shared: Shared, tmp_path) -> None:
     assert given["down"] == 2 * given["up"]
     for way in ("up", "down"):
         assert made["bytes"][way] == plain["bytes"][way] + given[way]
+        assert made["bytes"]["once"][way] == {"mixtures": given[way]}
     assert "mixtures" not in found["recombine"][0]
 
 

@@ -86,7 +86,7 @@ def test_a_round_ends_when_its_line_is_written(tmp_path) -> None:
     watch.most = {"server": {"server job": 5}, **sites}
     watch.peaks = {1: ("server", "server job", 5), 2: ("client-01", "trainer", 6)}
     lines = [{"seconds": 1.0, "clients": ["a", "b"], "measured": {"stub_seconds": 0.1}}] * 3
-    result = {"history": lines, "bytes": {"per_client_round": {"lora": 4}}}
+    result = {"history": lines, "bytes": {"per_client_round": {"up": {"lora": 4}}}}
     found = network.facts(network.Case(2, 0.2, 3), watch, result, times=(1.0, 3.0, 20.0), load=0.0)
     assert found["round_seconds"] == [2.0, 3.0, 4.0]
     assert found["median_round_seconds"] == 3.0

@@ -35,7 +35,7 @@ from fedmllm.report import (
     write_report,
 )
 from fedmllm.report.grid_tables import grid_tables
-from fedmllm.report.loading import config_digest
+from fedmllm.report.loading import config_digest, result_digest
 from fedmllm.rng import stream
 
 CONDITIONS = ("both", "image_withheld", "text_withheld", "neither")
@@ -210,8 +210,13 @@ def write_runs(folder: Path, results: list[dict[str, Any]]) -> Path:
     for i, result in enumerate(results):
         path = folder / f"{i}-{re.sub(r'[^a-z-]', '', result['name'])}" / "result.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        path.write_text(json.dumps(sealed(result), indent=1), encoding="utf-8")
     return folder
+
+
+def sealed(result: dict[str, Any]) -> dict[str, Any]:
+    """With its digest, as it is written last."""
+    return {**result, "result_sha256": result_digest(result)}
 
 
 @pytest.fixture(scope="module")
@@ -462,7 +467,7 @@ def test_a_run_with_only_what_is_required(tmp_path: Path) -> None:
     metrics = {"both": {"accuracy": 0.25}, "neither": {"accuracy": None}}
     bare = {"schema": 1, "name": "bare", "status": "complete", "config": {}, "task": task}
     path = tmp_path / "result.json"
-    path.write_text(json.dumps({**bare, "metrics": metrics}))
+    path.write_text(json.dumps(sealed({**bare, "metrics": metrics})))
     results, problems = load_results([path])
     assert problems == []
     text = write_report(results, tmp_path / "r.html").read_text()
@@ -634,6 +639,8 @@ def test_a_bad_file_is_named_and_left_out(fault: str, tmp_path: Path) -> None:
     runs = write_runs(tmp_path / "runs", synthetic_results()[:1])
     bad = runs / "bad" / "result.json"
     bad.parent.mkdir()
+    if isinstance(content, dict):
+        content = sealed(content)  # nothing else is wrong with it
     bad.write_text(json.dumps(content))
     results, problems = load_results([runs])
     assert [result["name"] for result in results] == ["zero-shot"]
@@ -695,7 +702,7 @@ def replaced(value: Any, keys: tuple[Any, ...], new: Any) -> Any:
         part = part[key]
     part[keys[-1]] = new
     copy.pop("config_sha256", None)
-    return copy
+    return sealed(copy)
 
 
 def test_nothing_readable_is_the_users_to_mend(tmp_path: Path) -> None:

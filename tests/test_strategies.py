@@ -26,7 +26,7 @@ from fedmllm.plan import make_plan
 from fedmllm.plan.timing import fitting_rates
 from fedmllm.report import load_results, write_report
 from fedmllm.report.arms import strategy_of
-from fedmllm.report.loading import LATER
+from fedmllm.report.loading import LATER, result_digest
 from fedmllm.revisions import revisions_of
 from fedmllm.scenarios import SCENARIOS
 from fedmllm.strategies import BY_SCENARIO, WEIGHTS, edge_layers, party_weights, with_strategy
@@ -347,12 +347,16 @@ def test_bytes_are_counted_by_part(whole) -> None:
     result, _ = whole
     width, classes, clients = 128, 2, 3
     prototypes = 4 * (classes * width + classes)
-    assert result["bytes"]["per_client_round"]["prototypes"] == prototypes
-    lora = result["bytes"]["per_client_round"]["lora"]
+    for parts in result["bytes"]["per_client_round"].values():
+        assert parts["prototypes"] == prototypes
+    lora = result["bytes"]["per_client_round"]["up"]["lora"]
     assert all(line["bytes_up"] == 2 * (lora + prototypes) for line in result["history"])
     assert result["heterogeneity"]["bytes"] == {
         "up": clients * 4 * (4 + classes), "down": clients * 4,
     }  # fmt: skip
+    assert result["bytes"]["once"] == {
+        way: {"profiles": count} for way, count in result["heterogeneity"]["bytes"].items()
+    }
     assert result["bytes"]["up"] == 4 * (lora + prototypes) + clients * 24
     assert result["bytes"]["down"] == 4 * (lora + prototypes) + clients * 4
 
@@ -361,13 +365,12 @@ def test_a_plan_counts_the_same_bytes(whole) -> None:
     result, _ = whole
     facts = make_plan(make_config(result["config"])).to_json()["bytes"]
     assert (facts["up"], facts["down"]) == (result["bytes"]["up"], result["bytes"]["down"])
-    for name, count in result["bytes"]["per_client_round"].items():
-        assert facts["per_client_round"][name] == count
-    assert facts["once"] == result["heterogeneity"]["bytes"]
+    assert facts["per_client_round"] == result["bytes"]["per_client_round"]
+    assert facts["once"] == result["bytes"]["once"]
     assert any("masked views" in note for note in make_plan(make_config(result["config"])).notes)
     plain = make_plan(replace_strategy(make_config(result["config"]), {})).to_json()["bytes"]
     assert "once" not in plain
-    assert "prototypes" not in plain["per_client_round"]
+    assert "prototypes" not in plain["per_client_round"]["up"]
 
 
 def test_time_is_taken_from_runs_with_views_alike(whole) -> None:
@@ -419,8 +422,9 @@ def test_the_report_draws_the_parties(whole, tmp_path) -> None:
     ],
 )
 def test_a_broken_heterogeneity_is_a_fault(whole, harm, tmp_path) -> None:
-    result = {k: v for k, v in whole[0].items() if k != "result_sha256"}
-    (tmp_path / "result.json").write_text(json.dumps(result | harm))
+    result = whole[0] | harm
+    result["result_sha256"] = result_digest(result)  # nothing else is wrong with it
+    (tmp_path / "result.json").write_text(json.dumps(result))
     with pytest.raises(UserError, match="heterogeneity"):
         load_results([tmp_path / "result.json"])
 

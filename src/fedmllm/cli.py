@@ -271,7 +271,7 @@ def compare(
     first: Annotated[Path, typer.Argument(help="A result file or run folder.")],
     second: Annotated[Path, typer.Argument(help="Another.")],
 ) -> None:
-    """Say what differs between two runs: config, environment, metrics."""
+    """Say what differs between two runs: config, environment, every number."""
     from fedmllm.report.compare import compare_lines, load_one
 
     for line in compare_lines(load_one(first), load_one(second)):

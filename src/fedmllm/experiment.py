@@ -35,7 +35,6 @@ from fedmllm.algorithms.base import (
     ServerState,
     check_enough,
 )
-from fedmllm.alignment import PROTOTYPES
 from fedmllm.client import LocalPlan, learning_rate
 from fedmllm.config import HASH_KEY, Config, config_hash, options_of
 from fedmllm.data import load_dataset
@@ -49,7 +48,7 @@ from fedmllm.federation import (
     RoundRecord,
     Runner,
     cohort_of,
-    payload,
+    message_parts,
     run_round,
 )
 from fedmllm.fusion import Fusion
@@ -68,6 +67,7 @@ from fedmllm.strategies import edge_layers, with_strategy
 
 Event = Mapping[str, Any]
 Listener = Callable[[Event], None]
+WAYS = ("up", "down")  # from client to server, and back
 EVERYONE = ""  # the federation of all; a local run has one named after each client
 ADAPTER_FACTS = "fedmllm.json"
 # what a process keeps of its runs, beyond what the present one holds
@@ -241,7 +241,7 @@ def run(
     """
     torch.set_num_threads(config.threads)
     began = time.perf_counter()
-    results.reset_peak_memory()
+    results.reset_peak_memory(config.model.device)
     folder = Path(out) if out is not None else Path("runs") / config.name
     check_folder(folder, config, resume=resume, overwrite=overwrite)
     make_algorithm(
@@ -863,9 +863,7 @@ def make_result(
     """A run's result but for its digests; without a manifest it does not say who holds what."""
     config = session.config
     lines = [line for outcome in outcomes for line in outcome.history]
-    exchange, before = outcomes[0].exchange, outcomes[0].once
-    if exchange:
-        before = (before[0] + exchange.up, before[1] + exchange.down)
+    exchange = outcomes[0].exchange
     result: dict[str, Any] = {
         "schema": results.SCHEMA,
         "name": config.name,
@@ -878,14 +876,7 @@ def make_result(
         "task": asdict(session.task),
         "metrics": results.mean_metrics([outcome.metrics for outcome in outcomes]),
         "history": results.mean_history([outcome.history for outcome in outcomes]),
-        "bytes": {
-            "up": sum(line["bytes_up"] for line in lines) + before[0],
-            "down": sum(line["bytes_down"] for line in lines) + before[1],
-            "per_client_round": {
-                **_by_component(session.mllm, outcomes[0].params),
-                **_prototype_bytes(session),
-            },
-        },
+        "bytes": _bytes(session, outcomes),
         "parameters": session.mllm.parameter_counts(),
         "time": {
             "train_seconds": sum(line["seconds"] for line in lines),
@@ -900,6 +891,8 @@ def make_result(
         "hardware": results.hardware(config.threads, config.model.device),
         "started": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds"),
     }
+    if (most := results.peak_accelerator_bytes(str(session.mllm.device))) is not None:
+        result["peak_accelerator_bytes"] = most
     if held is not None:
         result["samples"] = _samples(config, held, outcomes)
         result["manifest"] = results.holdings(held)
@@ -955,22 +948,36 @@ def _samples(
     }
 
 
-def _by_component(mllm: Mllm, params: Params) -> dict[str, int]:
-    """Bytes of an adapter by what is trained, zeros included."""
+def _bytes(session: Session, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Bytes of all clients, up and down; of one client in one round, by part; and, where there are
+    any, of all clients before the first round, by part."""
+    lines = [line for outcome in outcomes for line in outcome.history]
+    once = _once(outcomes[0])
+    found: dict[str, Any] = {
+        way: sum(line[f"bytes_{way}"] for line in lines) + sum(once[way].values()) for way in WAYS
+    }
+    found["per_client_round"] = _per_client_round(session, outcomes[0].params)
+    return found | ({"once": once} if any(once.values()) else {})
+
+
+def _once(outcome: Outcome) -> dict[str, dict[str, int]]:
+    """Bytes of all clients before the first round, up and down, by part; no part if none cross."""
+    found = {"profiles": outcome.once}
+    if outcome.exchange:
+        found["mixtures"] = (outcome.exchange.up, outcome.exchange.down)
     return {
-        component: payload(
-            {name: params[name] for name in params if mllm.component_of[name] == component}
-        )
-        for component in COMPONENTS
+        way: {name: amount[i] for name, amount in found.items() if any(amount)}
+        for i, way in enumerate(WAYS)
     }
 
 
-def _prototype_bytes(session: Session) -> dict[str, int]:
-    """Bytes of the prototypes that a client receives, and of the sums that it sends, if any."""
-    if not session.config.strategy.prototypes or session.config.topology != "federated":
-        return {}
+def _per_client_round(session: Session, params: Params) -> dict[str, dict[str, int]]:
+    """Bytes of one client in one round, up and down, by part; zero where nothing federates."""
+    if session.config.topology != "federated":
+        return {way: dict.fromkeys(COMPONENTS, 0) for way in WAYS}
     algorithm = algorithm_of(session.config, 1, session.mllm, session.task)
-    return {PROTOTYPES: payload(algorithm.init({}).slots[PROTOTYPES])}
+    shapes = {name: torch.empty_like(value, device="meta") for name, value in params.items()}
+    return message_parts(algorithm, shapes, session.mllm.component_of)
 
 
 def _tell(session: Session, kind: str, **facts: Any) -> None:

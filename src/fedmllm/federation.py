@@ -18,11 +18,13 @@ import torch
 
 from fedmllm.algorithms.base import Algorithm, Params, ServerState, Update, check_enough
 from fedmllm.algorithms.scratch import Scratch
+from fedmllm.alignment import PROTOTYPES
 from fedmllm.client import Job, LocalPlan, train_client
 from fedmllm.cohort import train_cohort
 from fedmllm.drift import Drift
 from fedmllm.errors import MemoryRanOutError
 from fedmllm.models.cohort import obstacle
+from fedmllm.models.components import COMPONENTS
 from fedmllm.models.device import out_of_memory, release_memory
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.rng import stream
@@ -236,6 +238,28 @@ def _over_tensors(update: Update, function: Callable[..., torch.Tensor], **optio
 def payload(*parts: Params) -> int:
     """Bytes of tensors."""
     return sum(value.nbytes for part in parts for value in part.values())
+
+
+def message_parts(
+    algorithm: Algorithm, adapter: Params, component_of: Mapping[str, str]
+) -> dict[str, dict[str, int]]:
+    """Bytes that one client sends (``up``) and receives (``down``) in a round, by part: the adapter
+    by trained component, zeros included, and what the algorithm and the strategy add to it
+    (SCAFFOLD: a control each way; prototypes: a mean and a mark of each class down, a sum and a
+    count up).
+
+    adapter: tensors of the exchanged shapes, which may lie on the meta device. component_of: the
+    trained component of each of them.
+    """
+    state = algorithm.init(adapter)
+    trained = dict.fromkeys(COMPONENTS, 0)
+    for name, value in adapter.items():
+        trained[component_of[name]] += value.nbytes
+    received = {slot: payload(state.slots[slot]) for slot in algorithm.broadcast}
+    sent = {"control": payload(adapter)} if algorithm.local.control else {}
+    if PROTOTYPES in state.slots:  # sums and counts are of the size of means and marks
+        sent[PROTOTYPES] = payload(state.slots[PROTOTYPES])
+    return {"up": trained | sent, "down": trained | received}
 
 
 @dataclass

@@ -79,10 +79,16 @@ def commit() -> str | None:
     return head + ("+" if dirty else "")
 
 
-def reset_peak_memory() -> None:
-    """Begin a new peak, so that a run does not report the peak of one before it (Linux only)."""
+def reset_peak_memory(device: str = "cpu") -> None:
+    """Begin new peaks, so that a run does not report those of one before it: of this process (Linux
+    only), and of the accelerator if the device is one."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+    if device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.is_initialized():  # else nothing was allocated yet, and resetting would fail
+            torch.cuda.reset_peak_memory_stats(torch.device(device))
 
 
 def peak_memory_bytes() -> int:
@@ -94,6 +100,16 @@ def peak_memory_bytes() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_accelerator_bytes(device: str) -> int | None:
+    """The most that tensors took of the accelerator since `reset_peak_memory`, without what
+    PyTorch's allocator holds beyond them; None for a device that is not CUDA."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(torch.device(device)))
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -10,13 +10,13 @@ fails when they change; it is then for a person to say whether they were meant t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # Part -> revision; a part that is not listed is at 1. Parts: core (model, client, loop,
 # evaluation, metrics, partition), data:NAME, algorithm:NAME, aggregation:NAME (but for the mean,
-# which is core), scenario:NAME, topology:NAME, prompt:NAME, strategy:NAME (regularisation,
-# profiles, alignment, composition, mixtures, fusion; only where in use).
+# which is core), scenario:NAME, topology:NAME, prompt:NAME, strategy:NAME (`STRATEGY_PARTS`, where
+# in use).
 REVISIONS: dict[str, int] = {}
 
 
@@ -36,21 +36,28 @@ def revisions_of(config: Mapping[str, Any]) -> dict[str, int]:
 
 def strategy_parts(strategy: Mapping[str, Any]) -> list[str]:
     """The parts of a config's strategy that are on."""
-    on = {
-        "regularisation": strategy.get("mu"),
-        "profiles": strategy.get("aggregation")
-        or strategy.get("sampling")
-        or strategy.get("fusion")
-        or (strategy.get("mu") and strategy.get("weight") == "profile"),
-        "alignment": strategy.get("prototypes")
-        or strategy.get("distillation")
-        or strategy.get("views")
-        or strategy.get("incomplete", 1.0) != 1.0,
-        "composition": strategy.get("recombine") or strategy.get("resample"),
-        "mixtures": strategy.get("mixtures"),
-        "fusion": strategy.get("fusion"),
-    }
-    return [part for part, used in on.items() if used]
+    return [part for part, used in STRATEGY_PARTS.items() if used(strategy)]
+
+
+# Part -> whether a config's strategy passes through it.
+STRATEGY_PARTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "regularisation": lambda given: given.get("mu"),
+    "profiles": lambda given: (
+        given.get("aggregation")
+        or given.get("sampling")
+        or given.get("fusion")
+        or (given.get("mu") and given.get("weight") == "profile")
+    ),
+    "alignment": lambda given: (
+        given.get("prototypes")
+        or given.get("distillation")
+        or given.get("views")
+        or given.get("incomplete", 1.0) != 1.0
+    ),
+    "composition": lambda given: given.get("recombine") or given.get("resample"),
+    "mixtures": lambda given: given.get("mixtures"),
+    "fusion": lambda given: given.get("fusion"),
+}
 
 
 def _name(config: Mapping[str, Any], section: str, default: str) -> str:

@@ -136,7 +136,7 @@ def make_plan(
             width=text.hidden_size,
         ),
         skeleton.adapter,
-        {component: 4 * count for component, count in skeleton.by_component().items()},
+        skeleton.component_of,
         topology=config.topology,
         clients=clients,
         cohort=config.training.clients_per_round,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +43,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "down": traffic.down,
             **_once(traffic),
             "per_round": {"up": traffic.round_up, "down": traffic.round_down},
-            "per_client_round": {
-                **traffic.components,
-                "up": traffic.client_up,
-                "down": traffic.client_down,
-            },
+            "per_client_round": traffic.parts,
             "clients_per_round": traffic.cohort,
             "rounds": traffic.rounds,
         },
@@ -73,7 +70,8 @@ def _once(traffic: Traffic) -> dict[str, Any]:
     """Bytes before the first round, where there are any."""
     if not traffic.once_up:
         return {}
-    return {"once": {"up": traffic.once_up, "down": traffic.once_down}}
+    once = {"up": traffic.once_up, "down": traffic.once_down}
+    return {"once": {way: {"profiles": count} for way, count in once.items()}}
 
 
 def as_table(plan: Plan) -> RenderableType:
@@ -122,17 +120,23 @@ def _bytes(plan: Plan) -> Rows:
     traffic = plan.traffic
     clients = f"a round of {traffic.cohort} client{'s' * (traffic.cohort != 1)}"
     rounds = f"a run of {traffic.rounds} round{'s' * (traffic.rounds != 1)}"
-    parts = {name: count for name, count in traffic.components.items() if count}
     return [
-        *(("", f"  {name}, once", f"{count:,}") for name, count in parts.items() if len(parts) > 1),
         ("bytes", "a client and round, up", f"{traffic.client_up:,}"),
+        *_parts(traffic.parts["up"]),
         ("", "a client and round, down", f"{traffic.client_down:,}"),
+        *_parts(traffic.parts["down"]),
         ("", f"{clients}, up", f"{traffic.round_up:,}"),
         ("", f"{clients}, down", f"{traffic.round_down:,}"),
         *([("", "profiles, once, up", f"{traffic.once_up:,}")] if traffic.once_up else []),
         ("", f"{rounds}, up", f"{traffic.up:,}"),
         ("", f"{rounds}, down", f"{traffic.down:,}"),
     ]
+
+
+def _parts(parts: Mapping[str, int]) -> Rows:
+    """What a message is made of, if of more than one part."""
+    found = [("", f"  {name}", f"{count:,}") for name, count in parts.items() if count]
+    return found if len(found) > 1 else []
 
 
 def _memory(plan: Plan) -> Rows:

@@ -1,10 +1,9 @@
-"""Bytes that cross between server and clients, by the same function that a run counts them with.
+"""Bytes that cross between server and clients, by the same function that a run states them with.
 
 A client receives theta and the slots that the algorithm broadcasts, and sends its update and what
-the algorithm and the strategy add to it (SCAFFOLD: a control each way; prototypes: a mean and a
-mark of each class down, a sum and a count up). Everything is exchanged as float32. Only
-tensors count, as in a run's result: no headers, no retries. Where nothing federates (local,
-centralised, zero-shot) nothing crosses.
+the algorithm and the strategy add to it (`federation.message_parts`). Everything is exchanged as
+float32. Only tensors count, as in a run's result: no headers, no retries. Where nothing federates
+(local, centralised, zero-shot) nothing crosses.
 """
 
 from __future__ import annotations
@@ -13,22 +12,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmllm.algorithms.base import Algorithm, Params
-from fedmllm.alignment import PROTOTYPES
-from fedmllm.federation import payload
+from fedmllm.federation import message_parts
+from fedmllm.models.components import COMPONENTS
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes. components: of the adapter and the prototypes, once. cohort: clients of a round. up is
-    client to server. once_up, once_down: of all clients before the first round (profiles)."""
+    """Bytes. parts: of one client in one round, ``up`` (to the server) and ``down``, by part.
+    cohort: clients of a round. once_up, once_down: of all clients before the first round
+    (profiles)."""
 
-    components: Mapping[str, int]
-    client_up: int
-    client_down: int
+    parts: Mapping[str, Mapping[str, int]]
     cohort: int
     rounds: int
     once_up: int = 0
     once_down: int = 0
+
+    @property
+    def client_up(self) -> int:
+        """One client in one round."""
+        return sum(self.parts["up"].values())
+
+    @property
+    def client_down(self) -> int:
+        """One client in one round."""
+        return sum(self.parts["down"].values())
 
     @property
     def round_up(self) -> int:
@@ -54,7 +62,7 @@ class Traffic:
 def count_traffic(
     algorithm: Algorithm,
     adapter: Params,
-    components: Mapping[str, int],
+    component_of: Mapping[str, str],
     *,
     topology: str,
     clients: int,
@@ -64,18 +72,12 @@ def count_traffic(
 ) -> Traffic:
     """Bytes of a run. adapter: tensors of the exchanged shapes, which may lie on the meta device.
 
-    components: their bytes by trained component. clients: of the federation. cohort: how many are
+    component_of: the trained component of each. clients: of the federation. cohort: how many are
     asked for a round; fewer take part if there are fewer. once: bytes up and down of all clients
     before the first round.
     """
     if topology != "federated":
-        rounds = 0 if topology == "zero-shot" else rounds
-        return Traffic(components, 0, 0, cohort=0, rounds=rounds)
-    state = algorithm.init(adapter)
-    down = payload(state.params, *(state.slots[slot] for slot in algorithm.broadcast))
-    up = payload(adapter) * (2 if algorithm.local.control else 1)
-    if PROTOTYPES in state.slots:  # sums and counts are of the size of means and marks
-        size = payload(state.slots[PROTOTYPES])
-        up, components = up + size, {**components, PROTOTYPES: size}
-    cohort = min(cohort, clients)
-    return Traffic(components, up, down, cohort, rounds, once_up=once[0], once_down=once[1])
+        nothing = {way: dict.fromkeys(COMPONENTS, 0) for way in ("up", "down")}
+        return Traffic(nothing, cohort=0, rounds=0 if topology == "zero-shot" else rounds)
+    parts = message_parts(algorithm, adapter, component_of)
+    return Traffic(parts, min(cohort, clients), rounds, once_up=once[0], once_down=once[1])

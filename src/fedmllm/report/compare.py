@@ -1,4 +1,4 @@
-"""Two results side by side: what differs in config, environment and metrics."""
+"""Two results side by side: what differs in config, environment and numbers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from fedmllm.errors import UserError
 from fedmllm.report import facts
 from fedmllm.report.loading import NO_NUMBERS, Result, load_results
 
+# where numbers stand that a run of the same config gives again; times and memory do not
+_SECTIONS = ("metrics", "per_client", "held_out", "modality_alignment")
+_OF_A_ROUND = ("loss", "lr", "bytes_up", "bytes_down", "measured", "metrics")
+
 
 def load_one(path: Path) -> Result:
     """The result of a file or run folder. Raises `UserError` if it is not exactly one."""
@@ -20,7 +24,8 @@ def load_one(path: Path) -> Result:
 
 
 def compare_lines(a: Result, b: Result) -> Iterator[str]:
-    """What differs, a line each under three headings; the metrics are told in full."""
+    """What differs, a line each under four headings; the headline metric is told in full, then
+    every number that is not the same in both."""
     yield f"A  {a['_path']}"
     yield f"B  {b['_path']}"
     for title, differ in (
@@ -33,7 +38,12 @@ def compare_lines(a: Result, b: Result) -> Iterator[str]:
             yield f"  {key}: {old} -> {new}"
     yield ""
     yield "metrics (A, B, B - A)"
+    if facts.metric_key(a) != facts.metric_key(b) or a["task"]["name"] != b["task"]["name"]:
+        yield "  the tasks differ: their metrics cannot be compared"
+        return
     yield from (f"  {line}" for line in _metric_lines(a, b))
+    yield ""
+    yield from _number_lines(numbers(a), numbers(b))
 
 
 def environment(result: Result) -> dict[str, str]:
@@ -47,17 +57,20 @@ def environment(result: Result) -> dict[str, str]:
 
 
 def agreement_lines(old: Result, new: Result, tolerance: float) -> tuple[bool, list[str]]:
-    """Whether two runs of one config agree in every number that they both state, and how far."""
+    """Whether a new run of an old one's config agrees with it in every number that the old one
+    states, and how far."""
     if facts.lookup(old, "manifest", "sha256") != facts.lookup(new, "manifest", "sha256"):
         return False, ["different data: the parties do not hold the samples that they held then"]
-    pairs = _pairs(numbers(old), numbers(new))
-    if not pairs:
+    was, now = numbers(old), numbers(new)
+    if not was.keys() & now.keys():
         return False, ["the two results have no number in common"]
+    pairs = {key: (value, now.get(key)) for key, value in was.items()}
     worst = max(pairs, key=lambda key: _distance(*pairs[key]))
     largest = _distance(*pairs[worst])
     if largest == 0:
         return True, [f"the same: all {len(pairs)} numbers agree to the last digit"]
-    place = f"the largest difference is {largest:.3g}, in {worst}"
+    count = sum(_distance(*pair) > 0 for pair in pairs.values())
+    place = f"the largest difference is {largest:.3g}, in {worst} ({count} of {len(pairs)} differ)"
     differ = [
         f"  {key}: {a} -> {b}"
         for key, (a, b) in _differences(environment(old), environment(new)).items()
@@ -71,10 +84,10 @@ def agreement_lines(old: Result, new: Result, tolerance: float) -> tuple[bool, l
 def numbers(result: Result) -> dict[str, float | None]:
     """Every number that a run of the same config should give again, by where it stands."""
     found: dict[str, float | None] = {}
-    for section in ("metrics", "per_client"):
+    for section in _SECTIONS:
         found |= _numbers(result.get(section) or {}, section)
     for line in facts.history(result):
-        keep = {k: line.get(k) for k in ("loss", "lr", "bytes_up", "bytes_down", "metrics")}
+        keep = {key: line[key] for key in _OF_A_ROUND if key in line}
         found |= _numbers(keep, f"round {line['round']}")
     return found
 
@@ -89,11 +102,18 @@ def _numbers(value: Any, where: str) -> dict[str, float | None]:
     return {where: value} if known else {}
 
 
-Pair = tuple[float | None, float | None]
-
-
-def _pairs(a: Mapping[str, float | None], b: Mapping[str, float | None]) -> dict[str, Pair]:
-    return {key: (a[key], b[key]) for key in a if key in b}
+def _number_lines(a: Mapping[str, float | None], b: Mapping[str, float | None]) -> Iterator[str]:
+    """Every number that differs or that only one of the two states."""
+    pairs = {key: (a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b])}
+    differ = {key: pair for key, pair in pairs.items() if _distance(*pair) > 0}
+    if not differ:
+        yield f"numbers: all {len(pairs)} are the same"
+        return
+    yield f"numbers that differ, {len(differ)} of {len(pairs)} (A, B, B - A)"
+    for key, (old, new) in differ.items():
+        words = [facts.DASH if value is None else f"{value:.9g}" for value in (old, new)]
+        change = facts.DASH if old is None or new is None else f"{new - old:+.3g}"
+        yield f"  {key}: {words[0]}  {words[1]}  {change}"
 
 
 def _distance(a: float | None, b: float | None) -> float:
@@ -111,9 +131,6 @@ def _differences(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[
 
 
 def _metric_lines(a: Result, b: Result) -> Iterator[str]:
-    if facts.metric_key(a) != facts.metric_key(b) or a["task"]["name"] != b["task"]["name"]:
-        yield "the tasks differ: their metrics cannot be compared"
-        return
     for condition in facts.conditions([a, b]):
         one, two = facts.score(a, condition), facts.score(b, condition)
         errors = [facts.score_se(run, condition) for run in (a, b)]

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedmllm.report.loading import TOPOLOGIES, Result
+from fedmllm.report.loading import TOPOLOGIES, WAYS, Result
 
 DASH = "–"
 CONDITIONS = {
@@ -161,12 +161,69 @@ def curve(result: Result, condition: str) -> list[tuple[int, float]]:
     return [(number, float(value)) for number, value in points if value is not None]
 
 
+def test_sizes(result: Result, condition: str) -> dict[int, int]:
+    """Round -> how many samples it was tested on, where the file says."""
+    found = {}
+    for entry in history(result):
+        count = ((entry.get("metrics") or {}).get(condition) or {}).get("n")
+        if isinstance(count, int) and not isinstance(count, bool):
+            found[entry["round"]] = count
+    return found
+
+
+def followed(
+    result: Result, condition: str
+) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """A `curve` in two: what may be joined by a line, and its last point if that was tested on
+    another number of samples than the first (`evaluation.limit` holds on the way only)."""
+    points, sizes = curve(result, condition), test_sizes(result, condition)
+    ends = [sizes.get(number) for number, _ in (*points[:1], *points[-1:])]
+    if len(points) < 2 or None in ends or ends[0] == ends[1]:
+        return points, []
+    return points[:-1], points[-1:]
+
+
+def followed_words(results: Iterable[Result], condition: str) -> str:
+    """On how many samples curves were measured; empty if that is one number to a run."""
+    way: set[int] = set()
+    end: set[int] = set()
+    for result in results:
+        (points, last), sizes = followed(result, condition), test_sizes(result, condition)
+        if last:
+            way |= {sizes[number] for number, _ in points if number in sizes}
+            end |= {sizes[number] for number, _ in last}
+    if not end:
+        return ""
+    return (
+        f"On the way a run is tested on the first {_range(way)} test samples; the open mark is its "
+        f"test at the end, on all {_range(end)}."
+    )
+
+
+def _range(counts: Iterable[int]) -> str:
+    return " to ".join(dict.fromkeys(f"{count:,}" for count in (min(counts), max(counts))))
+
+
 def per_party(result: Result, key: str) -> float | None:
     """``bytes_up`` or ``bytes_down`` of one party in one round, from the first round."""
     first = next(iter(history(result)), {})
     count = len(first.get("clients") or [])
     amount = first.get(key)
     return amount / count if count and isinstance(amount, int | float) else None
+
+
+def message_parts(result: Result) -> dict[str, dict[str, float]]:
+    """Bytes that one party sends (``up``) and receives (``down``) in a round, by part; empty if the
+    file does not say. Results of before state the parts of one way, which were those of both but
+    for SCAFFOLD's control."""
+    stated = lookup(result, "bytes", "per_client_round") or {}
+    if not any(way in stated for way in WAYS):
+        stated = dict.fromkeys(WAYS, stated) if stated else {}
+    return {
+        way: {name: count for name, count in (stated[way] or {}).items() if count is not None}
+        for way in WAYS
+        if way in stated
+    }
 
 
 def losses(result: Result) -> list[tuple[int, float]]:

@@ -291,6 +291,12 @@ def line_of(style: Style) -> dict[str, Any]:
     }
 
 
+def open_mark(style: Style) -> dict[str, Any]:
+    """Of a test on other samples than those of the line before it."""
+    look = {"linestyle": "none", "markersize": 6, "markerfacecolor": PAPER}
+    return line_of(style) | look | {"markeredgecolor": style.colour, "markeredgewidth": 1.3}
+
+
 _SHAPES = {
     "o": '<circle cx="17" cy="7" r="4"/>',
     "s": '<path d="M13 3h8v8h-8z"/>',
@@ -320,16 +326,20 @@ def swatch(style: Style) -> str:
 def draw_metric(ax: Axes, results: Sequence[Result], condition: str) -> None:
     """The headline metric over rounds; a run that trained nothing is a level line."""
     for result, style in zip(results, run_styles(results), strict=True):
-        points = facts.curve(result, condition)
+        points, last = facts.followed(result, condition)
         final = facts.score(result, condition)
         if points:
             ax.plot(*zip(*points, strict=True), **line_of(style))
+            for x, y in last:
+                ax.plot([x], [y], **open_mark(style))
         elif final is not None and facts.history(result):
             ax.plot([facts.rounds(result) or 0], [final], **line_of(style))
         elif final is not None:
             ax.axhline(final, color=style.colour, linestyle=style.dash, linewidth=1.6)
     metric = facts.metric_name(results[0])
-    _finish(ax, f"Test {metric}, {facts.condition_name(condition)}", "round")
+    marked = any(facts.followed(result, condition)[1] for result in results)
+    words = "round (open marks: tests on all samples)" if marked else "round"
+    _finish(ax, f"Test {metric}, {facts.condition_name(condition)}", words)
     whole_numbers(ax)
 
 

@@ -25,6 +25,7 @@ from fedmllm.report.figures import (
     VERMILLION,
     Style,
     line_of,
+    open_mark,
     run_style,
     whole_numbers,
 )
@@ -170,8 +171,10 @@ def draw_bands(ax: Axes, board: Board, setting: str, condition: str, chosen: str
         runs = list(arm.runs.get(setting, {}).values())
         if not runs:
             continue
-        points = _mean_curve([facts.curve(run, condition) for run in runs])
+        curves = [facts.followed(run, condition) for run in runs]
+        points = _mean_curve([points for points, _ in curves])
         _line_or_level(ax, points, arm.scores(setting, condition), styles[arm.label])
+        _last_test(ax, _mean_curve([last for _, last in curves]), styles[arm.label])
     _finish(ax, f"{setting}, {chosen}" if chosen else setting, "round", "")
     ax.set_ylim(*_limits(board, condition))
     whole_numbers(ax)
@@ -200,11 +203,21 @@ def _line_or_level(ax: Axes, points: Points, final: Mapping[int, float], style: 
         means, low, high = zip(*(found for _, found in points), strict=True)
         ax.fill_between(xs, low, high, color=style.colour, alpha=0.13, linewidth=0)
         ax.plot(xs, means, **line_of(style) | _SMALL)
+    elif points:
+        (x, (mean, _, _)) = points[0]
+        ax.plot([x], [mean], **line_of(style) | {"markersize": 6})
     elif final:
         level = mean_and_half(list(final.values()))[0]
         look: dict[str, Any] = line_of(style) | {"linewidth": 1.2, **_SMALL, "zorder": 1}
         across: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "markevery": [1]}
         ax.plot([0, 0.985, 1], [level] * 3, **look, **across)
+
+
+def _last_test(ax: Axes, points: Points, style: Style) -> None:
+    """The test at the end, on all samples, with its band."""
+    for x, (mean, low, high) in points:
+        look: dict[str, Any] = {"ecolor": style.colour, "elinewidth": 1.0, **open_mark(style)}
+        ax.errorbar([x], [mean], yerr=[[mean - low], [high - mean]], **look)
 
 
 # -- drop --------------------------------------------------------------------------------------

@@ -153,6 +153,7 @@ def _board(board: Board, tables: Sequence[GridTable], key: str) -> dict[str, Any
         "curves": [(svg, width) for name, svg, width in drawn if name.startswith("curves")],
         "others": [svg for name, svg, _ in drawn if not name.startswith(("radar", "curves"))],
         "parties": _parties(board),
+        "followed": facts.followed_words(board.results, facts.headline(board.results)),
         "payload": _payload(board),
         "holdings": _holdings(board, key),
     }
@@ -201,20 +202,16 @@ def _title(table: GridTable) -> str:
 
 
 def _payload(board: Board) -> dict[str, Any]:
-    """What one party sends and receives in one round, in MB, of each federated arm: the trained
-    parts by component, and all of it (an algorithm may send more than what is trained)."""
-    rows = {}
+    """What one party sends and receives in one round, in MB, of each federated arm: by part, and
+    all of it as it was counted. A part that no arm exchanges has no column."""
+    rows: dict[str, dict[str, float | None]] = {}
     for arm in board.arms:
         runs = [run for found in arm.runs.values() for run in found.values()]
-        known = [run for run in runs if facts.lookup(run, "bytes", "per_client_round")]
+        known = [run for run in runs if facts.message_parts(run)]
         if arm.topology == "federated" and known:
-            up, down = (
-                facts.per_party(known[0], "bytes_up"),
-                facts.per_party(known[0], "bytes_down"),
-            )
-            parts = known[0]["bytes"]["per_client_round"]
-            rows[arm.label] = {**parts, "all, up": up, "all, down": down}
-    heads = list(dict.fromkeys(name for part in rows.values() for name in part))
+            rows[arm.label] = _messages(known[0])
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    heads = [name for name in names if any(row.get(name) for row in rows.values())]
     return {
         "heads": heads,
         "rows": {
@@ -222,6 +219,15 @@ def _payload(board: Board) -> dict[str, Any]:
             for label, part in rows.items()
         },
     }
+
+
+def _messages(run: Result) -> dict[str, float | None]:
+    """Bytes of one party and round, by column."""
+    found: dict[str, float | None] = {}
+    for way, parts in facts.message_parts(run).items():
+        found |= {f"{name}, {way}": count for name, count in parts.items()}
+        found[f"all, {way}"] = facts.per_party(run, f"bytes_{way}")
+    return found
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

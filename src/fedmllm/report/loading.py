@@ -25,6 +25,7 @@ Result = dict[str, Any]
 SCHEMA = 1
 # The order of a reader's questions: nothing learnt, alone, together, everything in one place.
 TOPOLOGIES = ("zero-shot", "local", "federated", "centralised")
+WAYS = ("up", "down")  # of bytes: to the server, and from it
 HOLDINGS = ("image_text", "image", "text", "neither")
 COMBINATIONS = ("image+text", "image", "text", "neither")  # as a manifest calls them
 # config keys that cannot change a run's numbers, by section; "" is the top
@@ -160,13 +161,21 @@ def _faults(data: Any) -> Iterator[str]:
         yield from _heterogeneity_faults(data.get("heterogeneity"))
         if data.get("config_sha256") not in (None, config_digest(data["config"])):
             yield "was changed after it was written: its config does not match its config_sha256"
-        if data.get("result_sha256") not in (None, result_digest(data)):
-            yield "was changed after it was written: it does not match its result_sha256"
+        yield from _digest_faults(data)
+
+
+def _digest_faults(data: Result) -> Iterator[str]:
+    """Without its digest nothing says that a result is as it was written."""
+    stated = data.get("result_sha256")
+    if stated is None:
+        yield "states no digest (result_sha256), so it may have been changed: run it again"
+    elif stated != result_digest(data):
+        yield "was changed after it was written: it does not match its result_sha256"
 
 
 def result_digest(data: Mapping[str, Any]) -> str:
-    """SHA-256 of all that a result says (older ones state none). A guard against slips of the
-    hand and cut files, not against a forger, who can compute it as well."""
+    """SHA-256 of all that a result says but itself. A guard against slips of the hand and cut
+    files, not against a forger, who can compute it as well."""
     facts = {k: _as_written(v) for k, v in data.items() if k not in ("result_sha256", *_LOADED)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -260,15 +269,27 @@ def _quantity_faults(data: Result) -> Iterator[str]:
         "parameters": ("total", "trainable"),
         "time": ("train_seconds", "evaluate_seconds", "total_seconds"),
     }
-    amounts = {"peak_memory_bytes": data.get("peak_memory_bytes")}
+    peaks = ("peak_memory_bytes", "peak_accelerator_bytes")
+    amounts = {key: data.get(key) for key in peaks}
     for section, keys in wanted.items():
         values = _object(data.get(section))
         amounts |= {f"{section}.{key}": values.get(key) for key in keys}
-    payload = _object(_object(data.get("bytes")).get("per_client_round"))
-    amounts |= {f"bytes.per_client_round.{key}": value for key, value in payload.items()}
+    for key in ("per_client_round", "once"):
+        amounts |= _leaves(_object(data.get("bytes")).get(key), f"bytes.{key}")
     for name, value in amounts.items():
         if value is not None and not _is_amount(value):
             yield f"{name} is {value!r}, not a number from zero up"
+
+
+def _leaves(values: Any, where: str) -> dict[str, Any]:
+    """Bytes by part: up and down, or, as results were before, of one way alone."""
+    values = _object(values)
+    found = {f"{where}.{key}": value for key, value in values.items() if key not in WAYS}
+    for way in (way for way in WAYS if way in values):
+        each = values[way]
+        parts = each if isinstance(each, dict) else {"parts": f"{each!r}"}
+        found |= {f"{where}.{way}.{part}": value for part, value in parts.items()}
+    return found
 
 
 def _metric_faults(data: Result) -> Iterator[str]:

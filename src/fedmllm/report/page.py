@@ -145,8 +145,8 @@ def _number(count: int) -> str:
 
 def _upload(federated: Sequence[Result]) -> str:
     """What one client sends in one round, if all federated runs agree."""
-    parts = [facts.lookup(r, "bytes", "per_client_round") for r in federated]
-    sums = {sum(part.values()) for part in parts if isinstance(part, Mapping)}
+    parts = [facts.message_parts(result).get("up") for result in federated]
+    sums = {sum(part.values()) for part in parts if part is not None}
     return f"{facts.format_megabytes(sums.pop())} MB" if len(sums) == 1 else ""
 
 
@@ -173,6 +173,7 @@ def _task(group: Sequence[Result], results: Sequence[Result], number: int) -> di
         "published": _published(group),
         "overview": _overview(group, f"t{number}"),
         "curves": _curves(group, f"t{number}"),
+        "followed": facts.followed_words(group, facts.headline(group)),
         "parties": _parties(group, rows, f"t{number}"),
         "scenarios": _scenarios(group),
     }
@@ -429,7 +430,7 @@ def _settings(result: Result) -> dict[str, str]:
 
 def _origin(result: Result) -> dict[str, str]:
     """Where a result was made and from what; hashes by their first twelve digits."""
-    peak = result.get("peak_memory_bytes")
+    gpu = result.get("peak_accelerator_bytes")
     found = {
         "seed": result.get("seed"),
         "commit": result.get("commit"),
@@ -440,11 +441,16 @@ def _origin(result: Result) -> dict[str, str]:
         "samples a second, trained": _speed(result, "trained_per_second"),
         "samples a second, tested": _speed(result, "tested_per_second"),
         "unparsable answers": _unparsable(result),
-        "peak memory": None if peak is None else f"{facts.format_megabytes(peak)} MB",
+        "peak memory": _megabytes(result.get("peak_memory_bytes")),
+        **({"peak GPU memory": _megabytes(gpu)} if gpu is not None else {}),
         **{f"{k}": v for k, v in (result.get("hardware") or {}).items()},
         **{f"{k}": v for k, v in (result.get("versions") or {}).items()},
     }
     return {key: facts.DASH if value is None else str(value) for key, value in found.items()}
+
+
+def _megabytes(count: float | None) -> str | None:
+    return None if count is None else f"{facts.format_megabytes(count)} MB"
 
 
 def _short(digest: object) -> str | None:
