@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import yaml
+from listening import listening
 from sites import SMALL
 
 pytest.importorskip("nvflare", reason='needs pip install "fedmllm[nvflare]"')
@@ -502,21 +503,3 @@ def test_a_killed_supervisor_leaves_nothing_that_stop_does_not_end(tmp_path) -> 
         assert "tiny: ended; last: " in fedmllm("status", str(root)).stdout
     finally:
         stop(root)
-
-
-def listening(processes: list[int]) -> set[tuple[str, int]]:
-    """Addresses and ports on which these processes listen, as the system knows it."""
-    inodes = set()
-    for process in processes:
-        for link in Path(f"/proc/{process}/fd").iterdir():
-            with suppress(OSError):
-                inodes.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
-    found = set()
-    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
-                address, port = fields[1].split(":")
-                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
-                found.add((socket.inet_ntop(family, b"".join(words)), int(port, 16)))
-    return found
