@@ -110,6 +110,17 @@ def test_numbers_are_generated_from_the_committed_results() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_nobody_is_sent_to_an_index_for_fedmllm() -> None:
+    """No index has it: pip would fail, or fetch a stranger's package."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages += (ROOT / "src/fedmllm/sites/flare/pages").glob("*.md")
+    for page in pages:
+        text = " ".join(page.read_text().split())
+        assert not re.search(r"pip (install|download) [^`]*(?<![\w./-])fedmllm(?![\w-])", text), (
+            page
+        )
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://arxiv.org/") or (ROOT / target).exists(), target
