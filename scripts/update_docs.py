@@ -439,13 +439,30 @@ def network_memory() -> str:
         if case is not floor:
             grown = peak["all of a site"] - floor["peak_bytes"]["all of a site"]
             above = f"{grown / (size - floor['adapter_bytes']):.2f} adapters"
-        goal = "4" if size > 2e8 else ""  # it was set for 300 MB
+        goal = str(MOST_ADAPTERS) if size > 2e8 else ""  # it was set for 300 MB
         lines.append(
             f"| {case['sites']} | {_megabytes(case)} | {' | '.join(shown)} | {above} | {goal} |"
         )
-    return "\n".join([*lines, "", _network_about(facts)])
+    return "\n".join([*lines, "", *_goal(measured, base), _network_about(facts)])
 
 
+def _goal(cases: list[dict], base: dict[int, dict]) -> list[str]:
+    """Where the goal was met and where not."""
+    words = []
+    for case in cases:
+        floor = base[case["sites"]]
+        if case is floor or case["adapter_bytes"] <= 2e8:
+            continue
+        grown = case["peak_bytes"]["all of a site"] - floor["peak_bytes"]["all of a site"]
+        above = grown / (case["adapter_bytes"] - floor["adapter_bytes"])
+        kept = "met" if above <= MOST_ADAPTERS else "**missed**"
+        words.append(f"{kept} with {case['sites']} sites ({above:.2f})")
+    if not words:
+        return []
+    return [f"The goal of {MOST_ADAPTERS} adapters at a site at 300 MB: {', '.join(words)}.", ""]
+
+
+MOST_ADAPTERS = 4  # above its base, at a site: the goal
 LINKS = {"100 Mbit/s": 12.5e6, "1 Gbit/s": 125e6}  # bytes a second, each way
 SIZED_ROUNDS = (25, 100)
 
@@ -463,9 +480,10 @@ def network_sizing() -> str:
     facts = network_facts()
     if facts is None:
         return NONE
-    head = [f"{r} rounds at {name}" for r in SIZED_ROUNDS for name in LINKS]
-    lines = ["| sites | adapter | a round moves | " + " | ".join(head) + " |"]
-    lines.append("|---:" * (len(head) + 3) + "|")
+    head = ["a round moves", *(f"{r} rounds move" for r in SIZED_ROUNDS)]
+    head += [f"{r} rounds at {name}" for r in SIZED_ROUNDS for name in LINKS]
+    lines = ["| sites | adapter | " + " | ".join(head) + " |"]
+    lines.append("|---:" * (len(head) + 2) + "|")
     for case in facts["cases"]:
         if "not_measured" in case:
             continue
@@ -475,9 +493,56 @@ def network_sizing() -> str:
             for rounds in SIZED_ROUNDS
             for link in LINKS.values()
         ]
-        cells = " | ".join([f"{moved:.2g} GB", *hours])
+        bytes_ = [_gigabytes(count * moved) for count in (1, *SIZED_ROUNDS)]
+        cells = " | ".join([*bytes_, *hours])
         lines.append(f"| {case['sites']} | {_megabytes(case)} | {cells} |")
     return "\n".join(lines)
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count:,.0f} GB" if count >= 100 else f"{count:.2g} GB"
+
+
+def eight_billion() -> str:
+    """Counts, bytes and memory of a federation over an 8-billion model."""
+    file = RESULTS / "deployment-8b.json"
+    if not file.exists():
+        return NONE
+    facts = json.loads(file.read_text())
+    exact, sites, rounds = facts["exact"], facts["sites"], facts["rounds"]
+    lines = [
+        f"| {facts['model']}, {sites} sites, {rounds} rounds | |",
+        "|---|---:|",
+        f"| parameters | {exact['parameters']:,} |",
+        f"| of them trained and exchanged | {exact['trainable']:,} |",
+        f"| adapter | {exact['adapter_bytes'] / 1e6:.1f} MB |",
+        f"| a round, all sites, up / down | {_each_way(exact, 'round')} |",
+        f"| the run, up / down | {_each_way(exact, 'run')} |",
+        "",
+        "| machine | estimated peak | of it weights | main memory beside a GPU |",
+        "|---|---:|---:|---:|",
+    ]
+    for machine, found in facts["machines"].items():
+        host = found["host_bytes"]
+        beside = "–" if host is None else f"{host / 1e9:.1f} GB"
+        peak, weights = found["peak_bytes"] / 1e9, found["weights_bytes"] / 1e9
+        lines.append(f"| {machine} | {peak:.1f} GB | {weights:.1f} GB | {beside} |")
+    server, versions = facts["server_without_tests"], facts["versions"]
+    libraries = f"{server['libraries'] / 1e6:,.0f} MB are libraries"
+    about = (
+        f"Samples of {facts['tokens']:,} tokens, images of {facts['slices']} slices, one sample at "
+        "a time; on a GPU main memory holds the whole base once, while it is loaded. A server that "
+        "does not test: its process with shapes and first adapter took "
+        f"{server['peak_bytes'] / 1e6:,.0f} MB (measured, with a small tokenizer), of which "
+        f"{libraries}; add what it keeps of adapters, as in the table of memory above. "
+        f"{facts['hardware']['cpu']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}."
+    )
+    return "\n".join([*lines, "", about])
+
+
+def _each_way(exact: dict, of: str) -> str:
+    return f"{exact[f'{of}_up'] / 1e9:.2f} / {exact[f'{of}_down'] / 1e9:.2f} GB"
 
 
 STUDIES = ("strategies", "strategies-large")
@@ -496,6 +561,7 @@ STUDY: dict[str, Callable[[str], str]] = {  # tables of a grid of strategies
     "drift": lambda name: strategy_tables.drift_table(strategy_tables.load(name)),
 }
 PARTS: dict[str, Callable[[], str]] = {
+    "eight-billion": eight_billion,
     "network-rounds": network_rounds,
     "network-memory": network_memory,
     "network-sizing": network_sizing,

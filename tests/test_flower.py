@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import types
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -23,7 +25,7 @@ from sites import SITES, SMALL, hash_of, make_kits
 from fedmllm.config import load_config, make_config
 from fedmllm.errors import UserError
 from fedmllm.experiment import run
-from fedmllm.sites import wire
+from fedmllm.sites import settings, wire
 from fedmllm.sites.flare.kits import Plan
 from fedmllm.sites.flower.app import make_app
 from fedmllm.sites.flower.courier import ask_worker, worker_file
@@ -144,6 +146,55 @@ def trainers(kit: Path) -> int:
             words = file.read_bytes()
             count += b"fedmllm.sites.trainer" in words and str(kit).encode() in words
     return count
+
+
+class Stub:
+    """A class of Flower's, as far as the link to the sites uses it: keeps what it is given."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        self.given, self.named = given, named
+
+    def main(self) -> Any:
+        return lambda function: function
+
+
+def test_a_message_lives_as_long_as_its_answer_is_waited_for(monkeypatch, tmp_path) -> None:
+    """Each kind its own; without Flower, whose classes are stand-ins."""
+    for module, names in {
+        "flwr": (),
+        "flwr.app": ("Array", "ArrayRecord", "ConfigRecord", "Context", "Message", "RecordDict"),
+        "flwr.serverapp": ("Grid", "ServerApp"),
+    }.items():
+        made = types.ModuleType(module)
+        for name in names:
+            setattr(made, name, Stub)
+        monkeypatch.setitem(sys.modules, module, made)
+    monkeypatch.delitem(sys.modules, "fedmllm.sites.flower.server", raising=False)
+    server = importlib.import_module("fedmllm.sites.flower.server")
+    monkeypatch.delitem(sys.modules, "fedmllm.sites.flower.server")
+    file = settings.ServerFile(sites=("a",), deadline=7.0, hello_deadline=90.0)
+    pushed: list[tuple[str, float]] = []
+
+    class Grid:
+        def push_messages(self, messages: list[Stub]) -> list[str]:
+            (message,) = messages
+            task = message.given[0].given[0]["task"].given[0]["do"]
+            pushed.append((task, message.named["ttl"]))
+            return [f"m{len(pushed)}"]
+
+        def get_node_ids(self) -> list[int]:
+            return [5]
+
+        def pull_messages(self, waiting: list[str]) -> list[Any]:
+            return []
+
+    link = server.FlowerLink(Grid(), file.sites, "0" * 64, lifetime=file.patience)
+    assert link.receive(0.0) is None  # asks the node who it is
+    link.nodes = {"a": 5}
+    for task in ("hello", "train", "evaluate", "refused"):
+        link.send("a", task, wire.Message(facts={"round": 1}))
+    lives = [("hello", 90.0), ("train", 7.0), ("evaluate", 7.0), ("refused", 7.0)]
+    assert pushed == [("who", server._WHO_TTL), *lives]
 
 
 def config(**change: Any) -> Any:

@@ -104,3 +104,24 @@ def test_sizes_come_from_the_rank() -> None:
     ranks = {case.name: case.rank for case in network.CASES}
     assert ranks["2x0.2"] == 8
     assert ranks["2x300"] * network.BYTES_A_RANK == pytest.approx(300e6, rel=1e-3)
+
+
+def test_where_the_goal_was_met_is_said(monkeypatch, tmp_path) -> None:
+    """1,500 MB is 2 adapters above 900 MB, 2,400 MB is 5; where 300 MB was not run, nothing."""
+    monkeypatch.setattr(update_docs, "RESULTS", tmp_path)
+    big, worse = (case(case="x", adapter_bytes=300_200_000) for _ in range(2))
+    big["peak_bytes"] = {**big["peak_bytes"], "all of a site": 15e8}
+    worse = {**worse, "sites": 8, "peak_bytes": {**big["peak_bytes"], "all of a site": 24e8}}
+    put(tmp_path, case(), big, case(sites=8), worse)
+    said = "The goal of 4 adapters at a site at 300 MB: met with 2 sites (2.00), **missed** with 8 "
+    assert f"\n{said}sites (5.00).\n" in update_docs.network_memory()
+    put(tmp_path, case())
+    assert "goal of" not in update_docs.network_memory()
+
+
+def test_bytes_of_a_round_and_of_runs(monkeypatch, tmp_path) -> None:
+    """2 sites x 100 MB x 2 ways is 0.4 GB a round."""
+    monkeypatch.setattr(update_docs, "RESULTS", tmp_path)
+    put(tmp_path, case(adapter_bytes=100_000_000), case(sites=8, adapter_bytes=300_000_000))
+    assert "| 2 | 100 MB | 0.4 GB | 10 GB | 40 GB |" in update_docs.network_sizing()
+    assert "| 8 | 300 MB | 4.8 GB | 120 GB | 480 GB |" in update_docs.network_sizing()

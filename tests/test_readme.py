@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import check_command, commands
 
-from fedmllm.bench import load_grid
 from fedmllm.config import load_config
 from fedmllm.report import load_results
 
@@ -44,20 +43,32 @@ def test_make_targets_exist() -> None:
 
 
 def test_commands_parse_and_their_configs_are_good() -> None:
-    lines = re.findall(r"^fedmllm ([^#\n]+)", README, re.MULTILINE)
-    assert len(lines) >= 6
-    for line in lines:
-        words = shlex.split(line)
-        if words[0] == "bench":
-            assert load_grid(ROOT / words[1])
-            continue
-        if words[0] not in ("run", "plan"):
-            assert words[0] in (
-                *("ls", "data", "predict", "judge", "report", "compare", "rerun", "cache"),
-            )
-            continue
-        overrides = [w for w in words[2:] if "=" in w]
-        assert load_config(ROOT / words[1], overrides)
+    found = commands(README)
+    assert len(found) >= 16
+    assert ["deploy", "init", "FILE", "--sites", "3"] in found
+    for words in found:
+        check_command(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("`fedmllm fly`", "no command fly"),
+        ("```\nfedmllm deploy land x\n```", "no command deploy land"),
+        ("`fedmllm deploy init FILE\n--site 3`", "No such option"),
+        ("`fedmllm deploy init --sites 3`", "Missing parameter: experiment"),
+        ("`fedmllm deploy stop a b`", "unexpected extra argument"),
+        ("```\nfedmllm run experiments/memes-fedavg.yaml  # no\n```", ""),
+        ("`fedmllm run experiments/memes-fedavg.yaml algorithm=fedavgn`", "algorithm"),
+    ],
+)
+def test_a_command_that_is_not_there_is_found(text: str, problem: str) -> None:
+    (words,) = commands(text)
+    if not problem:
+        check_command(words)
+        return
+    with pytest.raises(Exception, match=problem):  # typer's own, and an assertion
+        check_command(words)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +108,17 @@ def test_numbers_are_generated_from_the_committed_results() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nobody_is_sent_to_an_index_for_fedmllm() -> None:
+    """No index has it: pip would fail, or fetch a stranger's package."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages += (ROOT / "src/fedmllm/sites/flare/pages").glob("*.md")
+    for page in pages:
+        text = " ".join(page.read_text().split())
+        assert not re.search(r"pip (install|download) [^`]*(?<![\w./-])fedmllm(?![\w-])", text), (
+            page
+        )
 
 
 def test_links_lead_somewhere() -> None:

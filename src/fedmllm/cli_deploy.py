@@ -1,8 +1,8 @@
 """`fedmllm deploy`: one experiment over several machines.
 
-init makes the kits; node and supervise are for the machines; start, status, stop and resume try
-all of it on one machine, with real processes, mutual TLS and loopback only; simulate runs it in
-NVFlare's simulator.
+init makes the kits, renew their certificates; check, node and supervise are for the machines;
+start, status, stop and resume try all of it on one machine, with real processes, mutual TLS and
+loopback only; simulate runs it in NVFlare's simulator.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedmllm.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Run an experiment over several machines (needs fedmllm[nvflare]).",
+    help="Run an experiment over several machines (needs the extra nvflare).",
 )
 
 Experiment = Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")]
@@ -28,6 +28,7 @@ MinSites = Annotated[
     int | None, typer.Option(min=1, help="Updates that make a round. [default: most sites]")
 ]
 Deadline = Annotated[float, typer.Option(min=1, help="Seconds that a round waits for slow sites.")]
+Kit = Annotated[Path, typer.Argument(help="The kit of a server or a site.")]
 Folder = Annotated[Path, typer.Argument(help="The folder that `deploy init` made.")]
 
 
@@ -54,6 +55,7 @@ def init(
     """Write a kit for the server, each site and the administrator: keys, policies, settings."""
     _needs_nvflare()
     from fedmllm.config import load_config
+    from fedmllm.sites.flare.certificates import certificate
     from fedmllm.sites.flare.kits import Plan, make_kits
     from fedmllm.sites.flare.local import free_port, site_names
 
@@ -69,9 +71,21 @@ def init(
         deadline=deadline,
     )
     make_kits(plan, out)
+    ends = certificate(out / "kits" / "server").ends
     print(f"kits      {out / 'kits'}: server, admin, {', '.join(names)}")
+    print(f"          their certificates end on {ends:%Y-%m-%d}: fedmllm deploy renew {out}")
     print(f"authority {out / 'authority'}: the root key; keep it off all machines")
     print(f"next      README.md in each kit; on this machine alone: fedmllm deploy start {out}")
+
+
+@app.command()
+def renew(folder: Folder) -> None:
+    """Make new certificates for all kits, before the old ones end, by the same authority."""
+    _needs_nvflare()
+    from fedmllm.sites.flare.certificates import renew as renew_all
+
+    made = renew_all(folder)
+    print(f"renewed   {made}: a startup/ for each kit, to put in the place of the old one")
 
 
 @app.command()
@@ -130,14 +144,30 @@ def worker(
 
 
 @app.command()
-def node(
-    kit: Annotated[Path, typer.Argument(help="The kit of a server or a site.")],
-) -> None:
+def node(kit: Kit) -> None:
     """Run a server or a site, in the foreground."""
     _needs_nvflare()
     from fedmllm.sites.flare.node import run_node
 
     run_node(kit)
+
+
+@app.command()
+def check(kit: Kit) -> None:
+    """Say whether a machine is ready: certificate, data, base model, the way to the server.
+
+    Exit code 1 if something is in the way.
+    """
+    _needs_nvflare()
+    from fedmllm.sites.flare.check import check_kit
+
+    ready = True
+    for line in check_kit(kit):
+        ready = ready and line.good is not False
+        word = {True: "good", False: "NOT", None: "look"}[line.good]
+        print(f"{word:5} {line.what}: {line.said}")
+    if not ready:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -178,10 +208,10 @@ def stop(folder: Folder) -> None:
 
 @app.command()
 def status(
-    folder: Folder,
+    folder: Annotated[Path, typer.Argument(help="The folder that `deploy init` made, or a kit.")],
     json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Say what runs, round by round, and whom it waits for."""
+    """Say what runs, round by round, and whom it waits for; of all kits here, or of one."""
     from fedmllm.sites.flare.local import status as status_here
     from fedmllm.sites.flare.local import status_lines
 

@@ -37,6 +37,7 @@ from fedmllm.data.rows import (
 from fedmllm.data.sample import ImageSource
 from fedmllm.errors import UserError, unknown
 
+NONE = "none"
 _SAVED = "save it by dataset.save_to_disk(FOLDER)"
 
 
@@ -54,20 +55,23 @@ def load(
 ) -> Dataset:
     """Load a saved folder.
 
-    root: the folder. test: the split of test samples. parties, columns: see `fedmllm.data.rows`.
+    root: the folder. test: the split of test samples; ``none``: there need be none, and one that is
+    called ``test`` is left out. parties, columns: see `fedmllm.data.rows`.
     task, classes, question, metric: as for conversations. verify: read every image's header now.
     Raises one `UserError` that lists all problems, with split and row.
     """
     folder = folder_of(root, dataset="hf-datasets", what="a dataset saved by save_to_disk")
     named = columns_of(columns)
-    found = [_Split(part, folder) for part in _parts(folder)]
+    left_out = (*DEVELOPMENT, *(["test"] if test == NONE else []))
+    found = [_Split(part, folder) for part in _parts(folder, left_out)]
     if task == "choice" and not classes:
         classes = next(
             (s.classes(named["answer"]) for s in found if s.classes(named["answer"])), ()
         )
     asked = task_of("hf-datasets", task, classes=tuple(classes), question=question, metric=metric)
     tables = [split.table(named["image"], split.name == test) for split in found]
-    reader = Reader(asked, named, partial(_image, folder, verify), parties)
+    image = partial(_image, folder, verify)
+    reader = Reader(asked, named, image, parties, tested=test != NONE)
     return dataset_of(tables, reader)
 
 
@@ -84,7 +88,7 @@ def _image(folder: Path, verify: bool, given: Any, row: Row) -> ImageSource:
     return images.ImageFile(given, folder)
 
 
-def _parts(root: Path) -> list[Path]:
+def _parts(root: Path, left_out: Sequence[str]) -> list[Path]:
     """The folders of the splits that are read, in order of their names."""
     index = root / "dataset_dict.json"
     if not index.exists():
@@ -95,7 +99,7 @@ def _parts(root: Path) -> list[Path]:
     wrong = [name for name in names if Path(name).name != name]
     if wrong:
         raise UserError(f"{index}: a split cannot be called {wrong[0]!r}")
-    kept = [root / name for name in sorted(names) if name not in DEVELOPMENT]
+    kept = [root / name for name in sorted(names) if name not in left_out]
     if not kept:
         raise UserError(unknown("split", ", ".join(names) or "(none)", ("train", "test")))
     return kept

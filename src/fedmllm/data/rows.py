@@ -15,8 +15,8 @@ Each name can be changed by the option ``NAME_column``; an empty one means that 
 Only `answer` must be there, `question` for open tasks, and one of `image` and `text` for choice.
 
 Parties (option `parties`): ``column`` names them, each of the ``files`` is one, or ``none``: the
-samples are one pool, to be split by a partition. ``auto`` takes the first of these that applies;
-one file without the column is a pool.
+samples are one pool, to be split by a partition; ``one:NAME``: all of them are the party NAME's.
+``auto`` takes the first of the first three that applies; one file without the column is a pool.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from fedmllm.errors import UserError, problem_list, unknown
 ROLES = ("id", "image", "text", "question", "answer", "options", "party", "split")
 COLUMN_OPTIONS: dict[str, object] = {f"{role}_column": role for role in ROLES}
 PARTIES = ("auto", "column", "files", "none")
+ONE = "one:"
 DEVELOPMENT = ("dev", "val", "valid", "validate", "validation")
 
 
@@ -60,12 +61,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Reader:
-    """How rows are read. image: (cell, row) -> the image; raises `ItemError`."""
+    """How rows are read. image: (cell, row) -> the image; raises `ItemError`. trained, tested:
+    whether there must be training and test rows."""
 
     task: Task
     columns: Mapping[str, str]
     image: Callable[[Any, Row], ImageSource]
     parties: str = "auto"
+    trained: bool = True
+    tested: bool = True
 
 
 def columns_of(options: Mapping[str, Any]) -> dict[str, str]:
@@ -92,8 +96,8 @@ def dataset_of(tables: Sequence[Table], reader: Reader, problems: Sequence[str] 
 
     Raises `UserError` for a wrong way of naming parties, and one that lists all problems.
     """
-    if reader.parties not in PARTIES:
-        raise UserError(unknown("way of parties", reader.parties, PARTIES))
+    if reader.parties not in PARTIES and not reader.parties.startswith(ONE):
+        raise UserError(unknown("way of parties", reader.parties, (*PARTIES, f"{ONE}NAME")))
     pools = _Pools(problems=list(problems))
     ways = _way_of_parties(tables, reader)
     for table in tables:
@@ -101,7 +105,7 @@ def dataset_of(tables: Sequence[Table], reader: Reader, problems: Sequence[str] 
         if found is not None:
             for row in table.rows:
                 _add(row, table, found, ways, reader, pools)
-    _check_whole(pools, ways)
+    _check_whole(pools, reader)
     if pools.problems:
         raise UserError(problem_list(pools.problems))
     parties = {name: pools.train[name] for name in sorted(pools.train)} if ways != "none" else {}
@@ -125,7 +129,7 @@ def _columns(table: Table, reader: Reader, ways: str, problems: list[str]) -> di
     wrong = list(_header_problems(table, reader, found))
     if ways == "column" and not table.test and "party" not in found:
         wrong.append(f"no column {reader.columns['party']!r} that says whose a row is")
-    if ways != "column":
+    if ways != "column" and not ways.startswith(ONE):
         found.pop("party", None)
     problems += [f"{table.where}: {line}" for line in wrong]
     return None if wrong else found
@@ -201,7 +205,14 @@ def _split(row: Row, table: Table, columns: Mapping[str, str]) -> str:
 def _party(row: Row, table: Table, columns: Mapping[str, str], ways: str) -> str:
     if ways == "none":
         return ""
-    name = (_text(row, columns, "party") or "") if ways == "column" else table.name
+    name = _text(row, columns, "party") or ""
+    if ways.startswith(ONE):
+        only = ways.removeprefix(ONE)
+        if name not in ("", only):
+            raise ItemError(f"its party is {name!r}, and all of this is to be {only!r}'s")
+        name = only
+    elif ways == "files":
+        name = table.name
     if not name:
         raise ItemError("its party is empty")
     problem = party_problem(name)
@@ -305,13 +316,13 @@ def _text(row: Row, columns: Mapping[str, str], role: str) -> str | None:
     return text or None
 
 
-def _check_whole(pools: _Pools, ways: str) -> None:
+def _check_whole(pools: _Pools, reader: Reader) -> None:
     """What no single row shows: there is something to learn and to test."""
     if pools.problems:
         return
-    if not pools.train:
+    if not pools.train and reader.trained:
         pools.problems.append("no training rows")
-    if not pools.test:
+    if not pools.test and reader.tested:
         pools.problems.append("no test rows: give a test file, or a split column with 'test'")
     folded: dict[str, str] = {}
     for name in pools.train:

@@ -17,6 +17,7 @@ without changing who holds what.
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -50,6 +51,7 @@ from fedmllm.errors import UserError
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TYPES = (*SEPARATORS, ".jsonl")
+NONE = "none"
 
 
 def load(
@@ -70,14 +72,15 @@ def load(
 
     root: data folder, or its one file. files: a pattern, relative to root, of which CSV, TSV and
     JSON-lines files are read; those called dev or validation are not. test: the pattern of test
-    files. parties, columns: see `fedmllm.data.rows`. task, classes, question, metric, verify: as
+    files. Either may be ``none``, for a machine that holds only the other. parties, columns: see
+    `fedmllm.data.rows`. task, classes, question, metric, verify: as
     for conversations. separator: of the cells, instead of what the file's ending says.
 
     Raises one `UserError` that lists the problems of all files, with their lines.
     """
     place = Path(root) if root else Path()
     if root and place.is_file():
-        root, files = place.parent, place.name
+        root, files = place.parent, glob.escape(place.name)
     folder = folder_of(root, dataset="table", what="your CSV, TSV or JSONL files")
     asked = task_of("table", task, classes=tuple(classes), question=question, metric=metric)
 
@@ -89,7 +92,9 @@ def load(
             raise ItemError(problem)
         return ImageFile(given, folder)
 
-    reader = Reader(asked, columns_of(columns), image, parties)
+    reader = Reader(
+        asked, columns_of(columns), image, parties, trained=files != NONE, tested=test != NONE
+    )
     problems: list[str] = []
     tables = []
     for file, tested in _files(folder, files, test):
@@ -102,10 +107,11 @@ def load(
 
 def _files(root: Path, files: str, test: str) -> list[tuple[Path, bool]]:
     """(file, is it a test file), in order of their names."""
-    tests = set(_matches(root, test, "test"))
-    found = [file for file in _matches(root, files, "files") if file.stem not in DEVELOPMENT]
-    train = [file for file in found if file not in tests]
-    if not train:
+    tests = set() if test == NONE else set(_matches(root, test, "test"))
+    left_out = (*DEVELOPMENT, *(["test"] if test == NONE else []))
+    found = [] if files == NONE else _matches(root, files, "files")
+    train = [file for file in found if file not in tests and file.stem not in left_out]
+    if not train and files != NONE:
         raise UserError(
             f"no training file: nothing in {root} matches {files!r} and ends in {', '.join(TYPES)}"
         )

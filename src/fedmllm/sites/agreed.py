@@ -15,10 +15,12 @@ from fedmllm.algorithms.aggregation import make_aggregation
 from fedmllm.algorithms.base import check_enough
 from fedmllm.config import Config, config_hash, load_config
 from fedmllm.data import DATASETS
+from fedmllm.data.rows import ONE
 from fedmllm.errors import UserError, unknown
 from fedmllm.sites.handshake import RefusedError
 from fedmllm.sites.settings import FILE, ServerData, ServerFile, SiteData, SiteFile
 
+OWN = ("conversations", "table", "hf-datasets")  # data sets that a site may hold a file of
 # config keys that a machine may set for itself: they change speed, memory and rounding
 LOCAL = (
     "threads",
@@ -60,8 +62,8 @@ def find_experiment(folder: Path, sha256: str, *, who: str) -> Path:
 def site_config(kit: Path, file: SiteFile, experiment: Path) -> Config:
     """An experiment as this site runs it: with its own settings and data."""
     agreed = load_config(experiment)
-    _check_kind(agreed)
-    data = _data_overrides(agreed, kit, file.data)
+    check_kind(agreed)
+    data = _data_overrides(agreed, kit, file.name, file.data)
     return load_config(experiment, [*_overrides(file.settings, kit / FILE), *data])
 
 
@@ -72,7 +74,7 @@ def server_config(kit: Path, file: ServerFile, experiment: Path) -> Config:
     a round waits for enough of them, whoever drops out.
     """
     agreed = load_config(experiment)
-    _check_kind(agreed)
+    check_kind(agreed)
     check_quorum(agreed, file.min_sites, "the server's min_sites")
     data = [] if file.data.none else _test_overrides(agreed, kit, file.data)
     return load_config(experiment, [*_overrides(file.settings, kit / FILE), *data])
@@ -83,7 +85,8 @@ def check_quorum(config: Config, min_sites: int, what: str) -> None:
     check_enough(make_aggregation(**config.aggregation), min_sites, f"{what} is {min_sites}")
 
 
-def _check_kind(config: Config) -> None:
+def check_kind(config: Config) -> None:
+    """Raise `UserError` for an experiment that several machines cannot run."""
     if config.topology != "federated":
         raise UserError(
             f"topology {config.topology} has nobody to federate with: several machines run "
@@ -94,28 +97,41 @@ def _check_kind(config: Config) -> None:
             raise UserError(f"strategy.{key} works in one process only: leave it off over sites")
 
 
-def _data_overrides(config: Config, kit: Path, data: SiteData) -> list[str]:
-    if data.file is not None:
-        if config.data["name"] != "conversations":
-            raise UserError(
-                f"data.file holds conversations, and the experiment's data is "
-                f"{config.data['name']}: give data.root, or an experiment with data conversations"
-            )
-        if config.scenario["name"] != "aligned":
-            raise UserError(
-                f"scenario {config.scenario['name']} cannot be drawn over a file of one's own: "
-                "choose scenario aligned, which trains on data as it is held"
-            )
-        where = kit / data.file
+def check_own(config: Config) -> None:
+    """Raise `UserError` for an experiment that cannot train on files of the sites' own."""
+    if config.data["name"] not in OWN:
+        raise UserError(
+            f"data.file holds data of one's own, and the experiment's data is "
+            f"{config.data['name']}: give data.root, or an experiment with data {' or '.join(OWN)}"
+        )
+    if config.scenario["name"] != "aligned":
+        raise UserError(
+            f"scenario {config.scenario['name']} cannot be drawn over a file of one's own: "
+            "choose scenario aligned, which trains on data as it is held"
+        )
+
+
+def _data_overrides(config: Config, kit: Path, name: str, data: SiteData) -> list[str]:
+    if data.file is None:
+        return _root(config, kit, data.root)
+    check_own(config)
+    where = kit / data.file
+    if config.data["name"] == "conversations":
         return [_set("data.root", str(where.parent)), _set("data.parties", where.name), _NO_TEST]
-    return _root(config, kit, data.root)
+    return [_set("data.root", str(where)), _set("data.parties", f"{ONE}{name}"), _NO_TEST]
 
 
 def _test_overrides(config: Config, kit: Path, data: ServerData) -> list[str]:
-    if data.file is not None:
-        where = kit / data.file
-        return [_set("data.root", str(where.parent)), _set("data.test", where.name), _NO_PARTIES]
-    return _root(config, kit, data.root)
+    if data.file is None:
+        return _root(config, kit, data.root)
+    where, which = kit / data.file, config.data["name"]
+    if which not in _NO_TRAINING:
+        raise UserError(
+            f"the server's data.file is a test file of {' or '.join(_NO_TRAINING)}, and the "
+            f"experiment's data is {which}: give data.root, or none: true"
+        )
+    test = _set("data.test", where.name)
+    return [_set("data.root", str(where.parent)), test, _NO_TRAINING[which]]
 
 
 def _root(config: Config, kit: Path, root: str | None) -> list[str]:
@@ -126,7 +142,8 @@ def _root(config: Config, kit: Path, root: str | None) -> list[str]:
     return [_set("data.root", str(kit / root))]
 
 
-_NO_TEST, _NO_PARTIES = "data.test=none", "data.parties=none"
+_NO_TEST = "data.test=none"
+_NO_TRAINING = {"conversations": "data.parties=none", "table": "data.files=none"}
 
 
 def _overrides(settings: Mapping[str, Any], source: Path) -> list[str]:

@@ -27,9 +27,9 @@ class _Section(BaseModel):
 
 
 class SiteData(_Section):
-    """Where a site's data lies: `file`, its own conversations, or `root`, a data set of which its
-    manifest gives it a part; neither for a data set that is drawn. manifest: a file whose hash
-    the split must have."""
+    """Where a site's data lies: `file`, its own and nobody else's (conversations, a table, the
+    folder of a saved data set), or `root`, a data set of which the split gives it a part; neither
+    for a data set that is drawn. manifest: a file whose hash the split must have."""
 
     file: str | None = None
     root: str | None = None
@@ -59,8 +59,8 @@ class SiteFile(_Section):
 
 
 class ServerData(_Section):
-    """The server's own test data, as a site's: `file` for conversations, `root` for a data set.
-    none: it has none."""
+    """The server's own test data: `file` (conversations, a table), or `root`, a data set. none: it
+    has none."""
 
     file: str | None = None
     root: str | None = None
@@ -81,6 +81,10 @@ class ServerFile(_Section):
     data: ServerData = ServerData()
     settings: dict[str, Any] = Field(default_factory=dict)
 
+    def patience(self, task: str) -> float:
+        """Seconds that an answer to a task is waited for."""
+        return self.hello_deadline if task == "hello" else self.deadline
+
 
 def load_site(kit: Path) -> SiteFile:
     """A site's file. Raises `UserError` that lists its problems."""
@@ -90,6 +94,11 @@ def load_site(kit: Path) -> SiteFile:
         raise UserError(f"{kit / FILE}: name: {problem}")
     if found.data.file is not None and found.data.root is not None:
         raise UserError(f"{kit / FILE}: data: give file or root, not both")
+    if found.data.file is not None and found.data.manifest is not None:
+        raise UserError(
+            f"{kit / FILE}: data: a manifest is of a data set that all split (root): a file of "
+            "one's own has none"
+        )
     return found
 
 

@@ -65,7 +65,7 @@ class Site:
         torch.set_num_threads(self.config.threads)
         dataset = load_dataset(**self.config.data)
         held = make_manifest(self.config, dataset)
-        self.manifest_sha256 = self._checked(held)
+        self.manifest_sha256 = self._checked(held, dataset)
         train, self.held_out = self._own(held, dataset)
         self.session = session_of(self.config, load_model(self.config), dataset, kit)
         own = Federation(EVERYONE, {self.name: train}, self.config.training.rounds)
@@ -167,10 +167,8 @@ class Site:
             )
         return float(given)
 
-    def _checked(self, held: manifests.Manifest) -> str | None:
-        """The hash of the split; None for a file of one's own, which no other site can know."""
-        if self.file.data.file is not None:
-            return None
+    def _checked(self, held: manifests.Manifest, dataset: Dataset) -> str | None:
+        """The hash of the split; None where nobody else has this data, and can know it."""
         if self.file.data.manifest is not None:
             given = manifests.load(self.kit / self.file.data.manifest)
             if given.sha256 != held.sha256:
@@ -180,14 +178,15 @@ class Site:
                     f"the manifest of {self.name} ({given.sha256[:12]}) is not of the data there "
                     f"({held.sha256[:12]}): restore the data, or the manifest"
                 )
-        return held.sha256
+        return None if set(dataset.parties) == {self.name} else held.sha256
 
     def _own(self, held: manifests.Manifest, dataset: Dataset) -> tuple[list[Any], list[Any]]:
         train, out = own_samples(self.config, dataset, held)
         if self.name not in train:
             raise RefusedError(
                 f"the data at {self.name} is another party's: a site bears its party's name, and "
-                "so does its file (NAME.json)"
+                "so does its file (NAME.json); a table or saved data set of its own stands in "
+                "data.file"
             )
         if not train[self.name]:
             raise RefusedError(f"{self.name} has no samples to train on: at least 1 is needed")

@@ -27,16 +27,18 @@ import yaml
 
 from fedmllm.config import Config
 from fedmllm.errors import UserError
-from fedmllm.sites.agreed import check_quorum
-from fedmllm.sites.flare.packages import requirements
+from fedmllm.sites.agreed import check_kind, check_own, check_quorum
+from fedmllm.sites.flare.packages import requirements, wheel
 from fedmllm.sites.settings import FILE
 
 PROJECT, SERVER, ADMIN = "fedmllm", "server", "admin"
+_TAKEN = (SERVER, ADMIN, "test")  # the last is the test set's
 USER = "admin@fedmllm.local"
 KITS, AUTHORITY = "kits", "authority"
 SITE_NAME = re.compile(r"^[A-Za-z0-9_-]{1,60}$")
 _HOST = re.compile(r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")
 CLASSES = ["fedmllm.sites.flare"]
+_OWN_ENDING = {"conversations": ".json", "table": ".csv", "hf-datasets": ""}
 # who may do what at a site or at the server; a right that is not named is denied
 _RIGHTS = {
     "submit_job": "any",
@@ -84,41 +86,63 @@ def check_plan(plan: Plan, out: Path) -> None:
     """Raise `UserError` for wrong names and if `out` exists."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists: choose another folder with --out")
-    odd = [site for site in plan.sites if not SITE_NAME.match(site) or site in (SERVER, ADMIN)]
+    odd = [site for site in plan.sites if not SITE_NAME.match(site) or site in _TAKEN]
     if odd:
         raise UserError(
             f"a site cannot be called {odd[0]!r}: letters, digits, - and _ only, at most 60, and "
-            f"neither {SERVER} nor {ADMIN}"
+            f"none of {', '.join(_TAKEN)}"
         )
     if len(set(plan.sites)) < len(plan.sites) or not plan.sites:
         raise UserError("sites need different names, and there must be one at least")
     if not _HOST.match(plan.host):
         raise UserError(f"server {plan.host!r} is not a host name, e.g. fed.example.org")
+    if plan.host.casefold() in {site.casefold() for site in plan.sites}:
+        raise UserError(
+            f"a site cannot be called {plan.host!r}, the server's host name: give the site another "
+            "name"
+        )
     if not 1 <= plan.min_sites <= len(plan.sites):
         raise UserError(f"min-sites is {plan.min_sites}: 1 to {len(plan.sites)}")
+    check_kind(plan.config)
     check_quorum(plan.config, plan.min_sites, "min-sites")
+    if own_files(plan.config):
+        check_own(plan.config)
 
 
 def _provision(plan: Plan, draft: Path) -> None:
     file = draft / "project.yml"
     file.write_text(yaml.safe_dump(_project(plan), sort_keys=False))
+    made = provision(file, draft)
+    (draft / KITS).mkdir()
+    for folder in sorted(made.iterdir()):
+        folder.rename(draft / KITS / kit_name(folder.name, file))
+    (draft / PROJECT / "state").rename(draft / AUTHORITY)
+    (draft / AUTHORITY).chmod(0o700)
+    shutil.rmtree(draft / PROJECT)
+
+
+def provision(project: Path, workspace: Path) -> Path:
+    """Have NVFlare make its kits of a project file; returns the folder with one a participant.
+    Raises `UserError` with its words if it does not."""
+    command = [sys.executable, "-m", "nvflare.lighter.provision"]
     done = subprocess.run(
-        [sys.executable, "-m", "nvflare.lighter.provision", "-p", str(file), "-w", str(draft)],
+        [*command, "-p", str(project), "-w", str(workspace), "--force"],
         capture_output=True,
         text=True,
         timeout=300,
         stdin=subprocess.DEVNULL,
     )
-    made = draft / PROJECT / "prod_00"
+    made = workspace / PROJECT / "prod_00"
     if done.returncode or not made.is_dir():
         raise UserError(f"provisioning failed: {(done.stdout + done.stderr).strip()[-500:]}")
-    (draft / KITS).mkdir()
-    names = {plan.host: SERVER, USER: ADMIN}
-    for folder in sorted(made.iterdir()):
-        folder.rename(draft / KITS / names.get(folder.name, folder.name))
-    (draft / PROJECT / "state").rename(draft / AUTHORITY)
-    (draft / AUTHORITY).chmod(0o700)
-    shutil.rmtree(draft / PROJECT)
+    return made
+
+
+def kit_name(participant: str, project: Path) -> str:
+    """What the kit of a participant of a project file is called."""
+    found = yaml.safe_load(project.read_text())["participants"]
+    (server,) = [each["name"] for each in found if each["type"] == "server"]
+    return {server: SERVER, USER: ADMIN}.get(participant, participant)
 
 
 def _project(plan: Plan) -> dict[str, Any]:
@@ -159,12 +183,17 @@ def server_facts(plan: Plan) -> dict[str, Any]:
 
 def site_facts(plan: Plan, site: str) -> dict[str, Any]:
     """A site's settings, to begin with."""
-    data: dict[str, Any] = {}
-    if plan.config.data["name"] == "conversations":
-        data = {"file": f"data/{site}.json"}
-    elif _needs_root(plan.config):
-        data = {"root": "data"}
+    data: dict[str, Any] = {"root": "data"} if _needs_root(plan.config) else {}
+    if own_files(plan.config):
+        data = {"file": f"data/{site}{_OWN_ENDING[plan.config.data['name']]}"}
     return {"name": site, "data": data, "reveal": {"samples": True, "metrics": True}}
+
+
+def own_files(config: Config) -> bool:
+    """Whether each site holds a file of its own, and no split is drawn."""
+    name = config.data["name"]
+    pool = name in ("table", "hf-datasets") and config.data["parties"] == "none"
+    return name in _OWN_ENDING and not pool
 
 
 def _needs_root(config: Config) -> bool:
@@ -181,7 +210,7 @@ def _fill(kit: Path, plan: Plan, facts: Mapping[str, Any], *, site: bool) -> Non
     _write(local / "privacy.json", _privacy(site))
     _write(local / "resources.json", _resources(local / "resources.json.default", site))
     (kit / "data").mkdir()
-    (kit / "requirements.txt").write_text(requirements())
+    (kit / "requirements.txt").write_text(requirements(plan.config))
     _pages(kit, plan, facts, site)
 
 
@@ -319,8 +348,24 @@ def _pages(kit: Path, plan: Plan, facts: Mapping[str, Any], site: bool) -> None:
         (kit / "systemd" / "fedmllm-supervisor.service").write_text(unit)
 
 
+_WEIGHTS = {
+    True: "The server loads it:\n   it draws the first adapter from it, and tests where it "
+    "has test data.",
+    False: "The server reads\n   the weights for their SHA-256 alone: without test data it builds "
+    "the model's shapes only.",
+}
+
+
+def _loads_base(config: Config, facts: Mapping[str, Any]) -> bool:
+    """Whether the server loads the base's weights (`serving.py`)."""
+    own = [config.trained.get(key) for key in ("connector", "embeddings")]
+    return not facts.get("data", {}).get("none") or "full" in own
+
+
 def _page(which: str, plan: Plan, facts: Mapping[str, Any]) -> str:
     return _template(f"{which}.md").format(
+        install=_template("install.md").format(wheel=wheel()).strip(),
+        weights=_WEIGHTS[_loads_base(plan.config, facts)],
         name=facts.get("name", which),
         host=plan.host,
         port=plan.port,

@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.config import Config
-from fedmllm.data import DATASETS
 from fedmllm.errors import UserError
 from fedmllm.sites import settings
-from fedmllm.sites.flare.kits import ADMIN, KITS, SERVER
-from fedmllm.sites.flare.supervise import STATUS_FILE, Nodes, Supervisor
+from fedmllm.sites.flare.kits import ADMIN, KITS, SERVER, own_files
+from fedmllm.sites.flare.supervise import (
+    STATUS_FILE,
+    Nodes,
+    Supervisor,
+    end_kit,
+    kit_processes,
+)
 
 PID_FILE, LOG_FILE = "supervisor.json", "supervisor.log"
 
@@ -37,7 +42,7 @@ def site_names(config: Config, asked: str) -> list[str]:
 
     asked: a number, or names. Raises `UserError` where parties and sites do not fit.
     """
-    ready = DATASETS[config.data["name"]].ready
+    ready = own_files(config)
     names = [name.strip() for name in asked.split(",") if name.strip()]
     if len(names) == 1 and names[0].isdecimal():
         count = int(names[0])
@@ -89,55 +94,85 @@ def running(folder: Path) -> int | None:
 
 
 def stop(folder: Path, *, seconds: float = 30.0) -> bool:
-    """End supervisor, server and sites; False if none ran."""
-    process = running(folder)
-    if process is None:
-        return False
-    os.kill(process, signal.SIGTERM)
-    until = time.monotonic() + seconds
-    while running(folder) is not None and time.monotonic() < until:
-        time.sleep(0.1)
-    if running(folder) is not None:
-        raise UserError(f"process {process} does not end: kill it by hand")
-    return True
+    """End supervisor, server and sites, also those whose supervisor was killed; False if none
+    ran. Raises `UserError` if the supervisor does not end."""
+    kits, process = _kits(folder), running(folder)
+    if process is not None:
+        os.kill(process, signal.SIGTERM)
+        until = time.monotonic() + seconds
+        while running(folder) is not None and time.monotonic() < until:
+            time.sleep(0.1)
+        if running(folder) is not None:
+            raise UserError(f"process {process} does not end: kill it by hand")
+    left = [end_kit(kit) for kit in kits]
+    return process is not None or any(left)
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """What runs, and the status of each run."""
-    kits = _kits(folder)
-    server = folder / KITS / SERVER
-    runs = server / settings.load_server(server).runs
+    """What runs, and the status of each run; of a federation's folder, or of one kit. processes: of
+    each kit, by their ids."""
+    alone = (folder / settings.FILE).is_file()
+    kits = [folder.resolve()] if alone else _kits(folder)
+    processes = {_shown(kit): kit_processes(kit) for kit in kits}
+    runs: dict[str, Any] = {}
+    for kit in filter(_is_server, kits):
+        files = sorted((kit / settings.load_server(kit).runs).glob(f"*/{STATUS_FILE}"))
+        runs |= {file.parent.name: _read(file) for file in files}
     return {
-        "running": running(folder) is not None,
-        "runs": {p.parent.name: _read(p) for p in sorted(runs.glob(f"*/{STATUS_FILE}"))},
+        "running": any(processes.values()) if alone else running(folder) is not None,
+        "processes": processes,
+        "runs": runs,
         "sites": {
-            kit.name: _read(kit / settings.load_site(kit).state / STATUS_FILE)
+            _shown(kit): _read(kit / settings.load_site(kit).state / STATUS_FILE)
             for kit in kits
-            if kit.name != SERVER
+            if not _is_server(kit)
         },
     }
 
 
+def _is_server(kit: Path) -> bool:
+    return (kit / "startup" / "fed_server.json").is_file()
+
+
+def _shown(kit: Path) -> str:
+    """What a kit is called, wherever it lies."""
+    return SERVER if _is_server(kit) else settings.load_site(kit).name
+
+
 def status_lines(found: Mapping[str, Any]) -> Iterator[str]:
     """A status for people."""
+    alone = [kit for kit, processes in found["processes"].items() if processes]
     yield "running" if found["running"] else "not running"
+    if alone and not found["running"]:
+        yield (
+            f"without a supervisor: {', '.join(alone)} go on, and nobody sees to them: end them "
+            "with fedmllm deploy stop, or go on with fedmllm deploy resume"
+        )
     for name, run in found["runs"].items():
-        done = f"{run.get('rounds_done', 0)} of {run.get('rounds', '?')} rounds done"
-        at = f", in round {run['round']}" if "round" in run else ""
-        yield f"{name}: {run.get('doing')} ({done}{at})"
-        for key in ("waiting", "delivered", "present"):
-            if run.get(key):
-                yield f"  {key}: {', '.join(run[key])}"
-        for key in ("away", "failed", "refused"):
-            for site, why in run.get(key, {}).items():
-                yield f"  {key}: {site}: {why}"
-        if run.get("doing", "").startswith("waiting"):
-            yield f"  a round needs {run.get('min_sites')} sites"
-        if run.get("error"):
-            yield f"  error: {run['error']}"
+        yield from _run_lines(name, run, now=found["running"] or SERVER in alone)
     for name, site in found["sites"].items():
         error = f" ({site['error']})" if site.get("error") else ""
-        yield f"{name}: {site.get('doing', 'has not run')}{error}"
+        now = found["running"] or name in alone or not site.get("doing")
+        yield f"{name}: {'' if now else 'ended; last: '}{site.get('doing', 'has not run')}{error}"
+
+
+def _run_lines(name: str, run: Mapping[str, Any], *, now: bool) -> Iterator[str]:
+    """now: whether somebody is there to write the status anew."""
+    doing = str(run.get("doing"))
+    done = f"{run.get('rounds_done', 0)} of {run.get('rounds', '?')} rounds done"
+    at = f", in round {run['round']}" if "round" in run else ""
+    past = "" if now or doing in ("done", "stopped") else "ended; last: "
+    yield f"{name}: {past}{doing} ({done}{at})"
+    for key in ("waiting", "delivered", "present"):
+        if run.get(key):
+            yield f"  {key}: {', '.join(run[key])}"
+    for key in ("away", "failed", "refused"):
+        for site, why in run.get(key, {}).items():
+            yield f"  {key}: {site}: {why}"
+    if doing.startswith("waiting"):
+        yield f"  a round needs {run.get('min_sites')} sites"
+    if run.get("error"):
+        yield f"  error: {run['error']}"
 
 
 def _read(file: Path) -> dict[str, Any]:

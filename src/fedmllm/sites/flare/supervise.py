@@ -31,6 +31,7 @@ _START = 180.0  # seconds that a job may take until its server process says some
 _PATIENCE = 20.0  # seconds to wait for all sites where enough are there
 _MOST_FAILURES = 3  # jobs in a row that ended without a round
 _OVER = "FINISHED"
+_MODULES = (b"nvflare.", b"fedmllm.")  # what a kit's processes run (python -m)
 
 
 class Nodes:
@@ -49,7 +50,7 @@ class Nodes:
             if process is not None and process.poll() is None:
                 continue
             if process is not None:
-                _end_all(kit)  # its jobs
+                end_kit(kit)  # its jobs
                 del self.processes[kit]
                 self.again[kit] = time.monotonic() + 2.0
             if time.monotonic() >= self.again.get(kit, 0.0):
@@ -57,7 +58,7 @@ class Nodes:
 
     def _start(self, kit: Path) -> subprocess.Popen[bytes]:
         command = node_command(kit)
-        _end_all(kit)
+        end_kit(kit)
         prepare_node(kit)
         with (kit / "node.log").open("ab") as log:
             return subprocess.Popen(
@@ -74,18 +75,33 @@ class Nodes:
         """End all of them, with their jobs."""
         for kit, process in self.processes.items():
             process.kill()
-            _end_all(kit)
+            end_kit(kit)
             process.wait()
         self.processes.clear()
 
 
-def _end_all(kit: Path) -> None:
-    """End every process of a kit: the node, its jobs, which are sessions of their own, and their
-    trainers. Also those whose supervisor was killed: they hold the port and the name."""
+def kit_processes(kit: Path) -> list[int]:
+    """The processes of a kit, by their command lines: the node, its jobs, which are sessions of
+    their own, and their trainers. Also those whose supervisor was killed: they hold the port and
+    the name. A stranger that only names the folder is none."""
+    name, found = str(kit.resolve()).encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if str(kit).encode() in (folder / "cmdline").read_bytes().split(b"\0"):
-                os.kill(int(folder.name), signal.SIGKILL)
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if name in words and any(word.startswith(_MODULES) for word in words):
+                found.append(int(folder.name))
+    return sorted(set(found) - {os.getpid()})
+
+
+def end_kit(kit: Path) -> list[int]:
+    """End every process of a kit, at once; returns which."""
+    ended: set[int] = set()
+    while found := set(kit_processes(kit)) - ended:  # one may have started another
+        for process in found:
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        ended |= found
+    return sorted(ended)
 
 
 @dataclass

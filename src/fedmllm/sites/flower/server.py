@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,21 @@ def main(grid: Grid, context: Context) -> None:
     file = settings.load_server(kit)
     name = str(context.run_config["experiment"])
     sha256 = config_hash(load_config(kit / file.experiments / f"{name}.yaml"))
-    ttl = max(file.deadline, file.hello_deadline)
-    serve(kit, sha256, FlowerLink(grid, file.sites, sha256, ttl=ttl), job=str(context.run_id))
+    link = FlowerLink(grid, file.sites, sha256, lifetime=file.patience)
+    serve(kit, sha256, link, job=str(context.run_id))
 
 
 class FlowerLink:
-    """`central.Link` on a grid. ttl: seconds after which Flower drops a message.
+    """`central.Link` on a grid. lifetime: seconds after which Flower drops a message, by its task;
+    it says so then, and the site is asked again where it is needed.
 
     A node is asked which site it is; the first that says so in a run is that site until it leaves.
     """
 
-    def __init__(self, grid: Grid, sites: Sequence[str], sha256: str, *, ttl: float) -> None:
-        self.grid, self.sites, self.sha256, self.ttl = grid, set(sites), sha256, ttl
+    def __init__(
+        self, grid: Grid, sites: Sequence[str], sha256: str, *, lifetime: Callable[[str], float]
+    ) -> None:
+        self.grid, self.sites, self.sha256, self.lifetime = grid, set(sites), sha256, lifetime
         self.nodes: dict[str, int] = {}  # site -> node
         self.asked: dict[str, tuple[int, float]] = {}  # message -> node that is asked who it is
         self.looked = 0.0
@@ -104,7 +107,7 @@ class FlowerLink:
                     ),
                 }
             )
-            for key in self._push(content, self.nodes[site], ttl=self.ttl):
+            for key in self._push(content, self.nodes[site], ttl=self.lifetime(task)):
                 self.open[key] = (ticket, site)
                 self.later.remove(item)
 
