@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import ssl
@@ -14,35 +17,58 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from listening import listening
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("nvflare", reason='needs pip install "fedmllm[nvflare]"')
 
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.event_type import EventType
+from nvflare.apis.filter import ContentBlockedException
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.signal import Signal
+from nvflare.apis.utils.decomposers import flare_decomposers
 from nvflare.fuel.flare_api.api_spec import AuthorizationError
-from sites import SITES, SMALL
+from nvflare.fuel.utils import fobs
+from sites import SITES, SMALL, NearLink, write_kit
+from sites import make_kits as make_plain_kits
 
+from fedmllm import manifest
 from fedmllm.algorithms.base import Update
+from fedmllm.cli import main
 from fedmllm.config import config_hash, load_config, make_config
+from fedmllm.data import load_dataset
 from fedmllm.errors import UserError
-from fedmllm.experiment import run
+from fedmllm.experiment import make_manifest, run
+from fedmllm.export import export
+from fedmllm.models import model_path
 from fedmllm.sites import settings, wire
 from fedmllm.sites.flare import codec, kits, supervise
-from fedmllm.sites.flare.filters import clip
+from fedmllm.sites.flare.executor import SiteExecutor
+from fedmllm.sites.flare.filters import ReleaseFilter, clip
 from fedmllm.sites.flare.kits import Plan, add_experiment, make_kits, write_job
-from fedmllm.sites.flare.local import free_port, site_names, status, stop
+from fedmllm.sites.flare.local import free_port, site_names, status, status_lines, stop
 from fedmllm.sites.flare.node import node_command, prepare_node
 from fedmllm.sites.flare.supervise import Nodes, Supervisor
+from fedmllm.sites.serving import serve
+from fedmllm.sites.trainer import TrainerError
 
 TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+def shared_model(monkeypatch, mllm):
+    """Sites and server that are called in this process use one loaded base."""
+    monkeypatch.setattr("fedmllm.sites.site.load_model", lambda config: mllm)
+    monkeypatch.setattr("fedmllm.sites.serving.load_model", lambda config: mllm)
 
 
 class Here:
@@ -62,17 +88,34 @@ class Here:
         self.nodes = Nodes([self.kits[name] for name in nodes])
         self.said: list[str] = []
 
+    def add(self, config: Any) -> None:
+        """One more experiment."""
+        for name in ("server", *SITES):
+            add_experiment(self.kits[name], config)
+
     def set(self, kit: str, **facts: Any) -> None:
         """Change a kit's settings."""
         file = self.kits[kit] / "local" / "fedmllm.yml"
         file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **facts}))
 
+    def site(self, name: str) -> dict[str, Any]:
+        """A site's own status."""
+        found: dict[str, Any] = json.loads((self.kits[name] / "state/status.json").read_text())
+        return found
+
     def run(
-        self, name: str, *, meanwhile: Callable[[dict[str, Any]], None] = lambda status: None
+        self,
+        name: str,
+        *,
+        meanwhile: Callable[[dict[str, Any]], None] = lambda status: None,
+        put_away: bool = True,
     ) -> Path:
-        """See an experiment through; `meanwhile` is called with the status again and again."""
+        """See an experiment through; `meanwhile` is called with the status again and again.
+        put_away: also wait until NVFlare has put the job away."""
         server, until = self.kits["server"], time.monotonic() + 400
         boss = Supervisor(server, self.kits["admin"], name, say=self.said.append)
+        if not put_away:
+            boss.done = lambda: boss.status().get("doing") == "done"
 
         def tend() -> None:
             assert time.monotonic() < until, (self.said, boss.status())
@@ -133,19 +176,47 @@ def processes(kit: Path, word: str) -> list[int]:
     return found
 
 
-def test_three_sites_over_tls_give_the_weights_of_one_process(tmp_path, mllm, monkeypatch) -> None:
-    """And nothing but the adapter's differences, counts and metrics leaves a site."""
+# One federation for the tests of this group: processes, certificates and connections are made once.
+in_one = pytest.mark.xdist_group("tls")
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory) -> Iterator[Here]:
+    """Three sites and a server over mutual TLS, with a recorder behind each site's gate."""
     here = Path(settings.__file__).parents[2]  # nodes run elsewhere, where a relative path is none
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(here)]))
-    config = small("tiny")
-    result = run(config, out=tmp_path / "here", mllm=mllm)
-    with federation(tmp_path, config) as here:
-        record_what_leaves(here, "client-01")
-        folder = here.run("tiny")
-        assert same(folder, tmp_path / "here")
-        assert json.loads((folder / "result.json").read_text())["metrics"] == result["metrics"]
-        lines = (here.kits["client-01"] / "sent.jsonl").read_text().splitlines()
-        check_what_left([json.loads(line)["content"] for line in lines], weights(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(here)]))
+        with federation(tmp_path_factory.mktemp("tls"), small("tiny")) as here:
+            for site in SITES:
+                record_what_leaves(here, site)
+            yield here
+
+
+def sent(here: Here, site: str) -> list[dict[str, Any]]:
+    """What left a site so far: a task's name and its answer each."""
+    file = here.kits[site] / "sent.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@in_one
+def test_three_sites_over_tls_give_the_weights_of_one_process(tls, tmp_path, mllm) -> None:
+    """And nothing but the adapter's differences, counts and metrics leaves a site, where one
+    trainer serves the whole job."""
+    result = run(small("tiny"), out=tmp_path / "here", mllm=mllm)
+    trainers: dict[str, set[int]] = {}
+
+    def look(status: dict[str, Any]) -> None:
+        for site in SITES:
+            pids = processes(tls.kits[site], "fedmllm.sites.trainer")
+            trainers.setdefault(site, set()).update(pids)
+
+    before = len(sent(tls, "client-01"))
+    folder = tls.run("tiny", meanwhile=look, put_away=False)
+    assert same(folder, tmp_path / "here")
+    assert json.loads((folder / "result.json").read_text())["metrics"] == result["metrics"]
+    left = sent(tls, "client-01")[before:]
+    check_what_left([each["content"] for each in left], weights(folder))
+    assert [len(pids) for pids in trainers.values()] == [1, 1, 1]
 
 
 def check_what_left(messages: list[dict[str, Any]], adapter: dict[str, torch.Tensor]) -> None:
@@ -170,17 +241,113 @@ def check_what_left(messages: list[dict[str, Any]], adapter: dict[str, torch.Ten
         assert set(update["metrics"]) == {"loss"}
 
 
-@pytest.mark.slow
-def test_other_algorithms_over_tls(tmp_path, mllm) -> None:
-    configs = [small(name, algorithm={"name": name}) for name in ("fedadam", "scaffold")]
-    strategy = {"mu": 0.5, "weight": "profile", "prototypes": 0.5, "distillation": 0.5}
-    strategy |= {"aggregation": 2.0}
-    hybrid = {"name": "hybrid", "p": 0.5}
-    configs.append(small("strategies", strategy=strategy, scenario=hybrid, prompt="agnostic"))
-    with federation(tmp_path, *configs) as here:
-        for config in configs:
-            run(config, out=tmp_path / config.name, mllm=mllm)
-            assert same(here.run(config.name), tmp_path / config.name)
+STRATEGIES = {
+    "mu": 0.5,
+    "weight": "profile",
+    "aggregation": 2.0,
+    "prototypes": 0.5,
+    "distillation": 0.5,
+    "recombine": 1.0,
+    "resample": 1.0,
+}
+
+
+@in_one
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"algorithm": {"name": "scaffold"}},
+        {
+            "algorithm": {"name": "fedadam"},
+            "strategy": STRATEGIES,
+            "scenario": {"name": "hybrid", "p": 0.5},
+            "prompt": "agnostic",
+        },
+    ],
+    ids=["scaffold", "strategies"],
+)
+def test_other_algorithms_over_tls(tls, tmp_path, mllm, change) -> None:
+    """Also what the sites' own held-out samples give, and what of all that leaves a site."""
+    name = change["algorithm"]["name"]
+    config = small(name, evaluation={"held_out": 0.5}, **change)
+    run(config, out=tmp_path / "here", mllm=mllm)
+    tls.add(config)
+    before = len(sent(tls, "client-01"))
+    folder = tls.run(name, put_away=False)
+    assert same(folder, tmp_path / "here")
+    found, result = (
+        json.loads((path / "result.json").read_text()) for path in (folder, tmp_path / "here")
+    )
+    assert found["metrics"] == result["metrics"]
+    assert found["held_out"] == result["held_out"]
+    assert set(found["held_out"]["per_client"]) == set(SITES)
+    left = sent(tls, "client-01")[before:]
+    assert [each["task"] for each in left] == ["hello", "train", "train", "evaluate"]
+    fields = {key.split("|")[0] for each in left for key in each["content"]["DXO"]["data"]}
+    assert fields == {"delta", "extra"}
+    facts = [json.loads(each["content"]["DXO"]["meta"]["fedmllm"]) for each in left]
+    assert set(facts[-1]) == {"metrics"}
+    assert set(facts[-1]["metrics"]) == set(result["held_out"]["per_client"]["client-01"])
+    assert ("profile" in facts[0]) == ("strategy" in change)
+
+
+@pytest.fixture
+def wrong_sites(tls, tmp_path) -> Iterator[dict[str, str]]:
+    """Each site wrong in another way; why, as the server must read it."""
+    whole = small("whole")
+    data = load_dataset(**whole.data)
+    export(make_manifest(whole, data), data, tmp_path / "all")
+    files = {site: tls.kits[site] / "local" / "fedmllm.yml" for site in ("server", *SITES)}
+    kept = {file: file.read_text() for file in files.values()}
+    altered = tmp_path / "altered"
+    shutil.copytree(model_path("embedded"), altered)
+    tensors = load_file(altered / "model.safetensors")
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, altered / "model.safetensors", metadata={"format": "pt"})
+    tls.set("server", data={"none": True}, min_sites=1)
+    tls.set(SITES[0], data={"root": str(tmp_path / "all")}, settings={"model.path": str(altered)})
+    (tls.kits[SITES[1]] / "data" / f"{SITES[1]}.json").write_text("[]")
+    tls.set(SITES[1], data={"file": f"data/{SITES[1]}.json"})
+    other = small("other", seed=3)
+    wrong = make_manifest(other, load_dataset(**other.data))
+    manifest.save(wrong, tls.kits[SITES[2]] / "data" / "wrong.json")
+    tls.set(SITES[2], data={"root": str(tmp_path / "all"), "manifest": "data/wrong.json"})
+    yield {
+        SITES[0]: "base model: the server has ",
+        SITES[1]: "cannot take part: the reason stands in the site's log",
+        SITES[2]: f"the manifest of {SITES[2]} ({wrong.sha256[:12]}) is not of the data there",
+    }
+    for file, text in kept.items():
+        file.write_text(text)
+
+
+@in_one
+def test_wrong_sites_are_told_why_over_tls_before_any_training(tls, tmp_path, wrong_sites) -> None:
+    """Altered weights, an empty file, a manifest of other data: the server's status file and the
+    site's own say why in the same words, also after the job, and nobody has trained."""
+    task = load_dataset(**small("whole").data).task
+    own = {"name": "conversations", "root": str(tmp_path / "all"), "metric": "auc"}
+    own |= {"task": "choice", "classes": list(task.classes), "question": task.question}
+    base = {"name": "base", "path": str(model_path("embedded"))}
+    raw = {**copy.deepcopy(SMALL), "data": own, "model": base}
+    tls.add(make_config({"name": "wrong", **raw}))
+    before = {site: len(sent(tls, site)) for site in SITES}
+    with pytest.raises(UserError, match="3 of 3 sites were refused, and a round needs 1"):
+        tls.run("wrong")
+    folder = tls.kits["server"] / "runs" / "wrong"
+    told = json.loads((folder / "status.json").read_text())
+    assert told["doing"] == "stopped"
+    until(lambda: all(tls.site(site)["doing"] == "no job" for site in SITES), every=0.2)
+    for site, words in wrong_sites.items():
+        here = tls.site(site)
+        assert words in here["error"]
+        assert f"  {site}: {here['error']}" in told["error"].splitlines()
+        assert {each["task"] for each in sent(tls, site)[before[site] :]} <= {"hello", "refused"}
+    assert "the list is empty" in tls.site(SITES[1])["detail"]
+    assert "the list is empty" not in json.dumps(told)
+    assert not list(folder.glob("metrics*"))
+    assert "rounds_done" not in told
 
 
 KILLED = {
@@ -192,32 +359,195 @@ KILLED = {
 }
 
 
+def send(pids: list[int], what: signal.Signals) -> None:
+    """A signal to processes, those that have ended left out."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, what)
+
+
+def held_in_training(kit: Path) -> list[int]:
+    """A site's trainer, made to stand still within a round: it has the request and has written no
+    answer. Empty where it has nothing to do."""
+    scratch = kit / "state"
+    if not list(scratch.glob("scratch-*/*-in.safetensors")):
+        return []
+    pids = processes(kit, "fedmllm.sites.trainer")
+    send(pids, signal.SIGSTOP)
+    at_work = list(scratch.glob("scratch-*/*-in.safetensors"))
+    if at_work and not list(scratch.glob("scratch-*/*-out.safetensors")):
+        return pids
+    send(pids, signal.SIGCONT)
+    return []
+
+
+def hold(kit: Path, status: dict[str, Any], held: list[int]) -> bool:
+    """Hold a site's trainer in training, in round 2, once."""
+    if held or status.get("rounds_done", 0) != 1:
+        return False
+    until(lambda: held.extend(held_in_training(kit)) or held)
+    assert json.loads((kit / "state" / "status.json").read_text())["doing"] == "train"
+    return True
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("who", KILLED)
-def test_a_real_kill_in_round_2_changes_no_bit(tmp_path, mllm, who: str) -> None:
-    """All three are needed for a round: it waits, goes on from what is sure, and ends the same."""
+def test_a_real_kill_in_training_changes_no_bit(tmp_path, mllm, who: str) -> None:
+    """All three are needed for a round: it waits, goes on from what is sure, and ends the same.
+    The kill comes while a site trains in round 2. Its job goes on where only a trainer died."""
     config = small("kill", training={"rounds": 4}, algorithm={"name": "scaffold"})
     run(config, out=tmp_path / "here", mllm=mllm)
     kit, word = KILLED[who]
-    killed = []
+    held: list[int] = []
 
     with federation(tmp_path, config) as here:
 
         def kill(status: dict[str, Any]) -> None:
-            if killed or status.get("rounds_done") != 1 or status.get("doing") != "training":
+            if not hold(here.kits["client-01"], status, held):
                 return
-            time.sleep(0.3)
-            found = processes(here.kits[kit], word) if word else []
-            if word and not found:
-                return
-            for process in found:
-                os.kill(process, signal.SIGKILL)
-            if not word:
+            if word:
+                found = processes(here.kits[kit], word)
+                assert found
+                send(found, signal.SIGKILL)
+            else:
                 os.killpg(here.nodes.processes[here.kits[kit].resolve()].pid, signal.SIGKILL)
-            killed.append(time.monotonic())
+            send(held, signal.SIGCONT)
+
+        try:
+            folder = here.run("kill", meanwhile=kill)
+        finally:
+            send(held, signal.SIGCONT)
+        assert held
+        check_undisturbed(folder, tmp_path / "here")
+        submitted = [line for line in here.said if line.startswith("submitted")]
+        assert len(submitted) == (1 if who == "trainer" else 2)
+
+
+def without_one_update(folder: Path, config: Any, site: str, round_: int) -> Path:
+    """The run folder of the same sites in this process, where one round's training fails once."""
+    made = make_plain_kits(folder, config.model_dump(mode="json"), server={"min_sites": 2})
+
+    def fail(name: str, task: str, message: wire.Message) -> wire.Message | Exception:
+        wrong = (name, task, message.facts.get("round")) == (site, "train", round_ - 1)
+        return RuntimeError("died") if wrong else message
+
+    serve(made["server"], config_hash(config), NearLink(made, folder, fail))
+    return made["server"] / "runs" / config.name
+
+
+@pytest.mark.slow
+def test_a_trainer_killed_where_two_are_enough_costs_its_round_only(tmp_path, shared_model) -> None:
+    """The round names it, the next has it again, and the bits are those of a run without that
+    update."""
+    config = small("kill", training={"rounds": 4}, algorithm={"name": "scaffold"})
+    near = without_one_update(tmp_path / "near", config, SITES[1], 2)
+    held: list[int] = []
+    with federation(tmp_path, config, min_sites=2) as here:
+
+        def kill(status: dict[str, Any]) -> None:
+            if hold(here.kits[SITES[1]], status, held):
+                send(held, signal.SIGKILL)
+
+        folder = here.run("kill", meanwhile=kill)
+        assert len([line for line in here.said if line.startswith("submitted")]) == 1
+    assert same(folder, near)
+    found, expected = (json.loads((p / "result.json").read_text()) for p in (folder, near))
+    assert found["metrics"] == expected["metrics"]
+    assert [line.get("missing") for line in found["history"]] == [None, [SITES[1]], None, None]
+    for ours, theirs in zip(found["history"], expected["history"], strict=True):
+        assert {key: ours[key] for key in EQUAL} == {key: theirs[key] for key in EQUAL}
+
+
+@pytest.mark.slow
+def test_a_site_killed_where_two_are_enough_comes_back_at_a_later_round(tmp_path) -> None:
+    """Its round closes without it and names it, nobody waits for it, and it is taken in again."""
+    config = small("kill", training={"rounds": 20})
+    held: list[int] = []
+    with federation(tmp_path, config, min_sites=2) as here:
+
+        def kill(status: dict[str, Any]) -> None:
+            if hold(here.kits[SITES[1]], status, held):
+                kill_all(here.kits[SITES[1]])
+
+        folder = here.run("kill", meanwhile=kill)
+        submitted = [line for line in here.said if line.startswith("submitted")]
+        assert len(submitted) == 2
+        assert SITES[1] in submitted[1]
+    history = json.loads((folder / "result.json").read_text())["history"]
+    assert [line["round"] for line in history] == list(range(1, 21))
+    assert [line["round"] for line in history if line.get("missing")] == [2]
+    assert history[1]["missing"] == [SITES[1]]
+    there = [SITES[1] in line["clients"] for line in history]
+    back = there.index(True, 1)
+    assert there == [True, *[False] * (back - 1), *[True] * (20 - back)]
+    assert all(line["clients"] in (list(SITES), [SITES[0], SITES[2]]) for line in history)
+
+
+@pytest.mark.slow
+def test_a_site_killed_between_rounds_changes_no_bit(tmp_path, mllm) -> None:
+    """It has delivered, the server has written its checkpoint, and the site has not asked for the
+    next round's work."""
+    config = small("kill", training={"rounds": 8}, algorithm={"name": "scaffold"})
+    run(config, out=tmp_path / "here", mllm=mllm)
+    killed: list[int] = []
+    with federation(tmp_path, config) as here:
+        kit = here.kits[SITES[1]]
+        rounds = here.kits["server"] / "runs" / "kill" / "state"
+
+        def last() -> list[Path]:
+            return sorted(rounds.glob("round-*"))
+
+        def kill(status: dict[str, Any]) -> None:
+            if killed or status.get("doing") != "training" or not status.get("rounds_done"):
+                return
+            before = last()
+            assert before
+            until(lambda: last() != before, every=0.002)
+            pids = processes(kit, "")
+            send(pids, signal.SIGSTOP)
+            idle = here.site(SITES[1])["doing"] == "waiting"
+            if idle and not list(kit.glob("state/scratch-*/*")):
+                kill_all(kit)
+                killed.append(len(last()))
+            send(pids, signal.SIGCONT)
 
         folder = here.run("kill", meanwhile=kill)
         assert killed
+        check_undisturbed(folder, tmp_path / "here")
+
+
+@pytest.mark.slow
+def test_two_thirds_of_the_sites_gone_and_back(tmp_path, mllm) -> None:
+    """The run waits and says for whom and how many it needs; with them it goes on to its end."""
+    config = small("kill", training={"rounds": 4}, algorithm={"name": "scaffold"})
+    run(config, out=tmp_path / "here", mllm=mllm)
+    held: list[int] = []
+    waited: list[float] = []
+    with federation(tmp_path, config, min_sites=2) as here:
+        everybody = list(here.nodes.kits)
+        lost = [here.kits[site] for site in SITES[1:]]
+
+        def kill(status: dict[str, Any]) -> None:
+            if hold(here.kits[SITES[1]], status, held):
+                here.nodes.kits = [kit for kit in everybody if kit.name not in SITES[1:]]
+                for kit in lost:
+                    kill_all(kit)
+            waits = str(status.get("doing")).startswith("waiting")
+            if not held or not waits or here.nodes.kits is everybody:
+                return
+            if set(status.get("present", ())) - {SITES[0]}:
+                return  # one of the two is not missed yet
+            waited.append(time.monotonic())
+            assert (status["min_sites"], status["rounds_done"]) == (2, 1)
+            assert set(status["away"]) == set(SITES[1:])
+            said = list(status_lines({"running": True, "runs": {"kill": status}, "sites": {}}))
+            assert "  a round needs 2 sites" in said
+            assert any(line.startswith(f"  away: {SITES[2]}: ") for line in said)
+            if waited[-1] - waited[0] > 10:  # ten seconds on, nothing has moved
+                here.nodes.kits = everybody
+
+        folder = here.run("kill", meanwhile=kill)
+        assert waited[-1] - waited[0] > 10
         check_undisturbed(folder, tmp_path / "here")
 
 
@@ -472,6 +802,48 @@ def test_kits_have_safe_defaults(tmp_path) -> None:
         make_kits(Plan(small("tiny"), SITES), root)
 
 
+def unit_keys(file: Path) -> dict[str, str]:
+    """What a service unit sets; a key that is set twice would not do."""
+    lines = [line.split("=", 1) for line in file.read_text().splitlines() if "=" in line]
+    pairs = [(key, value) for key, value in lines if not key.startswith("#")]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def test_a_service_that_cannot_succeed_is_not_started_for_ever(tmp_path, monkeypatch) -> None:
+    """`deploy supervise` ends with 2 on what a person must mend, and its unit stops at that code; a
+    server that is away, or a crash, starts it anew."""
+    root = make_kits(Plan(small("tiny"), SITES), tmp_path / "federation")
+    units = {file.name: file for file in (root / "kits").glob("*/systemd/*.service")}
+    assert len(units) == 5
+    boss = unit_keys(units["fedmllm-supervisor.service"])
+    assert (boss["Restart"], boss["RestartPreventExitStatus"]) == ("on-failure", "2")
+    assert "fedmllm deploy supervise" in boss["ExecStart"]
+    node = unit_keys(units["fedmllm-server.service"])
+    assert (node["Restart"], "RestartPreventExitStatus" in node) == ("always", False)
+
+    def stopped(self: Supervisor) -> None:
+        raise UserError("tiny: 3 of 3 sites were refused")
+
+    monkeypatch.setattr(Supervisor, "run", stopped)
+    words = ["supervise", str(root / "kits/server"), "--admin", str(root / "kits/admin")]
+    monkeypatch.setattr(sys, "argv", ["fedmllm", "deploy", *words, "--experiment", "tiny"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert str(ended.value.code) == boss["RestartPreventExitStatus"]
+    if shutil.which("systemd-analyze"):
+        for name, file in units.items():
+            text = file.read_text().replace("@VENV@/bin/fedmllm", "/bin/true")
+            made = tmp_path / name
+            made.write_text(
+                re.sub("@[A-Z]+@", str(tmp_path), text).replace("=fedmllm\n", "=root\n")
+            )
+            done = subprocess.run(
+                ["systemd-analyze", "verify", "--man=no", str(made)], capture_output=True, text=True
+            )
+            assert str(made) not in done.stdout + done.stderr, done.stderr
+
+
 def test_wrong_kits_are_refused(tmp_path) -> None:
     for change, words in [
         ({"sites": ["a b"]}, "a site cannot be called 'a b'"),
@@ -532,6 +904,214 @@ def test_what_the_gate_blocks_never_leaves() -> None:
     assert codec.from_reply(DXO(DataKind.WEIGHTS, data={}).to_shareable())[0] is None
 
 
+class At(FLContext):
+    """A context of a kit, as far as our components ask."""
+
+    def __init__(self, kit: Path) -> None:
+        super().__init__()
+        self.kit = kit
+
+    def get_engine(self, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(
+            get_workspace=lambda: SimpleNamespace(get_root_dir=lambda: str(self.kit)),
+            fire_event=lambda *_: None,
+        )
+
+
+@pytest.mark.parametrize("reveal", [{}, {"samples": False}])
+def test_the_gate_reads_the_sites_own_settings_and_clips(tmp_path, reveal) -> None:
+    """What passes is the very message; what does not is an exception, with its reason."""
+    kit = write_kit(tmp_path, "k", {"name": "k", "reveal": reveal})
+    update = wire.pack_update(Update("k", 5, {"w": torch.full((4,), 2.0), "v": torch.zeros(3)}))
+    message = wire.Message(update.tensors, {"update": update.facts, "memory": False})
+    for clip_norm, left in [(0.0, 2.0), (1.0, 0.5), (9.0, 2.0)]:
+        gate, sent = ReleaseFilter(clip_norm), codec.answer(copy.deepcopy(message), "train")
+        if reveal:
+            with pytest.raises(ContentBlockedException, match="number of samples"):
+                gate.process(sent, At(kit))
+            continue
+        found = codec.to_message(gate.process(sent, At(kit)))
+        assert found.tensors["delta||w"].tolist() == [left] * 4
+        assert found.facts == message.facts
+    for clip_norm in (0.0, 1.0):  # what has no tensors: the handshake, scores
+        hello = codec.answer(wire.Message(facts={"problems": []}), "hello")
+        assert ReleaseFilter(clip_norm).process(hello, At(kit)) is hello
+    rows = codec.answer(wire.Message(facts={"rows": ["Mrs Miller"]}), "train")
+    foreign = DXO(DataKind.WEIGHTS, data={"w": torch.ones(2)}).to_shareable()
+    for wrong, words in [(rows, "not those of an answer"), (foreign, "not a message of fedmllm")]:
+        with pytest.raises(ContentBlockedException, match=words):
+            ReleaseFilter().process(wrong, At(kit))
+    failed = codec.failure("no", final=True)
+    assert ReleaseFilter(1.0).process(failed, At(kit)) is failed
+
+
+def test_half_precision_travels_as_it_is_in_two_bytes_a_number() -> None:
+    """NVFlare's own encoding of a message: the bits come back, and so do odd shapes."""
+    codec.prepare()
+    flare_decomposers.register()
+    draws = torch.Generator().manual_seed(0)
+    delta = {
+        "half": torch.randn(300, 1000, generator=draws).bfloat16(),
+        "small": torch.tensor([1e-40, -0.0, float(2**127)]).bfloat16(),
+        "none": torch.zeros(0, 4, dtype=torch.bfloat16),
+        "whole": torch.randn(7, generator=draws),
+    }
+    update = wire.pack_update(Update("k", 5, delta))
+    sent = codec.answer(wire.Message(update.tensors, {"update": update.facts}), "train")
+    blob = fobs.dumps(sent)
+    assert 2 * 300_000 < len(blob) < 2 * 300_000 + 4096
+    found = codec.to_message(fobs.loads(blob))
+    for name, value in delta.items():
+        back = found.tensors[f"delta||{name}"]
+        assert (back.dtype, back.shape) == (value.dtype, value.shape)
+        assert torch.equal(back.view(torch.uint8), value.view(torch.uint8))
+
+
+class StubTrainer:
+    """Answers in turn, or raises."""
+
+    def __init__(self, *answers: wire.Message | Exception) -> None:
+        self.answers = list(answers)
+
+    def ask(self, do: str, message: wire.Message, *, aborted: Callable[[], bool]) -> wire.Message:
+        found = self.answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def end(self) -> None:
+        pass
+
+
+def site_status(tmp_path: Path, tasks: dict[str, wire.Message | Exception], stop: bool = False):
+    """A site's status after some tasks, and after the end of the job."""
+    site, context, signal_ = SiteExecutor("0" * 64), At(tmp_path), Signal()
+    site.trainer, site.state = StubTrainer(*tasks.values()), tmp_path
+    signal_.trigger(True) if stop else None
+    for task in tasks:
+        facts = {"why": "the server's words"} if task == "refused" else {"round": 0}
+        message = codec.to_shareable(wire.Message(facts=facts))
+        site.execute(task, message, context, signal_)
+    file = tmp_path / "status.json"
+    before = json.loads(file.read_text())
+    site.handle_event(EventType.END_RUN, context)
+    after = json.loads(file.read_text())
+    return tuple({k: v for k, v in each.items() if k != "at"} for each in (before, after))
+
+
+def test_a_site_says_why_also_when_the_job_is_over(tmp_path) -> None:
+    empty = TrainerError("x.json: the list is empty", "cannot take part: see its log", final=True)
+    both = {"error": "the server's words", "detail": "x.json: the list is empty"}
+    found = site_status(tmp_path, {"hello": empty, "refused": wire.Message()})
+    assert found == ({"doing": "refused", **both}, {"doing": "no job", **both})
+    said = status_lines({"running": False, "runs": {}, "sites": {"k": found[1]}})
+    assert list(said)[-1] == "k: no job (the server's words; here: x.json: the list is empty)"
+    # what it found itself, where the server could not tell it before the job's end
+    problems = wire.Message(facts={"problems": ["base model: a", "tokenizer: b"]})
+    found = site_status(tmp_path, {"hello": problems})
+    assert found[1] == {"doing": "no job", "error": "base model: a; tokenizer: b"}
+    # the same words from both: once
+    same_words = wire.Message(facts={"problems": ["the server's words"]})
+    found = site_status(tmp_path, {"hello": same_words, "refused": wire.Message()})
+    assert found[1] == {"doing": "no job", "error": "the server's words"}
+    # what works again is no error any more, and a round that was called off is none
+    killed = TrainerError("was killed", "was killed")
+    found = site_status(tmp_path, {"train": killed, "evaluate": wire.Message()})
+    assert found == ({"doing": "waiting"}, {"doing": "no job"})
+    assert site_status(tmp_path, {"train": killed})[1] == {"doing": "no job", "error": "was killed"}
+    assert site_status(tmp_path, {"train": killed}, True)[0] == {"doing": "called off"}
+
+
+# -- the supervisor --------------------------------------------------------------------------------
+
+
+class StubSession:
+    """An administrator's session: who is connected, and jobs that run until they are aborted."""
+
+    def __init__(self) -> None:
+        self.there = list(SITES)
+        self.jobs: dict[str, str] = {}
+
+    def get_connected_client_list(self) -> list[Any]:
+        return [SimpleNamespace(name=name) for name in self.there]
+
+    def list_jobs(self) -> list[dict[str, str]]:
+        return []
+
+    def submit_job(self, folder: str) -> str:
+        name = f"job-{len(self.jobs) + 1}"
+        self.jobs[name] = "RUNNING"
+        return name
+
+    def get_job_status(self, job: str) -> str:
+        return self.jobs[job]
+
+    def abort_job(self, job: str) -> None:
+        self.jobs[job] = "FINISHED:ABORTED"
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def boss(tmp_path, monkeypatch) -> Supervisor:
+    """A supervisor of an experiment at a server that is not there; seconds are its own."""
+    raw = small("x").model_dump(mode="json")
+    kit = make_plain_kits(tmp_path, raw, server={"min_sites": 2})["server"]
+    found = Supervisor(kit, tmp_path / "admin", "x", say=lambda line: None)
+    found._session, found.lines = StubSession(), []
+    found.say = found.lines.append
+    clock = itertools.count(step=5.0)
+    monkeypatch.setattr(supervise.time, "monotonic", lambda: next(clock))
+    found.folder.mkdir(parents=True)
+    return found
+
+
+def tell(boss: Supervisor, doing: str, **facts: Any) -> None:
+    """What the server's process of the present job writes."""
+    told = {"doing": doing, "job": boss.job, "pid": os.getpid(), "rounds_done": 0, **facts}
+    (boss.folder / "status.json").write_text(json.dumps(told))
+
+
+def test_a_run_that_stopped_is_not_submitted_again(boss) -> None:
+    """Also where its process has ended and NVFlare has not put the job away yet."""
+    boss.step()
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    tell(boss, "stopped", error="3 of 3 sites were refused", pid=int(ended.stdout))
+    with pytest.raises(UserError, match="x: 3 of 3 sites were refused"):
+        boss.step()
+    assert list(boss._session.jobs.values()) == ["RUNNING"]
+    tell(boss, "training", pid=int(ended.stdout))
+    boss.step()
+    boss.step()
+    assert list(boss._session.jobs.values()) == ["FINISHED:ABORTED", "RUNNING"]
+
+
+def test_a_site_that_keeps_out_of_jobs_is_not_waited_for_again_and_again(boss) -> None:
+    """Connected and in no job, twice: it is left out, until it has been away, or takes part."""
+
+    def steps(present: list[str], rounds: int = 0, count: int = 4) -> int:
+        gone = [site for site in SITES if site not in present]
+        for i in range(count):
+            tell(boss, "training", present=present, gone=gone, rounds_done=rounds + i)
+            boss.step()
+        return len(boss._session.jobs)
+
+    boss.step()
+    others = list(SITES[:2])
+    assert steps(others, count=12) == 2  # once more for its sake, and that is all
+    assert [line.split()[0] for line in boss.lines if "its policy" in line] == [SITES[2]]
+    boss._session.there = others
+    assert steps(others) == 2
+    boss._session.there = list(SITES)
+    assert steps(others) == 3  # it was away: it may be another now
+    boss.step()
+    assert steps(list(SITES)) == 3
+    assert steps(others) == 4  # it was in the job, and is lost and connected: submitted as ever
+
+
 # -- commands --------------------------------------------------------------------------------------
 
 
@@ -584,12 +1164,15 @@ def wait_for(root: Path, met: Callable[[dict[str, Any]], bool]) -> None:
 # -- refusals --------------------------------------------------------------------------------------
 
 
+OUTSIDE = "nvflare.app_common.np.np_trainer.NPTrainer"  # an executor that works, and is not ours
+
+
 @pytest.mark.slow
 def test_strangers_are_refused(tmp_path) -> None:
-    """A site of another authority, one without a certificate; code in a job; a component that the
-    site's policy lacks."""
+    """A site of another authority, one without a certificate, one with another's; code in a job; a
+    component that the site's policy lacks."""
     config = small("tiny")
-    with federation(tmp_path, config, min_sites=1) as here:
+    with federation(tmp_path, config, min_sites=1) as here, ExitStack() as stack:
         stranger = tmp_path / "other"
         make_kits(Plan(config, SITES, port=here.port), stranger)
         here.nodes.kits = [here.kits["server"].resolve(), here.kits["client-00"].resolve()]
@@ -599,34 +1182,104 @@ def test_strangers_are_refused(tmp_path) -> None:
             (bare / "startup" / file).unlink()
         here.nodes.kits.append(bare.resolve())
         boss = Supervisor(here.kits["server"], here.kits["admin"], "tiny", say=here.said.append)
-        try:
-            until = time.monotonic() + 60
-            connected: set[str] = set()
-            while "client-00" not in connected and time.monotonic() < until:
-                here.nodes.tend()
-                time.sleep(1)
-                with suppress(Exception):
-                    connected = boss._connected()
-            time.sleep(10)
-            assert boss._connected() == {"client-00"}
-            check_tls(here.kits["client-01"], stranger / "kits" / "client-01", here.port)
-            for spoil, word in [(with_code, "byoc"), (with_other_component, "not authorized")]:
-                name = spoil.__name__
-                job = spoil(write_job(tmp_path / name, boss.sha256, name=name))
-                number = boss._admin().submit_job(str(job))
-                until, state = time.monotonic() + 90, ""
-                while not state.startswith("FINISHED") and time.monotonic() < until:
-                    time.sleep(1)
-                    state = str(boss._admin().get_job_status(number))
-                assert state.startswith("FINISHED")
-                assert state != "FINISHED:COMPLETED"
-                logs = "".join(
-                    (here.kits[k] / "node.log").read_text() for k in ("server", "client-00")
-                )
-                assert word in logs.lower()
-            assert not (here.kits["server"] / "runs" / "tiny" / "result.json").exists()
-        finally:
-            boss._close()  # its threads would keep this process from ending
+        stack.callback(boss._close)  # its threads would keep this process from ending
+
+        def connected() -> set[str]:
+            here.nodes.tend()
+            with suppress(Exception):
+                return boss._connected()
+            return set()
+
+        until(lambda: "client-00" in connected(), every=1.0)
+        log = here.kits["server"] / "node.log"
+        refused = "authenticated as 'client-00' but claimed endpoint 'client-01'"
+        assert refused not in log.read_text()
+        stack.enter_context(as_another(here, "client-00", "client-01", tmp_path))
+        until(lambda: refused in log.read_text(), every=1.0)
+        time.sleep(10)
+        assert boss._connected() == {"client-00"}
+        assert "New client client-00" in log.read_text()
+        assert "New client client-01" not in log.read_text()
+        check_tls(here.kits["client-01"], stranger / "kits" / "client-01", here.port)
+        check_jobs(here, boss, tmp_path)
+        assert not (here.kits["server"] / "runs" / "tiny" / "result.json").exists()
+
+
+@contextmanager
+def as_another(here: Here, who: str, name: str, folder: Path) -> Iterator[None]:
+    """A node with `who`'s key and certificate that says it is `name`."""
+    kit = shutil.copytree(here.kits[who], folder / "impostor" / who)
+    for left in ("pid.fl", "daemon_pid.fl"):
+        (kit / left).unlink(missing_ok=True)
+    command = [word.replace(f"uid={who}", f"uid={name}") for word in node_command(kit)]
+    assert f"uid={name}" in command
+    with (kit / "impostor.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=kit, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def check_jobs(here: Here, boss: Supervisor, folder: Path) -> None:
+    """Of three jobs with something of others in them the site runs only the one that its policy
+    was changed for."""
+    log = here.kits["client-00"] / "node.log"
+
+    def outcome(spoil: Callable[[Path], Path], name: str, met: str) -> str:
+        """What the site's log says of a job, once the job is over or `met` stands there."""
+        start = log.stat().st_size
+        job = spoil(write_job(folder / name, boss.sha256, name=name))
+        number = boss._admin().submit_job(str(job))
+
+        def new() -> str:
+            return log.read_bytes()[start:].decode()
+
+        def over() -> bool:
+            return str(boss._admin().get_job_status(number)).startswith("FINISHED")
+
+        until(lambda: over() or met in new(), seconds=120, every=1.0)
+        assert str(boss._admin().get_job_status(number)) != "FINISHED:COMPLETED"
+        found = new()
+        if not over():
+            boss._admin().abort_job(number)
+            until(over, every=1.0)
+        return found
+
+    runs = "invoking task executor NPTrainer"
+    server = here.kits["server"] / "node.log"
+    start = server.stat().st_size
+    outcome(with_code, "with-code", "evil")
+    assert "byoc" in server.read_bytes()[start:].decode().lower()
+    refused = outcome(with_other_component, "other", runs)
+    assert f"Component '{OUTSIDE}'" in refused
+    assert "is not in allow_list" in refused
+    assert runs not in refused
+    resources = here.kits["client-00"] / "local" / "resources.json"
+    kept = json.loads(resources.read_text())
+    allowed = {**kept, "class_allow_list": [*kept["class_allow_list"], OUTSIDE]}
+    resources.write_text(json.dumps(allowed))
+    assert runs in outcome(with_other_component, "allowed", runs)  # nothing else stood in its way
+
+
+@pytest.mark.slow
+def test_a_site_whose_policy_forbids_takes_no_part(tmp_path) -> None:
+    """The server's policy lets the administrator submit jobs, one site's does not: the others'
+    run goes on without it. For its sake the job is submitted once more, and not again and again."""
+    config = small("tiny", training={"rounds": 4})
+    with federation(tmp_path, config, min_sites=2) as here:
+        file = here.kits[SITES[2]] / "local" / "authorization.json"
+        policy = json.loads(file.read_text())
+        policy["permissions"]["project_admin"]["submit_job"] = "none"
+        file.write_text(json.dumps(policy))
+        folder = here.run("tiny")
+        history = json.loads((folder / "result.json").read_text())["history"]
+        assert [line["clients"] for line in history] == [list(SITES[:2])] * 4
+        assert not (here.kits[SITES[2]] / "state" / "status.json").exists()
+        submitted = [line for line in here.said if line.startswith("submitted")]
+        assert len(submitted) == 2
+        assert [line.split()[0] for line in here.said if "its policy" in line] == ["client-02"]
 
 
 def check_tls(kit: Path, stranger: Path, port: int) -> None:
@@ -667,7 +1320,7 @@ def with_code(job: Path) -> Path:
 def with_other_component(job: Path) -> Path:
     file = job / "app" / "config" / "config_fed_client.json"
     found = json.loads(file.read_text())
-    found["executors"][0]["executor"] = {"path": "subprocess.Popen", "args": {"args": ["true"]}}
+    found["executors"][0]["executor"] = {"path": OUTSIDE, "args": {}}
     file.write_text(json.dumps(found))
     return job
 

@@ -116,7 +116,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, shared_model) -> None:
     with pytest.raises(StopError):
         serve(kits["server"], hash_of(kits["server"]), NearLink(kits, tmp_path, stop))
     assert list(kits[SITES[2]].glob("state/*/memory-000003.safetensors"))
-    found = serve(kits["server"], hash_of(kits["server"]), NearLink(kits, tmp_path))
+    told: list[dict[str, Any]] = []
+
+    def look(site: str, task: str, message: Message) -> Message:
+        told.append(json.loads((kits["server"] / "runs" / "x" / "status.json").read_text()))
+        return message
+
+    found = serve(kits["server"], hash_of(kits["server"]), NearLink(kits, tmp_path, look))
+    assert (told[0]["doing"], told[0]["rounds_done"]) == ("waiting for sites", 2)
     assert found["time"]["resumed"]
     config = load_config(kits["server"] / "experiments" / "x.yaml")
     run(config, out=tmp_path / "here", mllm=shared_model)
@@ -338,7 +345,7 @@ class FakeLink:
         for item in self.queue:
             ticket, site, task, message, times = item
             answer = self.script(site, task, times)
-            if answer is None or task == "refused" or site in self.lost:
+            if answer is None or site in self.lost:
                 continue
             self.queue.remove(item)
             if isinstance(answer, str):
@@ -350,6 +357,8 @@ class FakeLink:
     def usual(self, site: str, task: str, message: Message) -> Message:
         if task == "hello":
             return Message(facts=FACTS)
+        if task == "refused":
+            return Message()
         number = int(site[-2:])
         delta = {"w": torch.full((2,), number + 1.0)}
         update = wire.pack_update(Update(site, number + 1, delta, metrics={"loss": float(number)}))
@@ -549,6 +558,68 @@ def test_sites_that_disagree_among_themselves() -> None:
         assert list(runner.ready(SITES)) == list(SITES[:2])
         with pytest.raises(UserError, match="1 of 3 sites were refused, and a round needs 3"):
             network(link, min_sites=3)[0].greet_all()
+
+
+@pytest.mark.parametrize(("fetches", "waited"), [(4.0, 4.0), (math.inf, 12.0), (None, 1.0)])
+def test_a_refused_site_has_time_to_hear_why_before_the_job_ends(fetches, waited) -> None:
+    """It fetches the reason after four seconds; never, then the job ends after ten; or its process
+    has ended. Another site that is wrong too, and answers after two, is judged and has ten, too."""
+
+    def script(site: str, task: str, times: int):
+        if task == "hello" and site != SITES[0]:
+            if site == SITES[2] and link.now < 2:
+                return None
+            return Message(facts={**FACTS, "base_sha256": site})
+        if task == "refused" and site == SITES[1] and fetches is None:
+            link.lost = {site}
+        return None if task == "refused" and link.now < (fetches or 0) else ...
+
+    link = FakeLink(script)
+    runner, told = network(link, min_sites=3)
+    with pytest.raises(UserError, match="were refused, and a round needs 3") as found:
+        runner.greet_all()
+    assert link.now == waited
+    assert "telling sites why they are refused" in {line["doing"] for line in told}
+    assert (f"{SITES[2]}: base model" in str(found.value)) == (fetches is not None)
+
+
+def test_a_site_that_gives_no_scores_in_the_end_is_named() -> None:
+    """One answers, one is late, one fails, and one that was away is not asked at all."""
+    holds = {**FACTS, "held_out": True}
+    scores = Message(facts={"metrics": {"accuracy": 0.5}})
+
+    def answer(site: str, what: Any):
+        def script(name: str, task: str, times: int):
+            if task == "hello":
+                return Message(facts=holds)
+            return (what if name == site else scores) if task == "evaluate" else ...
+
+        return script
+
+    for what, why in [
+        (None, "did not answer within 100 s"),
+        ("out of memory", "out of memory"),
+        (Message(facts={"metrics": {}}), "sent no scores"),
+        (Message(facts={"metrics": {"accuracy": "high"}}), "sent no scores"),
+    ]:
+        runner, _ = network(FakeLink(answer(SITES[1], what)))
+        runner.greet_all()
+        others = {SITES[0]: {"accuracy": 0.5}, SITES[2]: {"accuracy": 0.5}}
+        assert runner.evaluate(THETA) == (others, {SITES[1]: why})
+    link = FakeLink(answer("", None))
+    runner, _ = network(link)
+    runner.greet_all()
+    link.lost = {SITES[1]}
+    runner.ready(SITES)
+    found, missing = runner.evaluate(THETA)
+    assert (list(found), missing) == ([SITES[0], SITES[2]], {SITES[1]: "its process has ended"})
+    assert ("client-01", "evaluate") not in link.times
+    link = FakeLink(answer(SITES[1], Message(facts={"metrics": {}})))
+    runner, _ = network(link)
+    runner.greet_all()
+    hidden = {**holds, "reveal": {"samples": True, "metrics": False}}
+    runner.facts[SITES[1]] = hidden  # it hides them: that is no failure
+    assert runner.evaluate(THETA)[1] == {}
 
 
 # -- messages, settings, the child ---------------------------------------------------------------
@@ -807,6 +878,43 @@ def test_what_would_tell_what_a_site_hides(tmp_path, shared_model, strategy, wor
     change_settings(kits[SITES[0]], reveal={"samples": False})
     with pytest.raises(UserError, match=f"client-00 does not reveal how many samples it.*{words}"):
         serve(kits["server"], hash_of(kits["server"]), NearLink(kits, tmp_path))
+
+
+def test_sites_of_unequal_hardware(tmp_path) -> None:
+    """One computes in bfloat16, one takes smaller batches, so more steps; each has a model of its
+    own. What they send is float32, and the third's that of equal sites to the bit."""
+    raw = experiment(training={"rounds": 1})
+
+    def updates(name: str, **changes: dict[str, Any]) -> tuple[dict[str, Any], NearLink]:
+        kits = make_kits(tmp_path / name, raw)
+        for site, given in changes.items():
+            change_settings(kits[site.replace("_", "-")], settings=given)
+        link = NearLink(kits, tmp_path)
+        serve(kits["server"], hash_of(kits["server"]), link)
+        return {s: m.tensors for s, task, m in link.came if task == "train"}, link
+
+    alike, _ = updates("alike")
+    half, batch = {"model.dtype": "bfloat16"}, {"training.batch_size": 2, "training.micro_batch": 1}
+    unequal, link = updates("unequal", client_00=half, client_01=batch)
+    models = [link.sites[site].session.mllm for site in SITES]
+    assert len({id(model) for model in models}) == 3
+    assert [next(model.model.parameters()).dtype for model in models] == [
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    ]
+    assert same(unequal[SITES[2]], alike[SITES[2]])
+    assert {value.dtype for sent in unequal.values() for value in sent.values()} == {torch.float32}
+
+    def one(sent: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([sent[name].flatten() for name in sorted(sent)])
+
+    rounded, exact = one(unequal[SITES[0]]), one(alike[SITES[0]])
+    assert not torch.equal(rounded, exact)
+    assert torch.cosine_similarity(rounded, exact, dim=0) > 0.95
+    assert one(unequal[SITES[1]]).norm() > 1.3 * one(alike[SITES[1]]).norm()  # twice the steps
+    found = json.loads((link.kits["server"] / "runs" / "x" / "result.json").read_text())
+    assert found["history"][0]["clients"] == list(SITES)
 
 
 def test_settings_of_a_machine(tmp_path) -> None:

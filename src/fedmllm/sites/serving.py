@@ -75,6 +75,10 @@ def serve(kit: Path, config_sha256: str, link: Link, *, job: str = "") -> dict[s
     try:
         check_folder(folder, agreed, resume=True, overwrite=False)
         make_folder(folder, agreed, overwrite=False)
+        saved = checkpoint.load(folder / "state" / EVERYONE)
+        if saved is not None:
+            status.facts["rounds_done"] = saved.state.round
+        del saved  # its memory is for the run, which reads it again
         status.tell({"doing": "loading the model"})
         result = _serve(config, agreed, file, folder, link, status, began)
     except UserError as error:
@@ -118,7 +122,7 @@ def _serve(
     if not all(facts["reveal"]["samples"] for facts in runner.facts.values()):
         algorithm = replace(algorithm, weighting="uniform")
     runner.weighted = algorithm.weighting == "samples"
-    session.resumed = checkpoint.load(folder / "state" / EVERYONE) is not None
+    session.resumed = "rounds_done" in status.facts
     outcome = run_federation(
         session, federation, runner=runner, algorithm=algorithm, parties=parties
     )
@@ -198,9 +202,9 @@ def _write_result(
 ) -> dict[str, Any]:
     """result.json: an in-process run's, with what sites revealed in place of who holds what."""
     result = make_result(session, None, [outcome], seconds)
-    found = runner.evaluate(outcome.params)
-    if found:
-        result["held_out"] = over_parties(found)
+    found, missing = runner.evaluate(outcome.params)
+    if found or missing:
+        result["held_out"] = over_parties(found) | ({"missing": missing} if missing else {})
     result["network"] = {
         "sites": list(runner.sites),
         "min_sites": runner.min_sites,

@@ -151,7 +151,8 @@ def status_lines(found: Mapping[str, Any]) -> Iterator[str]:
     for name, run in found["runs"].items():
         yield from _run_lines(name, run, now=found["running"] or SERVER in alone)
     for name, site in found["sites"].items():
-        error = f" ({site['error']})" if site.get("error") else ""
+        why = "; here: ".join(site[key] for key in ("error", "detail") if site.get(key))
+        error = f" ({why})" if why else ""
         now = found["running"] or name in alone or not site.get("doing")
         yield f"{name}: {'' if now else 'ended; last: '}{site.get('doing', 'has not run')}{error}"
 
