@@ -232,6 +232,25 @@ def test_markdown_latex_and_csv_say_the_same() -> None:
     assert len(rows) == len(found.cells) * len(TWO)
 
 
+def test_a_wide_latex_table_has_its_intervals_below_its_means() -> None:
+    """Beside them twelve columns would be shrunk until nobody can read them."""
+    made = grid(seeds=5)
+    ((wide,), _), ((narrow,), _) = grid_tables(made), grid_tables(grid(seeds=5, settings=TWO))
+    text = latex_grid([wide, narrow])
+    first, second = text.split(r"\begin{tabular}")[1:]
+    body = first.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    assert len(body) == 1 + 2 * (len(wide.cells) - 1)  # zero-shot has no interval
+    assert {line.count(" & ") for line in body} == {12}
+    assert {line.count(r"$\,\pm\,$") for line in body} == {0, 12}
+    assert all(re.search(r"\\\\(\[-?\d+pt\])?$", line) for line in body)
+    assert text.count(r"\setlength{\tabcolsep}") == 1
+    assert second.count(r"$\,\pm\,$") == 2 * (len(narrow.cells) - 1)
+    for pair in (("begin{table*}", "end{table*}"), ("begin{tabular}", "end{tabular}")):
+        assert [text.count("\\" + word) for word in pair] == [2, 2]
+    assert text.count("{") == text.count("}")
+    assert re.findall(r"\\label\{(.*?)\}", text)[0] == "tab:memes-image-text"
+
+
 def test_latex_specials_are_printed_as_themselves() -> None:
     assert tex("a_b & 5 % {x} ~ ^ \\ #$ ±") == (
         r"a\_b \& 5~\% \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \#\$ $\pm$"

@@ -210,6 +210,7 @@ def draw_facets(panels: Sequence[Panel], *, size: tuple[float, float], columns: 
             last = i + columns >= len(panels)  # also above a gap in the last row
             ax.tick_params(labelbottom=last)
             ax.xaxis.label.set_visible(last)
+            ax.yaxis.label.set_visible(i % columns == 0)
     return figure
 
 

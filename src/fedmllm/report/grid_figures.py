@@ -240,7 +240,7 @@ def draw_bands(ax: Axes, board: Board, setting: str, condition: str, chosen: str
             continue
         points = _mean_curve([facts.curve(run, condition) for run in runs])
         _line_or_level(ax, points, arm.scores(setting, condition), styles[arm.label])
-    _finish(ax, setting, "round", "")
+    _finish(ax, setting, "round", board.metric)
     ax.set_ylim(*_limits(board, condition))
     whole_numbers(ax)
 
@@ -355,7 +355,7 @@ def draw_cost(ax: Axes, board: Board, condition: str, chosen: str) -> None:
         sent = arm.topology == "federated"
         _line_or_level(ax, points if sent else [], {} if sent else final, styles[arm.label])
     words = [*textwrap.wrap(chosen or "plain", 26), _how_many(settings, board)]
-    _finish(ax, "\n".join(words).rstrip(), "MB up and down", "")
+    _finish(ax, "\n".join(words).rstrip(), "MB up and down", board.metric)
 
 
 def common_settings(board: Board, arms: Sequence[Arm]) -> list[str]:

@@ -21,6 +21,7 @@ from fedmllm.report.loading import Result
 from fedmllm.report.page import (
     METRIC_HELP,
     PAPER,
+    choices,
     provenance,
     result_files,
     shown_files,
@@ -69,10 +70,9 @@ def write_grid_report(
             for name, digits in COSTS.items()
             if any(row["costs"][name] is not None for row in rows)
         },
-        "choices": {
-            name: list(dict.fromkeys(row[name] for row in rows))
-            for name in ("task", "setting", "arm", "seed")
-        },
+        "choices": choices(
+            [{name: row[name] for name in ("task", "setting", "arm", "seed")} for row in rows]
+        ),
         "problems": [*problems, *repeated],
         "provenance": provenance(results, out.parent),
     }
@@ -219,7 +219,7 @@ def _communication(board: Board, condition: str) -> Drawing:
     )
     figure = figures.draw_facets(panels, size=size, columns=columns)
     legend = grid_figures.method_legend(board, condition)
-    about = f"{board.metric} against bytes"
+    about = f"{board.metric} against communication, by strategy"
     return Drawing("communication", "communication", "", figure, about, legend)
 
 
@@ -246,7 +246,7 @@ def _board(board: Board, tables: Sequence[GridTable], key: str, folder: Path) ->
 
 def _card(drawing: Drawing, key: str) -> dict[str, Any]:
     return {
-        "label": "",
+        "label": drawing.about if drawing.kind == "communication" else "",
         "kind": drawing.kind,
         "strategy": drawing.strategy,
         "svg": figures.inline(drawing.figure, f"{key}-{drawing.name}", drawing.about),

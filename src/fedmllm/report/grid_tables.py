@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +24,7 @@ from fedmllm.report.statistics import ENOUGH, LEVEL, holm, mean_and_half, paired
 from fedmllm.scenarios import SETTINGS
 
 STAR = "*"
+NARROW = 6  # columns of a LaTeX table that leave room for the intervals beside the means
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class GridTable:
     @property
     def caption(self) -> str:
         """What a table in print is called; its note says the rest."""
-        return self.title if self.about or self.worst else self.board
+        return self.title if self.about else self.board
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -249,7 +251,9 @@ def note(table: GridTable) -> str:
         words += f"mean over {seeds}"
     words += " ± half of the 95 % interval" if high > 1 else ""
     if table.worst:
-        words = f"{table.metric} of the {table.worst}: mean over {seeds}"
+        words = (
+            f"{table.metric[0].upper()}{table.metric[1:]} of the {table.worst}: mean over {seeds}"
+        )
         return words + (" ± half of the 95 % interval." if high > 1 else ".")
     words += " (what trains nothing has no seed)." if table.seedless and high > 1 else "."
     if table.judge:
@@ -310,7 +314,7 @@ _TEX = {
 def latex_grid(tables: Sequence[GridTable]) -> str:
     """Tables for a paper: needs the packages booktabs and graphicx."""
     head = "% \\usepackage{booktabs,graphicx}\n"
-    return head + "\n".join(_latex(table, i) for i, table in enumerate(tables))
+    return head + "\n".join(map(_latex, tables))
 
 
 def tex(text: str) -> str:
@@ -318,7 +322,7 @@ def tex(text: str) -> str:
     return "".join(_TEX.get(c, c) for c in text).replace(r" \%", r"~\%")
 
 
-def _latex(table: GridTable, number: int) -> str:
+def _latex(table: GridTable) -> str:
     groups = [
         (name, len(list(members)))
         for name, members in itertools.groupby(table.settings, key=lambda s: s.split("-")[0])
@@ -329,16 +333,19 @@ def _latex(table: GridTable, number: int) -> str:
         rules.append(rf"\cmidrule(lr){{{column}-{column + width - 1}}}")
         column += width
     heads = [tex(s.partition("-")[2] or s) for s in table.settings]
+    wide = len(table.settings) > NARROW
     body = [
-        " & ".join([tex(label), *(_latex_cell(row.get(s)) for s in table.settings)]) + r" \\"
+        line
         for label, row in table.cells.items()
+        for line in _latex_rows(tex(label), [row.get(s) for s in table.settings], wide=wide)
     ]
     return "\n".join(
         [
             r"\begin{table*}",
             r"\centering",
             rf"\caption{{{tex(f'{table.caption}. {note(table)}')}}}",
-            rf"\label{{tab:fedmllm-{number}}}",
+            rf"\label{{tab:{re.sub('[^a-z0-9]+', '-', table.title.lower()).strip('-')}}}",
+            *([r"\setlength{\tabcolsep}{3pt}"] if wide else []),
             r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{l{'r' * len(table.settings)}}}",
             r"\toprule",
@@ -355,13 +362,30 @@ def _latex(table: GridTable, number: int) -> str:
     )
 
 
-def _latex_cell(cell: Mean | None) -> str:
+def _latex_rows(label: str, cells: Sequence[Mean | None], *, wide: bool) -> list[str]:
+    """An arm's row; in a wide table the intervals have a row of their own, else they would make
+    its letters too small to be read."""
+    means, halves = [_latex_mean(cell) for cell in cells], [_latex_half(cell) for cell in cells]
+    if not wide:
+        both = [a + b for a, b in zip(means, halves, strict=True)]
+        return [" & ".join([label, *both]) + r" \\"]
+    if not any(halves):
+        return [" & ".join([label, *means]) + r" \\"]
+    return [" & ".join([label, *means]) + r" \\[-3pt]", " & ".join(["", *halves]) + r" \\[1pt]"]
+
+
+def _latex_mean(cell: Mean | None) -> str:
     if cell is None:
         return "--"
     text = facts.format_score(cell.mean)
     text = rf"\textbf{{{text}}}" if cell.best else text
-    half = "" if cell.half is None else rf"{{\scriptsize$\,\pm\,${facts.format_score(cell.half)}}}"
-    return text + half + (r"$^{*}$" if cell.significant else "")
+    return text + (r"$^{*}$" if cell.significant else "")
+
+
+def _latex_half(cell: Mean | None) -> str:
+    if cell is None or cell.half is None:
+        return ""
+    return rf"{{\scriptsize$\,\pm\,${facts.format_score(cell.half)}}}"
 
 
 # -- CSV ---------------------------------------------------------------------------------------

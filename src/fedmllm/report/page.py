@@ -181,7 +181,7 @@ def _task(
         "conditions": {c: facts.condition_name(c) for c in facts.conditions(group)},
         "rows": list(zip(rows, swatches, [more[id(row.result)] for row in rows], strict=True)),
         "worst": list(next(iter(more.values()))["worst"]),
-        "choices": _choices([each["choices"] for each in more.values()]),
+        "choices": choices([each["choices"] for each in more.values()]),
         "cards": _cards(group),
         "finding": " ".join(filter(None, [_finding(group), _sure(group)])),
         "groups": _groups(rows, facts.headline(group)),
@@ -222,7 +222,7 @@ def _columns(group: Sequence[Result], folder: Path) -> dict[int, dict[str, Any]]
     }
 
 
-def _choices(rows: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+def choices(rows: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """What the runs can be filtered by: names of more than one value."""
     found = {name: list(dict.fromkeys(row[name] for row in rows)) for name in rows[0]}
     return {name: values for name, values in found.items() if len(values) > 1}
