@@ -284,3 +284,35 @@ def test_a_polygon_ends_where_the_numbers_say() -> None:
     assert line.get_ydata()[0] == pytest.approx(0.5)
     assert line.get_xdata()[0] == pytest.approx(0)
     assert math.hypot(line.get_xdata()[2], line.get_ydata()[2]) == pytest.approx(0.75)
+
+
+# -- communication -----------------------------------------------------------------------------
+
+
+def cost(results: list[dict]):
+    ((board,), _) = boards(results)
+    ax = axes_of(figures.draw_panels([(grid_figures.draw_cost, (board, "both", ""))]))[0]
+    return ax, [line for line in ax.get_lines() if line.get_zorder() > 0]
+
+
+def test_the_metric_against_bytes_is_of_the_settings_that_all_have() -> None:
+    """FedYogi lacks the setting in which all are bad; it must not look better for it."""
+    three = ("aligned-a0.5", "missing-b0.5", "cross-i5t5")
+    values = dict(zip(three, (0.9, 0.7, 0.5), strict=True))
+    results = [result("fedavg", s, 0, value=values[s]) for s in three]
+    results += [result("fedyogi", s, 0, value=values[s]) for s in three[:2]]
+    ax, (fedavg, fedyogi) = cost(results)
+    assert fedavg.get_ydata()[-1] == fedyogi.get_ydata()[-1] == pytest.approx(0.8)
+    assert "2 of 3 settings" in ax.get_title(loc="left")
+    ax, (fedavg,) = cost(results[:3])
+    assert fedavg.get_ydata()[-1] == pytest.approx(0.7)
+    assert "settings" not in ax.get_title(loc="left")
+
+
+def test_a_run_that_was_measured_only_at_its_end_is_a_point() -> None:
+    (run,) = [result("fedavg", "aligned-a0.5", 0, value=0.9)]
+    for line in run["history"]:
+        line["metrics"] = None
+    _, (point,) = cost([run])
+    assert list(point.get_xdata()) == [pytest.approx(4.8)]  # six rounds of 0.4 MB up and down
+    assert list(point.get_ydata()) == [0.9]

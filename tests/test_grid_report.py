@@ -366,6 +366,8 @@ def test_every_number_of_the_page_leads_to_its_runs(page) -> None:
     tables = text[text.index("<table") : text.index('id="runs"')]
     assert re.findall(rf"<td[^>]*{numbers}", tables) == []  # no number without a link
     assert len(found.means) > 100
+    assert "By party: mean, spread, worst" in tables
+    assert "What one party sends and receives" in tables
     for mean in found.means:
         assert mean["href"] == "#runs"
         if "title" not in mean:  # a card
