@@ -10,7 +10,7 @@ help:
 	@echo "make demo       six federated runs and their report, about five minutes on two cores"
 	@echo "make test       style, types and tests"
 	@echo "make test-slow  the long tests"
-	@echo "make test-browser  the report in Chromium, which must be there"
+	@echo "make test-browser  only the pages in Chromium (make test tries them too, where it is there)"
 	@echo "make bench-speed  what is faster than what (docs/performance.md); wants a quiet machine"
 	@echo "make bench-network  what several machines cost (docs/deployment.md); half an hour"
 	@echo "make clean      remove the virtual environment and the runs"

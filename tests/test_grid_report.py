@@ -7,13 +7,12 @@ import io
 import json
 import math
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import tried
 from matplotlib.collections import PolyCollection
 from scipy import stats
 from synthetic_grid import METHODS, auc, grid, result, write
@@ -39,8 +38,17 @@ from fedmllm.report.grid_figures import (
     shown,
 )
 from fedmllm.report.grid_page import _parties, _payload
-from fedmllm.report.grid_tables import csv_grid, grid_tables, latex_grid, markdown_grid, note, tex
+from fedmllm.report.grid_tables import (
+    csv_grid,
+    grid_tables,
+    latex_grid,
+    markdown_grid,
+    note,
+    tex,
+    worst_tables,
+)
 from fedmllm.report.loading import result_digest
+from fedmllm.report.parties import over_seeds, own_key, worst
 from fedmllm.report.split import summaries_of
 from fedmllm.report.statistics import holm, mean_and_half, paired_p
 from fedmllm.scenarios import SETTINGS
@@ -255,6 +263,25 @@ def test_markdown_latex_and_csv_say_the_same() -> None:
     assert len(rows) == len(found.cells) * len(TWO)
 
 
+def test_a_wide_latex_table_has_its_intervals_below_its_means() -> None:
+    """Beside them twelve columns would be shrunk until nobody can read them."""
+    made = grid(seeds=5)
+    ((wide,), _), ((narrow,), _) = grid_tables(made), grid_tables(grid(seeds=5, settings=TWO))
+    text = latex_grid([wide, narrow])
+    first, second = text.split(r"\begin{tabular}")[1:]
+    body = first.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    assert len(body) == 1 + 2 * (len(wide.cells) - 1)  # zero-shot has no interval
+    assert {line.count(" & ") for line in body} == {12}
+    assert {line.count(r"$\,\pm\,$") for line in body} == {0, 12}
+    assert all(re.search(r"\\\\(\[-?\d+pt\])?$", line) for line in body)
+    assert text.count(r"\setlength{\tabcolsep}") == 1
+    assert second.count(r"$\,\pm\,$") == 2 * (len(narrow.cells) - 1)
+    for pair in (("begin{table*}", "end{table*}"), ("begin{tabular}", "end{tabular}")):
+        assert [text.count("\\" + word) for word in pair] == [2, 2]
+    assert text.count("{") == text.count("}")
+    assert re.findall(r"\\label\{(.*?)\}", text)[0] == "tab:memes-image-text"
+
+
 def test_latex_specials_are_printed_as_themselves() -> None:
     assert tex("a_b & 5 % {x} ~ ^ \\ #$ ±") == (
         r"a\_b \& 5~\% \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \#\$ $\pm$"
@@ -293,7 +320,10 @@ def test_a_strategy_is_drawn_beside_the_baselines() -> None:
     labels = [arm.label for arm in shown(board, "prompt")]
     assert "Zero-shot" in labels  # which was not run with the strategy
     assert "Local + prompt" in labels
-    assert not {"Local", "FedAvg", "Centralised"} & set(labels)
+    assert not {"Local", "Centralised"} & set(labels)
+    assert "FedAvg" in labels  # few methods: there is room for what they are without the strategy
+    many = boards(grid(seeds=1, settings=TWO))[0][0]
+    assert "FedAvg" not in [arm.label for arm in shown(many, "prompt")]
     assert [arm.label for arm in shown(board, "")] == [
         "Zero-shot",
         "Local",
@@ -375,11 +405,13 @@ class Links(HTMLParser):
         self.targets: list[str] = []
         self.loads: list[str] = []
         self.rows = 0
+        self.means: list[dict] = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs) -> None:
         given = dict(attrs)
         self.rows += tag == "tr" and "data-seed" in given
+        self.means += [given] if tag == "a" and "data-arm" in given else []
         if tag == "a":
             self.targets.append(given["href"])
         self.loads += [given[k] for k in ("src",) if k in given]
@@ -398,17 +430,148 @@ def test_the_page_traces_every_run_to_its_file_and_loads_nothing(page) -> None:
     assert not re.search(r"url\(\s*['\"]?https?:|@import|fetch\(|XMLHttp", text)
 
 
-def test_parties_by_what_they_were_tested_on() -> None:
+def test_every_number_of_the_page_leads_to_its_runs(page) -> None:
+    """Means, parties and payload alike, each with the files that it comes from."""
+    text = page.read_text()
+    found = Links(text)
+    numbers = r">(\d[\d.]*\*?|[\d.]+ to [\d.]+)(?:<small>[^<]*</small>)?</td>"
+    tables = text[text.index("<table") : text.index('id="runs"')]
+    assert re.findall(rf"<td[^>]*{numbers}", tables) == []  # no number without a link
+    assert len(found.means) > 100
+    assert "By party: mean, spread, worst" in tables
+    assert "What one party sends and receives" in tables
+    for mean in found.means:
+        assert mean["href"] == "#runs"
+        if "title" not in mean:  # a card
+            continue
+        files = mean["title"].split("\n")[1:]
+        assert files
+        for file in files:
+            run = json.loads((page.parent / file).read_text())
+            everywhere = run["config"]["topology"] == "zero-shot"
+            assert everywhere or setting_of(run) == mean.get("data-setting", setting_of(run))
+            assert arm_of(run) == mean["data-arm"]
+
+
+def arm_of(run) -> str:
+    ((board,), _) = boards([run])
+    return board.arms[0].label
+
+
+def held_out(run, per_client: dict) -> dict:
+    """The run with its parties' own results, the spread as `fedmllm.experiment` makes it."""
+    keys = {key for scores in per_client.values() for key in scores}
+    run["held_out"] = {"per_client": per_client, "spread": {}}
+    for key in keys:
+        values = [s[key] for s in per_client.values() if s.get(key) is not None]
+        mean = sum(values) / len(values)
+        std = (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)) ** 0.5
+        found = {"mean": mean, "std": std, "min": min(values), "max": max(values)}
+        run["held_out"]["spread"][key] = found
+    run.pop("result_sha256", None)
+    return run
+
+
+def test_parties_by_what_they_were_tested_on(tmp_path) -> None:
+    """The AUC has no value for party b: all are compared by accuracy."""
     (local,), (fed,) = seeds("local", [0.7]), seeds("fedavg", [0.8])
-    own = {"mean": 0.6, "std": 0.1, "min": 0.4, "max": 0.9}
-    per_client = {"a": {"auc": 0.99, "accuracy": 0.9}, "b": {"auc": None, "accuracy": 0.4}}
-    best = {"mean": 0.99, "std": 0.0, "min": 0.99, "max": 0.99}  # of the one party that has both
-    fed["held_out"] = {"per_client": per_client, "spread": {"accuracy": own, "auc": best}}
+    held_out(fed, {"a": {"auc": 0.99, "accuracy": 0.9}, "b": {"auc": None, "accuracy": 0.4}})
     ((board,), _) = boards([local, fed])
-    assert _parties(board) == [
-        ("Local", "aligned-a0.5", "the test set", "0.700", "0.040", "0.640"),
-        ("FedAvg", "aligned-a0.5", "its own", "0.600", "0.100", "0.400"),
+    found = [
+        (row["arm"], row["setting"], *row["words"], *row["numbers"])
+        for row in _parties(board, tmp_path)
     ]
+    own = ("its own held-out samples", "accuracy", "0.650", "0.354", "0.400")
+    assert found == [
+        ("Local", "aligned-a0.5", "the test set", "AUC", "0.700", "0.040", "0.640"),
+        ("FedAvg", "aligned-a0.5", *own),
+    ]
+
+
+def test_own_samples_of_all_runs_are_measured_alike() -> None:
+    """One run has the AUC of every party, the other has not: both count by accuracy."""
+    one, two = seeds("fedavg", [0.8, 0.7])
+    held_out(one, {"a": {"auc": 1.0, "accuracy": 0.6}, "b": {"auc": 0.9, "accuracy": 0.4}})
+    assert own_key([one]) == "auc"
+    assert worst(one, "own", "both", "auc") == 0.9
+    held_out(two, {"a": {"auc": None, "accuracy": 0.7}, "b": {"auc": 0.9, "accuracy": 0.8}})
+    assert own_key([one, two]) == "accuracy"
+    found = over_seeds([one, two], "own", "both", "accuracy")
+    assert (found.metric, found.mean, found.worst) == (
+        "accuracy",
+        pytest.approx(0.625),
+        pytest.approx(0.55),  # of .4 and .7
+    )
+    assert found.half == pytest.approx(mean_and_half([0.4, 0.7])[1])
+    assert over_seeds([one, two], "common", "both", "accuracy") is None
+    one["task"]["higher_is_better"] = False
+    assert worst(one, "own", "both", "auc") == 1.0
+    assert worst(one, "own", "both", "accuracy") == 0.4
+
+
+@pytest.mark.parametrize(
+    "broken", [[], {"per_client": 3}, {"per_client": {"a": 1}}, {"spread": {"auc": {"min": "x"}}}]
+)
+def test_a_strange_held_out_is_none(broken) -> None:
+    (run,) = seeds("fedavg", [0.8])
+    run["held_out"] = broken
+    assert over_seeds([run], "own", "both", own_key([run])) is None
+
+
+@pytest.fixture
+def with_parties():
+    runs = seeds("local", [0.7, 0.72]) + seeds("fedavg", [0.8, 0.82])
+    for i, run in enumerate(runs):
+        own = {"a": {"auc": 0.9, "accuracy": 0.8}, "b": {"auc": 0.5 + i / 100, "accuracy": 0.6}}
+        held_out(run, own)
+    return runs
+
+
+def test_the_worst_party_in_every_form(with_parties, tmp_path) -> None:
+    write(tmp_path / "runs", with_parties)
+    found, problems = load_results([tmp_path / "runs"])
+    assert problems == []
+    rows = {row["arm"]: row for row in csv.DictReader(io.StringIO(csv_grid([table(found)])))}
+    assert float(rows["Local"]["party_worst"]) == pytest.approx(0.65)  # .64 and .66
+    assert float(rows["Local"]["party_mean"]) == pytest.approx(0.71)
+    assert rows["FedAvg"]["party_worst"] == ""
+    assert rows["FedAvg"]["own_metric"] == "auc"
+    assert float(rows["FedAvg"]["own_worst"]) == pytest.approx(0.525)  # .52 and .53
+    assert float(rows["FedAvg"]["own_mean"]) == pytest.approx((0.9 + 0.525) / 2)
+    assert float(rows["FedAvg"]["own_std"]) == pytest.approx(0.375 / 2**0.5)
+
+    common, own = worst_tables([table(found)])
+    assert list(common.cells) == ["Local"]
+    assert list(own.cells) == ["Local", "FedAvg"]
+    assert own.title == "memes, worst party on its own held-out samples"
+    half = mean_and_half([0.52, 0.53])[1]
+    assert f"| FedAvg | 0.525 ± {half:.3f} |" in markdown_grid([own])
+    assert "worst party on the test set, image + text: mean over 2 seeds" in note(common)
+    for name in ("t.md", "t.tex"):
+        text = write_tables(found, tmp_path / name, title="t").read_text()
+        assert text.count("worst party on its own held-out samples") >= 1
+        assert "0.525" in text
+
+    per_run = write_tables(found, tmp_path / "r.csv", title="t", per_run=True).read_text()
+    lines = {line["run"]: line for line in csv.DictReader(io.StringIO(per_run))}
+    fed = lines["memes-aligned-a0.5-fedavg-plain-s1"]
+    assert (fed["party_worst"], fed["own_metric"]) == ("", "auc")
+    assert float(fed["own_worst"]) == 0.53
+    assert float(lines["memes-aligned-a0.5-local-plain-s0"]["party_worst"]) == pytest.approx(0.64)
+
+
+def test_the_worst_party_of_federated_runs_is_on_the_page(with_parties, tmp_path) -> None:
+    write(tmp_path / "runs", with_parties)
+    found, _ = load_results([tmp_path / "runs"])
+    text = write_grid_report(found, tmp_path / "r.html").read_text()
+    head = re.search(r'<table class="runs">.*?</thead>', text, re.DOTALL)[0]
+    heads = re.findall(r'<button type="button">([^<]*)</button>', head)
+    row = re.search(r'<tr[^>]*data-arm="FedAvg" data-seed="1">(.*?)</tr>', text, re.DOTALL)[1]
+    cells = dict(zip(heads, re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL), strict=True))
+    assert cells["worst party, own samples"] == "0.530"
+    assert cells["worst party, test set"] == "–"
+    few = write_tables(found, tmp_path / "few.html", title="t", per_run=True).read_text()
+    assert 'data-label="worst party, own samples" data-value="0.53">0.530' in few
 
 
 def test_figures_as_files(page, tmp_path) -> None:
@@ -435,7 +598,9 @@ def test_figures_as_files(page, tmp_path) -> None:
     assert all(f.stat().st_size for f in both)
     plain = (tmp_path / "both" / "memes-radar.svg").read_text()
     assert "+ prompt" not in plain  # a legend names what is drawn
-    assert "FedYogi + prompt" in (tmp_path / "both" / "memes-radar-prompt.svg").read_text()
+    prompt = (tmp_path / "both" / "memes-radar-prompt.svg").read_text()
+    assert "with prompt" in prompt
+    assert " FedYogi" in prompt
     again = write_figures(few, tmp_path / "again")
     assert [f.read_bytes() for f in files] == [f.read_bytes() for f in again]
 
@@ -487,13 +652,20 @@ def test_what_a_party_sends_and_receives_by_part(tmp_path) -> None:
     found, problems = load_results([write(tmp_path / "runs", made)])
     assert problems == []
     ((board,), _) = boards(found)
-    assert _payload(board) == {
-        "heads": ["lora, up", "prototypes, up", "all, up", "lora, down", "all, down"],
-        "rows": {
-            "FedAvg": ["0.10", "0.10", "0.20", "0.20", "0.20"],
-            "SCAFFOLD": ["0.10", "–", "0.20", "0.10", "0.20"],
-        },
+    payload = _payload(board, tmp_path / "runs")
+    heads = ["lora, up", "prototypes, up", "all, up", "lora, down", "all, down"]
+    assert payload["heads"] == heads
+    assert {label: row["numbers"] for label, row in payload["rows"].items()} == {
+        "FedAvg": ["0.10", "0.10", "0.20", "0.20", "0.20"],
+        "SCAFFOLD": ["0.10", "–", "0.20", "0.10", "0.20"],
     }
+    files = payload["rows"]["FedAvg"]["files"]
+    assert len(files) == 2
+    assert all((tmp_path / "runs" / file).is_file() for file in files)
+    made[1]["bytes"]["per_client_round"]["up"]["prototypes"] = 2_000_000
+    ((board,), _) = boards(made)
+    row = _payload(board, tmp_path)["rows"]["FedAvg"]
+    assert row["numbers"][1] == "0.10 to 2.00"
 
 
 @pytest.mark.parametrize(
@@ -518,69 +690,66 @@ def test_forms_by_suffix(page, tmp_path) -> None:
     assert len((tmp_path / "t.csv").read_text().splitlines()) == 1 + len(found)
     assert text.startswith("task,metric,condition")
     page_of_one = write_tables(one, tmp_path / "one.html", title="t")
-    assert "runs-table" not in page_of_one.read_text()
+    assert 'id="runs"' not in page_of_one.read_text()
     with pytest.raises(UserError, match=r"must end in \.html, \.md, \.tex or \.csv"):
         write_tables(found, tmp_path / "t.pdf", title="t")
 
 
 TRY = """
-<script>
-window.addEventListener("load", function () {
-  var out = [], table = document.getElementById("runs-table");
+  var table = document.querySelector("#runs table"), head = table.tHead.rows[0];
+  var names = Array.from(head.cells).map(c => c.textContent.trim());
   function shown() { return Array.from(table.tBodies[0].rows).filter(r => !r.hidden); }
-  function column(i) { return shown().map(r => +r.cells[i].dataset.value); }
+  function press(name) {
+    var cell = head.cells[names.indexOf(name)];
+    cell.querySelector("button").click();
+    return cell.getAttribute("aria-sort");
+  }
+  function numbers(name) { return shown().map(r => +r.cells[names.indexOf(name)].dataset.value); }
+  function words(name) { return shown().map(r => r.cells[names.indexOf(name)].textContent); }
   function ordered(a, sign) { return a.every((v, i) => !i || sign * (v - a[i - 1]) >= 0); }
-  out.push("all " + shown().length);
-  var head = table.tHead.rows[0].cells[4];
-  head.querySelector("button").click();
-  out.push("up " + ordered(column(4), 1) + " " + head.getAttribute("aria-sort"));
-  head.querySelector("button").click();
-  out.push("down " + ordered(column(4), -1) + " " + head.getAttribute("aria-sort"));
+  say("all", shown().length);
+  var way = press("image + text"); say("up", ordered(numbers("image + text"), 1) + " " + way);
+  way = press("image + text"); say("down", ordered(numbers("image + text"), -1) + " " + way);
+  way = press("arm"); say("text", [...new Set(words("arm"))].join(",") + " " + way);
+  way = press("arm"); say("back", [...new Set(words("arm"))][0] + " " + way);
+  press("seed"); say("seed", [...new Set(words("seed"))].join(","));
   var select = document.querySelector("select[data-filter=arm]");
   select.value = "FedYogi"; select.dispatchEvent(new Event("change"));
-  out.push("arm " + shown().length + " " + shown().every(r => r.dataset.arm === "FedYogi"));
-  var search = document.getElementById("search");
+  say("arm", shown().length + " " + shown().every(r => r.dataset.arm === "FedYogi"));
+  var search = document.querySelector("#runs input[type=search]");
   search.value = "missing"; search.dispatchEvent(new Event("input"));
-  out.push("words " + shown().length);
-  document.getElementById("clear").click();
-  out.push("clear " + shown().length + " " + document.getElementById("count").textContent);
+  say("words", shown().length);
+  document.querySelector("#runs .filters button").click();
+  say("clear", shown().length + " " + document.querySelector("#runs [role=status]").textContent);
   document.querySelector("a[data-arm='FedAvg'][data-setting='cross-i5t5']").click();
-  out.push("mean " + shown().length + " " + shown()[0].dataset.setting);
+  say("mean", shown().length + " " + shown()[0].dataset.setting);
   document.querySelector("a[data-arm='Zero-shot'][data-setting='cross-i5t5']").click();
-  out.push("zero " + shown().length);
-  out.push("wide " + (document.documentElement.scrollWidth > innerWidth));
-  out.push("errors " + window.faults.length + " " + window.faults.join(";"));
-  document.title = out.join("|");
-});
-</script></body>"""
-WATCH = """<head><script>window.faults = [];
-window.addEventListener("error", e => window.faults.push(e.message), true);
-console.error = console.warn = (...words) => window.faults.push(words.join(" "));</script>"""
+  say("zero", shown().length);
+  document.querySelector(".cards a[data-arm]").click();
+  say("card", shown().length);
+  say("bar", document.querySelector("#runs .filters").offsetHeight > 0);
+"""
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1400, 390])
 def test_the_page_in_chromium(page, tmp_path, width) -> None:
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    assert program, f"none of {', '.join(names)} is here: install Chromium for these tests"
-    text = page.read_text().replace("<head>", WATCH).replace("</body>", TRY)
-    copy = page.parent / f"try-{width}.html"
-    copy.write_text(text)
-    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
-    words += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", copy.as_uri()]
-    done = subprocess.run([program, *words], capture_output=True, text=True, timeout=120)
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert title, done.stderr[-2000:]
-    assert title[1].split("|") == [
+    arms = ["Centralised", "FedAdam", "FedAvg", "FedAvgM", "FedYogi", "Local", "Zero-shot"]
+    both = [f"{arm}{more}" for arm in arms[:-1] for more in ("", " + prompt")]
+    assert tried(page, TRY, tmp_path, width=width) == [
         "all 73",
         "up true ascending",
         "down true descending",
+        f"text {','.join([*both, 'Zero-shot'])} ascending",
+        "back Zero-shot descending",
+        "seed 0,1",
         "arm 6 true",
         "words 2",
         "clear 73 73 of 73 runs",
         "mean 2 cross-i5t5",
         "zero 1",
+        "card 1",
+        "bar true",
         "wide false",
         "errors 0 ",
     ]

@@ -846,6 +846,23 @@ def test_judged_means_over_seeds(judged, tmp_path) -> None:
         assert "judge-1" in write_tables(found, tmp_path / name, title="t").read_text()
 
 
+def test_a_judges_means_name_the_file_of_its_marks(judged, tmp_path) -> None:
+    found, _ = load_results([judged])
+    exact, marked = grid_tables(found)[0]
+    assert {Path(f).name for f in exact.cells["FedAvg"]["aligned-a0.5"].files} == {"result.json"}
+    files = marked.cells["FedAvg"]["aligned-a0.5"].files
+    assert [Path(f).relative_to(judged).as_posix() for f in files] == [
+        "one/judged.json",
+        "two/judged.json",
+    ]
+    grid = write_tables(found, judged / "grid.html", title="t").read_text()
+    assert 'title="2 files:&#10;one/judged.json&#10;two/judged.json"' in grid
+    assert '<a href="two/judged.json">judged.json</a>' in grid
+    few = write_tables(found, judged / "few.html", title="t", per_run=True).read_text()
+    assert few.count('<a href="one/judged.json">judged.json</a>') == 3  # its row, its marks, files
+    assert "three/judged.json" not in grid + few
+
+
 def test_marks_of_two_judges_are_not_averaged(serve, judge, judged) -> None:
     judge(serve(), judged / "two", "--yes", "--request", "max_tokens=9")
     tables = grid_tables(load_results([judged])[0])[0]

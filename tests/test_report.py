@@ -10,9 +10,7 @@ import csv
 import io
 import json
 import math
-import os
 import re
-import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import tried
 from rich.console import Console
 
 from fedmllm.errors import UserError
@@ -271,7 +270,7 @@ class Page(HTMLParser):
         if tag not in self.VOID:
             self.open.append(tag)
         if tag == "table":
-            self._in_results = given.get("class") == "results"
+            self._in_results = "results" in given.get("class", "").split()
         if tag == "tr":
             self.rows += [[]] if self._in_results else []
         elif tag in ("td", "th") and self._in_results:
@@ -400,7 +399,8 @@ def test_page_is_whole_and_fetches_nothing(report: str) -> None:
     outside = [link for link in parsed.links if re.match(r"(https?:)?//", link)]
     assert outside == [page.PAPER]
     assert set(re.findall(r"https?://[^\s\"'<)]+", report)) == {page.PAPER}
-    assert "script" not in parsed.tags
+    assert parsed.tags.count("script") == 1
+    assert not re.search(r"fetch\(|XMLHttp|import\(", report)
     assert not re.search(r"url\((?!#)|@import", report)
     assert len(parsed.ids) == len(set(parsed.ids))
     targets = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', report)
@@ -411,8 +411,12 @@ def test_every_run_and_its_file_are_on_the_page(
     results: list[dict[str, Any]], report: str, folder: Path
 ) -> None:
     parsed = Page(report)
+    in_table = re.findall(r">(result\.json)</a></td>\s*</tr>", report)
+    assert len(in_table) == 2 * len(RUNS)  # of the results, and of where they come from
     files = [link for link in parsed.links if link.endswith("result.json")]
-    assert [json.loads((folder / link).read_text())["name"] for link in files] == list(RUNS)
+    assert {json.loads((folder / link).read_text())["name"] for link in files} == set(RUNS)
+    for link, name in re.findall(r'<a class="quiet" href="([^"]+)">([^<]+)</a>', report):
+        assert json.loads((folder / link).read_text())["name"] == name
     assert str(folder) not in report
     for result in results:
         assert result["name"] in "".join(parsed.text)
@@ -447,8 +451,9 @@ def test_names_with_html_markdown_and_markup_characters_are_just_names(tmp_path:
         result["manifest"]["clients"][0]["id"] = "<i>&party"
     report = write_report(results, tmp_path / "r.html", title=name, problems=["<b>"]).read_text()
     parsed = Page(report)
-    assert not {"script", "i"} & set(parsed.tags)
-    assert parsed.tags.count("b") == Page(write_clean(tmp_path)).tags.count("b")
+    clean = Page(write_clean(tmp_path)).tags
+    assert "i" not in parsed.tags
+    assert [parsed.tags.count(tag) for tag in ("b", "script")] == [clean.count("b"), 1]
     assert f"{name} (seed 0) #2" in "".join(parsed.text)
     out = io.StringIO()
     Console(file=out, width=200).print(summary_table(results))
@@ -471,7 +476,7 @@ def test_a_run_with_only_what_is_required(tmp_path: Path) -> None:
     results, problems = load_results([path])
     assert problems == []
     text = write_report(results, tmp_path / "r.html").read_text()
-    assert [words(cell) for cell in Page(text).rows[2][1:]] == ["0.250", *["–"] * 5]
+    assert [words(cell) for cell in Page(text).rows[2][1:]] == ["0.250", *["–"] * 5, "result.json"]
     assert "| bare | **0.250** | – | – | – | – | – |" in markdown_table(results)
     assert figures.learning_curves_svg(results)
     assert figures.holdings_svg(results[0])
@@ -735,25 +740,54 @@ def test_results_are_read_once_in_reading_order(tmp_path: Path) -> None:
 # --- a browser -------------------------------------------------------------------------------
 
 
-def test_a_browser_opens_the_page_without_errors(report: str, folder: Path, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        pytest.skip("no chromium found: install Debian's package chromium to run this test")
+TRY = """
+  var box = document.querySelector("[data-runs]"), table = box.querySelector("table");
+  var head = Array.from(table.tHead.rows).pop();
+  function shown() { return Array.from(table.tBodies[0].rows).filter(r => !r.hidden); }
+  function names() { return shown().map(r => r.cells[0].dataset.text).join(","); }
+  function press(i) { head.cells[i].querySelector("button").click(); }
+  say("all", names());
+  press(1); say("score", names());
+  press(1); say("down", names() + " " + head.cells[1].getAttribute("aria-sort"));
+  press(0); say("name", names());
+  press(6); press(6); say("time", names());
+  var select = box.querySelector("select[data-filter=kind]");
+  select.value = "federated"; select.dispatchEvent(new Event("change"));
+  say("kind", names());
+  var search = box.querySelector("input[type=search]");
+  search.value = "YOGI"; search.dispatchEvent(new Event("input"));
+  say("words", names() + " " + box.querySelector("[role=status]").textContent);
+  box.querySelector(".filters button").click();
+  say("clear", shown().length + " " + JSON.stringify(select.value + search.value));
+  say("links", box.querySelectorAll("tbody a[href$='result.json']").length);
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_chromium(report: str, folder: Path, tmp_path: Path, width: int) -> None:
     path = folder / "report.html"
     assert path.read_text(encoding="utf-8") == report
-    flags = (
-        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-        *("--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"),
+    by_score = sorted(
+        (json.loads(file.read_text()) for file in folder.glob("runs/*/result.json")),
+        key=lambda result: result["metrics"]["both"]["auc"],
     )
-    done = subprocess.run(
-        [browser, *flags, path.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "HOME": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr
-    rows = Page(done.stdout).rows
-    assert [row[0].split()[0] for row in rows[2:]] == list(RUNS)
+    rising = [result["name"] for result in by_score]
+    federated = ["fedavg-aligned", "fedavg-missing", "fedyogi-hybrid"]
+    said = dict(line.split(" ", 1) for line in tried(path, TRY, tmp_path, width=width))
+    assert said == {
+        "all": ",".join(RUNS),
+        "score": ",".join(rising),
+        "down": ",".join(rising[::-1]) + " descending",
+        "name": ",".join(sorted(RUNS)),
+        "time": said["time"],
+        "kind": said["kind"],
+        "words": "fedyogi-hybrid 1 of 6 runs",
+        "clear": '6 ""',
+        "links": "6",
+        "wide": "false",
+        "errors": "0 ",
+    }
+    assert said["time"].split(",")[0] == "local"  # 65 s, the longest
+    assert said["time"].split(",")[-1] == "zero-shot"
+    assert sorted(said["kind"].split(",")) == federated

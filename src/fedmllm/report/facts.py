@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from fedmllm.report.judged import JUDGED_FILE
 from fedmllm.report.loading import TOPOLOGIES, WAYS, Result
 
 DASH = "–"
@@ -102,15 +104,6 @@ def spread(result: Result, condition: str) -> dict[str, float]:
     return values.get(metric_key(result)) or {}
 
 
-def held_out_spread(result: Result) -> dict[str, float]:
-    """Mean, standard deviation, least and greatest over the parties' own held-out samples: of the
-    headline metric, or of the accuracy where that has no value for some party."""
-    found, key = lookup(result, "held_out", "spread") or {}, metric_key(result)
-    parties = (lookup(result, "held_out", "per_client") or {}).values()
-    everywhere = all(scores.get(key) is not None for scores in parties)
-    return (found.get(key) if everywhere else None) or found.get("accuracy") or {}
-
-
 def judge_of(result: Result) -> str:
     """The language model that marked the answers, with the start of a digest of how it was asked
     and what its server calls it; if that is more than one model, all of them. Empty for none. Marks
@@ -123,6 +116,12 @@ def judge_of(result: Result) -> str:
     digest = hashlib.sha256(text.encode()).hexdigest()[:6]
     several = f"; served by {', '.join(served)}" if len(served) > 1 else ""
     return f"{marks.get('judge')} ({digest}{several})"
+
+
+def judged_file(result: Result) -> str:
+    """The file that a judge's marks are in; empty for none."""
+    there = result.get("_judged") and result.get("_path")
+    return str(Path(result["_path"]).with_name(JUDGED_FILE)) if there else ""
 
 
 def judged(result: Result, condition: str) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """The figures, as SVG that is the same byte for byte on every call.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; a run also has its own
-marker, and a figure in print needs no colour to be read. Text stays text, so that it can be
-searched and takes the page's font.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; within a figure every line
+also has its own marker and dash, and areas of one lightness differ in their hatching, so that a
+print needs no colour to be read. Text stays text, so that it can be searched and takes the page's
+font.
+
+A figure is meant to be printed at its own size, at most `PAGE` wide; no letter is then smaller
+than `SMALLEST`.
 
 A figure is drawn in fixed ink, line and paper colours. In the page those become CSS variables,
 so that a reader's dark mode recolours the figure; a file for a README keeps them. matplotlib is
@@ -12,6 +16,7 @@ imported when the first figure is drawn, without pyplot and its global state.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,16 +35,28 @@ INK, MUTED, LINE, PAPER = "#1f2430", "#6b7280", "#d9dde3", "#ffffff"
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--card)"}
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-ORANGE, SKY, YELLOW, GREY = "#e69f00", "#56b4e9", "#f0e442", "#9aa1ab"
+ORANGE, SKY, YELLOW, GREY, PALE = "#e69f00", "#56b4e9", "#f0e442", "#9aa1ab", "#d3d7dd"
 RUN_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)  # yellow lines vanish on white
 RUN_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # seven against six colours: 42 looks
-CLASS_COLOURS = (SKY, VERMILLION, YELLOW, BLUE, PURPLE, GREEN, ORANGE, MUTED)
+LOCAL_MARKERS = ("<", "h")  # what federated runs are measured against has markers of its own
+CENTRALISED_MARKERS = ("*", "p")
+# colour and hatching: in grey, two of about the same lightness differ in the hatching
+CLASS_STYLES = (
+    (SKY, ""),
+    (VERMILLION, ""),
+    (YELLOW, ""),
+    (BLUE, ""),
+    (PURPLE, "////"),
+    (GREEN, "...."),
+    (ORANGE, "xxxx"),
+    (PALE, "...."),
+)
 # The same colour means the same modalities, whether a party holds them or a test shows them.
 HOLDING_STYLES = {
     "image_text": ("image + text", GREEN),
     "image": ("image only", ORANGE),
     "text": ("text only", BLUE),
-    "neither": ("neither", GREY),
+    "neither": ("neither", PALE),
 }
 CONDITION_STYLES = {
     "both": (GREEN, "o"),
@@ -49,6 +66,8 @@ CONDITION_STYLES = {
 }
 
 HALF = (4.8, 2.9)  # inches: half a page on a desk, a whole one on a phone
+COLUMN, PAGE = 3.4, 7.0  # inches: one column of a two-column paper, and both
+SMALLEST = 8.0  # points
 FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
 RC: Any = {
     "font.family": "sans-serif",
@@ -76,6 +95,7 @@ RC: Any = {
     "figure.facecolor": PAPER,
     "svg.fonttype": "none",
     "svg.hashsalt": "fedmllm",
+    "hatch.linewidth": 0.5,
 }
 
 
@@ -88,7 +108,7 @@ def learning_curves(results: Sequence[Result]) -> Figure:
         (draw_metric, (results, facts.headline(results))),
         (draw_loss, (results,)),
     ]
-    return draw_panels(panels, size=(9.6, 4.0), legend=results)
+    return draw_panels(panels, size=(PAGE, 3.5), legend=results)
 
 
 def conditions(results: Sequence[Result]) -> Figure:
@@ -101,7 +121,8 @@ def holdings(result: Result) -> Figure:
     panels: list[Panel] = [(draw_modalities, (result,))]
     if has_classes(result):
         panels.append((draw_classes, (result,)))
-    return draw_panels(panels, size=(4.8 * len(panels), holdings_height(result)))
+    width = PAGE if len(panels) > 1 else HALF[0]
+    return draw_panels(panels, size=(width, class_height(result, width / len(panels))))
 
 
 def parties(result: Result, others: Sequence[Result] = ()) -> Figure:
@@ -171,6 +192,28 @@ def draw_panels(
     return figure
 
 
+def draw_facets(panels: Sequence[Panel], *, size: tuple[float, float], columns: int) -> Figure:
+    """Drawings of one kind on common axes, in rows of `columns`; size in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // columns)
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        places = list(grid.flat)
+        for ax, (draw, arguments) in zip(places, panels, strict=False):
+            draw(ax, *arguments)
+        for ax in places[len(panels) :]:
+            ax.remove()
+        for i, ax in enumerate(places[: len(panels)]):
+            last = i + columns >= len(panels)  # also above a gap in the last row
+            ax.tick_params(labelbottom=last)
+            ax.xaxis.label.set_visible(last)
+            ax.yaxis.label.set_visible(i % columns == 0)
+    return figure
+
+
 def _name_runs(figure: Figure, results: Sequence[Result]) -> None:
     """The legend of a figure that stands alone."""
     name_lines(figure, dict(zip(facts.labels(results), run_styles(results), strict=True)))
@@ -180,16 +223,24 @@ def name_lines(figure: Figure, styles: Mapping[str, Style]) -> None:
     """A legend below a figure: each name with its style."""
     handles = [_handle(style) for style in styles.values()]
     names = [f" {name}" for name in styles]  # matplotlib drops one that begins with _
-    columns = _columns(names, int(10.4 * figure.get_size_inches()[0]))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
+    columns = columns_that_fit(names, figure.get_size_inches()[0])
+    look: dict[str, Any] = {"fontsize": SMALLEST, "handlelength": 3, "columnspacing": 1.5}
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, **look)
 
 
-def _columns(names: Sequence[str], width: int = 72) -> int:
-    """How many legend columns fit into a width of so many letters; a column fills downwards."""
+def columns_that_fit(names: Sequence[str], width: float, *, handle: float = 3.8) -> int:
+    """How many legend columns fit into so many inches, four at most; a column fills downwards.
+    handle: the length of a line and its gap, in letters."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    font, measure = FontProperties(family="DejaVu Sans", size=SMALLEST), TextToPath()
+    around = (handle + 1.5) * SMALLEST  # with the space between columns
+    sizes = [measure.get_text_width_height_descent(n, font, False)[0] + around for n in names]
     for count in range(min(len(names), 4), 1, -1):
-        rows = -(-len(names) // count)
-        columns = [names[i : i + rows] for i in range(0, len(names), rows)]
-        if sum(max(map(len, column)) + 5 for column in columns) <= width:
+        starts = [-(-len(names) * i // count) for i in range(count + 1)]
+        columns = [sizes[a:b] for a, b in itertools.pairwise(starts)]
+        if sum(map(max, columns)) <= 72 * width - 2 * SMALLEST:
             return count
     return 1
 
@@ -262,15 +313,15 @@ def run_styles(results: Sequence[Result]) -> list[Style]:
 
 
 def run_style(kind: str, i: int) -> Style:
-    marker = RUN_MARKERS[i % len(RUN_MARKERS)]
+    """The look of the i-th run of a topology."""
     if kind == "zero-shot":
         return Style(MUTED, "", (":", "-.", "--", "-")[i % 4])
     if kind == "local":
-        return Style(MUTED, RUN_MARKERS[(i + 4) % len(RUN_MARKERS)], DASHES[i % 4])
+        return Style(MUTED, LOCAL_MARKERS[i % 2], DASHES[i // 2 % 4])
     if kind == "centralised":
-        return Style(INK, RUN_MARKERS[(i + 3) % len(RUN_MARKERS)], "--")
+        return Style(INK, CENTRALISED_MARKERS[i % 2], ("--", "-", "-.", ":")[i // 2 % 4])
     dash = DASHES[i // len(RUN_COLOURS) % 4]
-    return Style(RUN_COLOURS[i % len(RUN_COLOURS)], marker, dash)
+    return Style(RUN_COLOURS[i % len(RUN_COLOURS)], RUN_MARKERS[i % len(RUN_MARKERS)], dash)
 
 
 def _handle(style: Style) -> Any:
@@ -285,7 +336,7 @@ def line_of(style: Style) -> dict[str, Any]:
         "linestyle": style.dash,
         "linewidth": 1.6,
         "marker": style.marker or None,
-        "markersize": 4.8,
+        "markersize": 7.5 if style.marker == "*" else 4.8,  # a star is thin
         "markeredgecolor": PAPER,
         "markeredgewidth": 0.6,
     }
@@ -304,6 +355,10 @@ _SHAPES = {
     "v": '<path d="M17 11.5l4.6-8.5h-9.2z"/>',
     "D": '<path d="M17 2l5 5-5 5-5-5z"/>',
     "P": '<path d="M15 2.5h4v2.5h2.5v4H19v2.5h-4V9h-2.5V5H15z"/>',
+    "<": '<path d="M12.5 7l8.5-4.6v9.2z"/>',
+    "h": '<path d="M17 2.2l4.2 2.4v4.8L17 11.8l-4.2-2.4V4.6z"/>',
+    "*": '<path d="M17 1.4l1.4 3.9 4.1.1-3.3 2.5 1.2 4-3.4-2.4-3.4 2.4 1.2-4-3.3-2.5 4.1-.1z"/>',
+    "p": '<path d="M17 2.2l4.8 3.5-1.8 5.6h-6l-1.8-5.6z"/>',
     "X": '<path d="M13 5l2-2 2 2 2-2 2 2-2 2 2 2-2 2-2-2-2 2-2-2 2-2z"/>',
 }
 _STROKES = {"-": "", "--": "6 3", "-.": "7 3 1.5 3", ":": "1.5 2.5"}
@@ -348,7 +403,10 @@ def draw_loss(ax: Axes, results: Sequence[Result]) -> None:
     for result, style in zip(results, run_styles(results), strict=True):
         points = facts.losses(result)
         if points:
-            ax.plot(*zip(*points, strict=True), **line_of(style) | {"markersize": 3.6})
+            ax.plot(
+                *zip(*points, strict=True),
+                **line_of(style) | {"markersize": 5.5 if style.marker == "*" else 3.6},
+            )
     _finish(ax, "Training loss", "round")
     whole_numbers(ax)
 
@@ -451,14 +509,18 @@ def _legend_above(ax: Axes, handles: Sequence[Any] | None = None) -> None:
         found,
         names,
         loc="outside upper left",
-        ncols=_columns(names),
+        ncols=_columns_above(names, ax.figure.bbox.width / ax.figure.dpi),
         borderaxespad=0.0,
         borderpad=0.1,
-        columnspacing=1.0,
-        handletextpad=0.1,
+        columnspacing=1.5,
+        handletextpad=0.4,
         handlelength=1.4,
-        fontsize=8.5,
+        fontsize=SMALLEST,
     )
+
+
+def _columns_above(names: Sequence[str], width: float) -> int:
+    return columns_that_fit(names, width, handle=1.8)
 
 
 # --- bars ------------------------------------------------------------------------------------
@@ -475,10 +537,12 @@ def holdings_height(result: Result) -> float:
     return 1.2 + count * (0.27 if count <= 24 else max(0.06, 6.5 / count))
 
 
-def class_height(result: Result) -> float:
-    """`holdings_height` with room for the rows of the class legend: the bars stay as tall."""
-    names = [_legend_name(name) for name in _classes(result)[: len(CLASS_COLOURS)]]
-    return holdings_height(result) + 0.17 * (-(-len(names) // _columns(names)) - 1)
+def class_height(result: Result, width: float = HALF[0]) -> float:
+    """`holdings_height` with room for the rows of the class legend in `width` inches: the bars
+    stay as tall."""
+    names = [_legend_name(name) for name in _classes(result)[: len(CLASS_STYLES)]]
+    rows = -(-len(names) // _columns_above(names, width)) if names else 1
+    return holdings_height(result) + 0.17 * (rows - 1)
 
 
 def _classes(result: Result) -> list[str]:
@@ -491,7 +555,7 @@ def draw_modalities(ax: Axes, result: Result) -> None:
     """A bar a party: samples by the modalities that it holds."""
     clients = facts.clients(result)
     parts = {
-        HOLDING_STYLES[key]: [client.get(key, 0) for client in clients]
+        (*HOLDING_STYLES[key], ""): [client.get(key, 0) for client in clients]
         for key in HOLDINGS
         if any(client.get(key, 0) for client in clients)
     }
@@ -502,14 +566,14 @@ def draw_classes(ax: Axes, result: Result) -> None:
     """A bar a party: samples by class; classes past the eighth share the last colour."""
     clients = facts.clients(result)
     found = _classes(result)
-    named = found[: len(CLASS_COLOURS) - (len(found) > len(CLASS_COLOURS))]
+    named = found[: len(CLASS_STYLES) - (len(found) > len(CLASS_STYLES))]
     parts = {
-        (name, CLASS_COLOURS[i]): [facts.class_counts(c).get(name, 0) for c in clients]
+        (name, *CLASS_STYLES[i]): [facts.class_counts(c).get(name, 0) for c in clients]
         for i, name in enumerate(named)
     }
     if len(found) > len(named):
         rest = [c["samples"] - sum(v[i] for v in parts.values()) for i, c in enumerate(clients)]
-        parts[f"{len(found) - len(named)} more", CLASS_COLOURS[-1]] = rest
+        parts[f"{len(found) - len(named)} more", *CLASS_STYLES[-1]] = rest
     _bars(ax, clients, parts)
 
 
@@ -526,7 +590,7 @@ def draw_profiles(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         left = [at + share for at, share in zip(left, shares, strict=True)]
     if len(rows) <= 24:
         for i, row in enumerate(rows):
-            ax.text(1.02, i, _weights_words(row), va="center", fontsize=7.5, color=INK)
+            ax.text(1.02, i, _weights_words(row), va="center", fontsize=SMALLEST, color=INK)
     _name_rows(ax, [str(row["id"]) for row in rows])
     _thin_names(ax, len(rows))
     _finish(ax, "", "share of samples", grid="x")
@@ -546,21 +610,22 @@ def _weights_words(row: Mapping[str, Any]) -> str:
 
 
 def _bars(
-    ax: Axes, clients: Sequence[dict[str, Any]], parts: dict[tuple[str, str], list[int]]
+    ax: Axes, clients: Sequence[dict[str, Any]], parts: dict[tuple[str, str, str], list[int]]
 ) -> None:
     """Stacked bars from the left, each part with its count where it is wide enough."""
     left = [0] * len(clients)
     widest = max((client["samples"] for client in clients), default=1) or 1
-    for (name, colour), counts in parts.items():
+    for (name, colour, hatch), counts in parts.items():
         look: dict[str, Any] = {
             "height": 0.74,
-            "color": colour,
-            "edgecolor": PAPER,
+            "facecolor": colour,
+            "edgecolor": PAPER,  # of the hatching too
             "linewidth": 0.7,
+            "hatch": hatch,
         }
         ax.barh(range(len(clients)), counts, left=left, label=name, **look)
         if len(clients) <= 24:
-            _write_counts(ax, counts, left, colour=colour, least=0.075 * widest)
+            _write_counts(ax, counts, left, colour=colour, least=0.085 * widest)
         left = [a + b for a, b in zip(left, counts, strict=True)]
     _name_rows(ax, [client["id"] for client in clients])
     _thin_names(ax, len(clients))
@@ -573,10 +638,12 @@ def _bars(
 def _write_counts(
     ax: Axes, counts: Sequence[int], left: Sequence[int], *, colour: str, least: float
 ) -> None:
-    dark = colour in (BLUE, MUTED)
+    dark = colour == BLUE
     for row, (count, start) in enumerate(zip(counts, left, strict=True)):
         if count >= least:
-            place: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 7.5}
+            place: dict[str, Any] = {"ha": "center", "va": "center_baseline"}
+            place["bbox"] = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
+            place["fontsize"] = SMALLEST
             # Not PAPER or INK, which follow the page: a bar keeps its colour in the dark.
             shade = "#fefefe" if dark else "#101010"
             ax.text(start + count / 2, row, str(count), color=shade, **place)

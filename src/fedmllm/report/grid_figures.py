@@ -1,13 +1,15 @@
 """Figures of a grid: the radar over settings, learning curves with bands over seeds, the drop
 from aligned data, and the metric against communication.
 
-A method keeps its colour and marker in all of them, a strategy its dash; see `figures` for the
-colours and why.
+A method keeps its colour and marker in all of them; its line is dashed where it is run with a
+strategy. Each drawing shows one strategy and what it is measured against (`shown`), so that no two
+of its lines look alike. See `figures` for the colours and why, and for the sizes.
 """
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -16,12 +18,13 @@ from fedmllm.report import facts
 from fedmllm.report.arms import Arm, Board
 from fedmllm.report.figures import (
     BLUE,
-    DASHES,
     GREEN,
     INK,
     LINE,
     MUTED,
     PAPER,
+    RUN_MARKERS,
+    SMALLEST,
     VERMILLION,
     Style,
     line_of,
@@ -29,7 +32,9 @@ from fedmllm.report.figures import (
     run_style,
     whole_numbers,
 )
+from fedmllm.report.loading import Result
 from fedmllm.report.statistics import ENOUGH, mean_and_half
+from fedmllm.scenarios import SETTINGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,8 +44,9 @@ SCENARIO_STYLES = {
     "cross": (VERMILLION, "s"),
     "hybrid": (GREEN, "^"),
 }
+FEW = 2  # arms of a strategy beside which there is room for the same methods without it
 # in small panels: with a wide white edge a small marker has no shape
-_SMALL = {"markersize": 4.8, "markeredgewidth": 0.35}
+_SMALL = {"markeredgewidth": 0.35}
 Band = tuple[float, float, float]
 """(mean, low, high)"""
 Points = list[tuple[float, Band]]
@@ -56,16 +62,41 @@ def band(values: Sequence[float]) -> Band:
     return mean, mean - half, mean + half
 
 
+def method_legend(board: Board, condition: str) -> dict[str, Style]:
+    """Name -> style of the methods of a figure with a panel for each strategy."""
+    styles: dict[str, Style] = {}
+    for chosen in strategies(board):
+        for arm in drawn(board, condition, chosen):
+            plain = arm_styles(board)[arm.label]
+            dash = ":" if arm.topology == "zero-shot" else "-"
+            styles.setdefault(method(arm), Style(plain.colour, plain.marker, dash))
+    if strategies(board) != [""]:
+        styles["with the panel's strategy"] = Style(MUTED, "", "--")
+    return styles
+
+
 def shown(board: Board, chosen: str) -> list[Arm]:
-    """The arms of a strategy, and what they are measured against: baselines that were not run
-    with the strategy stand without it."""
+    """The arms of a strategy and what they are measured against: baselines that were not run with
+    the strategy stand without it; so do the strategy's methods, if they are `FEW`."""
     own = [arm for arm in board.arms if strategy(arm) == chosen]
-    there = {arm.topology for arm in own}
+    there = {arm.topology for arm in own} - {"federated"}
+    federated = [method(arm) for arm in own if arm.topology == "federated"]
+    plain = federated if chosen and len(federated) <= FEW else []
     return [
         arm
         for arm in board.arms
-        if arm in own or (arm.topology not in ("federated", *there) and not strategy(arm))
+        if arm in own or (not strategy(arm) and _stands(arm, there, plain))
     ]
+
+
+def _stands(arm: Arm, there: set[str], plain: Sequence[str]) -> bool:
+    """Whether an arm without a strategy stands beside those with it."""
+    return method(arm) in plain if arm.topology == "federated" else arm.topology not in there
+
+
+def strategies(board: Board) -> list[str]:
+    """The strategies of a board's arms, none (empty) first if there is such an arm."""
+    return list(dict.fromkeys(map(strategy, board.arms)))
 
 
 def method(arm: Arm) -> str:
@@ -79,29 +110,48 @@ def strategy(arm: Arm) -> str:
 
 
 def arm_styles(board: Board) -> dict[str, Style]:
-    """How each arm looks, by label."""
-    strategies = list(dict.fromkeys(["", *map(strategy, board.arms)]))
-    counts: dict[str, list[str]] = {}
-    styles = {}
+    """How each arm looks, by label: colour and marker of its method, dashed with a strategy. Arms
+    of different strategies may look alike; no figure draws two strategies on the same axes."""
+    known: dict[str, list[str]] = {}
     for arm in board.arms:
-        known = counts.setdefault(arm.topology, [])
-        if method(arm) not in known:
-            known.append(method(arm))
-        style = run_style(arm.topology, known.index(method(arm)))
-        dashes = (":", "-.") if arm.topology == "zero-shot" else DASHES  # it has no marker
-        dash = dashes[strategies.index(strategy(arm)) % len(dashes)]
-        styles[arm.label] = Style(style.colour, style.marker, dash)
-    return styles
+        names = known.setdefault(arm.topology, [])
+        names += [] if method(arm) in names else [method(arm)]
+    return {
+        arm.label: _style(arm.topology, known[arm.topology].index(method(arm)), strategy(arm))
+        for arm in board.arms
+    }
+
+
+def _style(topology: str, i: int, strategy: str) -> Style:
+    style = run_style(topology, i)
+    if topology == "zero-shot":  # the first has no marker
+        marker = RUN_MARKERS[(i - 1) % len(RUN_MARKERS)] if i else ""
+        return Style(style.colour, marker, "-." if strategy else ":")
+    return Style(style.colour, style.marker, "--" if strategy else "-")
+
+
+def legend(board: Board, arms: Sequence[Arm], chosen: str) -> dict[str, Style]:
+    """Name -> style of some arms in a figure of one strategy, which its title names: an arm without
+    it is called plain."""
+    styles = arm_styles(board)
+    return {
+        method(arm) + (", plain" if chosen and not strategy(arm) else ""): styles[arm.label]
+        for arm in arms
+    }
 
 
 # -- radar -------------------------------------------------------------------------------------
 
 
+def drawn(board: Board, condition: str, chosen: str) -> list[Arm]:
+    """The arms of `shown` that have any number to be drawn."""
+    return [arm for arm in shown(board, chosen) if _by_setting(arm, board, condition)]
+
+
 def draw_radar(ax: Axes, board: Board, condition: str, chosen: str) -> None:
-    """One polygon for each arm of a strategy over all settings; farther out is better."""
-    arms = shown(board, chosen)
-    means = {a.label: _by_setting(a, board, condition) for a in arms}
-    means = {label: row for label, row in means.items() if len(row) == len(board.settings)}
+    """A polygon for each arm of a strategy over all settings; farther out is better. Where an arm
+    was not run in a setting its polygon is broken, and the figure says so."""
+    means = {a.label: _by_setting(a, board, condition) for a in drawn(board, condition, chosen)}
     every = [_by_setting(arm, board, condition) for arm in board.arms]  # one scale for all radars
     values = [value for row in every for value in row.values()]
     angles = [
@@ -112,12 +162,20 @@ def draw_radar(ax: Axes, board: Board, condition: str, chosen: str) -> None:
     _web(ax, board.settings, angles, rings)
     styles = arm_styles(board)
     for label, row in means.items():
-        radius = [(row[s] - low) / (high - low) for s in board.settings]
+        radius = [(row.get(s, math.nan) - low) / (high - low) for s in board.settings]
         xs = [r * math.cos(a) for r, a in zip(radius, angles, strict=True)]
         ys = [r * math.sin(a) for r, a in zip(radius, angles, strict=True)]
         ax.plot([*xs, xs[0]], [*ys, ys[0]], **line_of(styles[label]) | _SMALL)
-    name = f", {chosen} strategy" if chosen else ""
-    ax.set_title(f"{board.metric} by setting, {facts.condition_name(condition)}{name}")
+    ax.set_title(_radar_title(board, condition, chosen))
+    if any(len(row) < len(board.settings) for row in means.values()):
+        words = "A line breaks where its arm was not run."
+        ax.set_ylim(bottom=-1.55)
+        ax.text(0, -1.45, words, ha="center", va="center", fontsize=SMALLEST, color=MUTED)
+
+
+def _radar_title(board: Board, condition: str, chosen: str) -> str:
+    first = f"{board.metric} by setting, {facts.condition_name(condition)}"
+    return "\n".join([first, *(textwrap.wrap(f"with {chosen}", 36) if chosen else [])])
 
 
 def _by_setting(arm: Arm, board: Board, condition: str) -> dict[str, float]:
@@ -142,7 +200,7 @@ def _web(
 ) -> None:
     ax.set_aspect("equal")
     ax.axis("off")
-    ax.set_xlim(-1.55, 1.55)
+    ax.set_xlim(-1.6, 1.6)
     ax.set_ylim(-1.3, 1.3)
     for ring in rings[1:]:
         r = (ring - rings[0]) / (rings[-1] - rings[0])
@@ -152,13 +210,23 @@ def _web(
         x, y = math.cos(a), math.sin(a)
         ax.plot([0, x], [0, y], color=LINE, linewidth=0.7, zorder=0)
         side = "center" if abs(x) < 0.1 else "left" if x > 0 else "right"
-        ax.text(1.08 * x, 1.1 * y, setting, ha=side, va="center", fontsize=7.5, color=MUTED)
+        look: dict[str, Any] = {"fontsize": SMALLEST, "color": MUTED, "linespacing": 1.0}
+        ax.text(1.07 * x, 1.15 * y, _spoke(setting), ha=side, va="center", **look)
     middle = (angles[0] + angles[1]) / 2  # between two spokes, where no polygon has a corner
-    for ring in rings:
+    named = rings if len(rings) <= 4 else rings[::-1][::2]  # with every ring the numbers touch
+    for ring in named:
         r = (ring - rings[0]) / (rings[-1] - rings[0]) * math.cos((angles[0] - angles[1]) / 2)
         x, y = r * math.cos(middle), r * math.sin(middle)
         box = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
-        ax.text(x, y, f"{ring:g}", fontsize=6.5, color=INK, ha="center", va="center", bbox=box)
+        look = {"fontsize": SMALLEST, "color": INK, "ha": "center", "va": "center", "bbox": box}
+        ax.text(x, y, f"{ring:g}", **look)
+
+
+def _spoke(setting: str) -> str:
+    """A setting's name on two lines or more, so that it takes little width."""
+    if setting in SETTINGS:
+        return setting.replace("-", "\n")
+    return textwrap.fill(setting, 12)
 
 
 # -- curves ------------------------------------------------------------------------------------
@@ -175,9 +243,14 @@ def draw_bands(ax: Axes, board: Board, setting: str, condition: str, chosen: str
         points = _mean_curve([points for points, _ in curves])
         _line_or_level(ax, points, arm.scores(setting, condition), styles[arm.label])
         _last_test(ax, _mean_curve([last for _, last in curves]), styles[arm.label])
-    _finish(ax, f"{setting}, {chosen}" if chosen else setting, "round", "")
+    _finish(ax, setting, "round", board.metric)
     ax.set_ylim(*_limits(board, condition))
     whole_numbers(ax)
+
+
+def followed(board: Board, condition: str) -> bool:
+    """Whether any run was measured over its rounds."""
+    return any(len(facts.curve(run, condition)) > 1 for run in board.results)
 
 
 def _limits(board: Board, condition: str) -> tuple[float, float]:
@@ -210,7 +283,10 @@ def _line_or_level(ax: Axes, points: Points, final: Mapping[int, float], style: 
         level = mean_and_half(list(final.values()))[0]
         look: dict[str, Any] = line_of(style) | {"linewidth": 1.2, **_SMALL, "zorder": 1}
         across: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "markevery": [1]}
-        ax.plot([0, 0.985, 1], [level] * 3, **look, **across)
+        ax.plot([0, 0.97, 1], [level] * 3, **look, **across)
+    elif points:
+        (x, (mean, _, _)) = points[0]
+        ax.plot([x], [mean], **line_of(style) | {"markersize": 6})
 
 
 def _last_test(ax: Axes, points: Points, style: Style) -> None:
@@ -236,9 +312,9 @@ def drops(board: Board, condition: str) -> dict[str, dict[str, Band]]:
     for arm in board.arms:
         if arm.topology == "zero-shot" or not aligned:
             continue
-        whole = _over(arm, aligned, condition)
+        whole = over(arm, aligned, condition)
         for name, members in groupby(board.settings, key=lambda s: s.split("-")[0]):
-            here = _over(arm, list(members), condition)
+            here = over(arm, list(members), condition)
             common = [seed for seed in here if seed in whole]
             if name in SCENARIO_STYLES and common:
                 values = [here[seed] - whole[seed] for seed in common]
@@ -246,7 +322,7 @@ def drops(board: Board, condition: str) -> dict[str, dict[str, Band]]:
     return found
 
 
-def _over(arm: Arm, settings: Sequence[str], condition: str) -> dict[int, float]:
+def over(arm: Arm, settings: Sequence[str], condition: str) -> dict[int, float]:
     """Mean over settings by seed, for the seeds that all of them have."""
     scores = [arm.scores(setting, condition) for setting in settings]
     seeds = set.intersection(*(set(found) for found in scores)) if scores else set()
@@ -256,46 +332,54 @@ def _over(arm: Arm, settings: Sequence[str], condition: str) -> dict[int, float]
 def draw_drop(ax: Axes, board: Board, condition: str) -> None:
     """A row an arm, a marker a scenario; left of zero is worse than with aligned data."""
     found = drops(board, condition)
+    handles: dict[str, Any] = {}
     for y, row in enumerate(found.values()):
         for i, (name, (mean, low, high)) in enumerate(row.items()):
             colour, marker = SCENARIO_STYLES[name]
             at = y + 0.2 * (i - (len(row) - 1) / 2)
-            ax.errorbar(
-                mean,
-                at,
-                xerr=[[mean - low], [high - mean]],
-                fmt=marker,
-                color=colour,
-                markersize=5,
-                elinewidth=1.1,
-                label=f" {name}" if y == 0 else None,
-            )
+            look: dict[str, Any] = {"color": colour, "markersize": 5, "elinewidth": 1.1}
+            span = [[mean - low], [high - mean]]
+            handles[name] = ax.errorbar(mean, at, xerr=span, fmt=marker, **look)
     ax.axvline(0, color=INK, linewidth=0.9, zorder=0)
-    ax.set_yticks(range(len(found)), list(found))
+    ax.set_yticks(range(len(found)), [textwrap.fill(label, 40) for label in found])
     ax.invert_yaxis()
     _finish(ax, "Change from aligned data", f"difference in {board.metric}", "", grid="x")
-    if found:
-        handles, names = ax.get_legend_handles_labels()
-        ax.figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8)
+    if handles:
+        names = [name for name in SCENARIO_STYLES if name in handles]
+        where: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "fontsize": SMALLEST}
+        ax.figure.legend([handles[n] for n in names], [f" {n}" for n in names], **where)
 
 
 # -- communication -----------------------------------------------------------------------------
 
 
-def draw_cost(ax: Axes, board: Board, condition: str) -> None:
-    """The metric against the bytes that all parties have sent and received so far, mean over
-    settings and seeds; what sends nothing is a level line."""
+def draw_cost(ax: Axes, board: Board, condition: str, chosen: str) -> None:
+    """The metric against the bytes that all parties have sent and received so far, for the arms of
+    a strategy, mean over seeds and over the settings that all of them have; what sends nothing is
+    a level line."""
     styles = arm_styles(board)
-    for arm in board.arms:
-        runs = [run for found in arm.runs.values() for run in found.values()]
-        if not runs:
-            continue
+    arms = drawn(board, condition, chosen)
+    settings = common_settings(board, arms)
+    for arm in arms:
+        runs = [run for setting in settings for run in arm.runs[setting].values()]
         points = _mean_by_round([_over_bytes(run, condition) for run in runs])
         scores = [facts.score(run, condition) for run in runs]
         final = {i: score for i, score in enumerate(scores) if score is not None}
         sent = arm.topology == "federated"
         _line_or_level(ax, points if sent else [], {} if sent else final, styles[arm.label])
-    _finish(ax, f"{board.metric} against communication", "MB up and down, all parties", "")
+    words = [*textwrap.wrap(chosen or "plain", 26), _how_many(settings, board)]
+    _finish(ax, "\n".join(words).rstrip(), "MB up and down", board.metric)
+
+
+def common_settings(board: Board, arms: Sequence[Arm]) -> list[str]:
+    """The settings that all of some arms were run in."""
+    return [s for s in board.settings if arms and all(arm.runs.get(s) for arm in arms)]
+
+
+def _how_many(settings: Sequence[str], board: Board) -> str:
+    """Said only where it is not all of them."""
+    few = len(settings) < len(board.settings)
+    return f"{len(settings)} of {len(board.settings)} settings" if few else ""
 
 
 def _mean_by_round(found: Sequence[Mapping[int, tuple[float, float]]]) -> Points:
@@ -310,13 +394,17 @@ def _mean_by_round(found: Sequence[Mapping[int, tuple[float, float]]]) -> Points
     return points
 
 
-def _over_bytes(run: Mapping[str, Any], condition: str) -> dict[int, tuple[float, float]]:
-    """Round -> (megabytes so far, metric) wherever it was measured."""
+def _over_bytes(run: Result, condition: str) -> dict[int, tuple[float, float]]:
+    """Round -> (megabytes so far, metric) wherever it was measured; the end, of a run that was
+    measured only there."""
     total, at = 0.0, {}
-    for line in facts.history(dict(run)):
+    for line in facts.history(run):
         total += (line.get("bytes_up") or 0) + (line.get("bytes_down") or 0)
         at[line["round"]] = total / 1e6
-    return {number: (at[number], value) for number, value in facts.curve(dict(run), condition)}
+    curve, final = facts.curve(run, condition), facts.score(run, condition)
+    if not curve and at and final is not None:
+        curve = [(max(at), final)]
+    return {number: (at[number], value) for number, value in curve}
 
 
 def _finish(ax: Axes, title: str, xlabel: str, ylabel: str, *, grid: str = "y") -> None:

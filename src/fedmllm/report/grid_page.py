@@ -6,22 +6,35 @@ and opens from a disk. `grid.html` says what is gathered here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmllm.errors import UserError
-from fedmllm.report import facts, figures, grid_figures, split
+from fedmllm.report import facts, figures, glance, grid_figures, parties, split
 from fedmllm.report.arms import Arm, Board, boards, is_grid, setting_of
-from fedmllm.report.grid_tables import GridTable, grid_tables, note
+from fedmllm.report.grid_tables import GridTable, Mean, grid_tables, note
 from fedmllm.report.loading import Result
-from fedmllm.report.page import METRIC_HELP, PAPER, link, provenance, template, write_page
+from fedmllm.report.page import (
+    METRIC_HELP,
+    PAPER,
+    choices,
+    provenance,
+    result_files,
+    shown_files,
+    template,
+    write_page,
+)
+from fedmllm.scenarios import SCENARIOS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CONDITIONS = tuple(facts.CONDITIONS)
+COSTS = {"unparsable": 0, "MB": 2, "seconds": 1, "samples/s": 1, "peak MB": 0}  # with digits
 
 
 def write_grid_report(
@@ -40,19 +53,59 @@ def write_grid_report(
     out = Path(out_path)
     found, repeated = boards(results)
     tables, _ = grid_tables(results, CONDITIONS)
+    rows = [row for board in found for row in _rows(board, out.parent)]
     contents = {
         "title": title,
         "paper": PAPER,
         "dash": facts.DASH,
         "runs": len(results),
-        "boards": [_board(board, tables, f"b{i}") for i, board in enumerate(found)],
-        "rows": [row for board in found for row in _rows(board, out.parent)],
+        "glances": [_glance(board, tables) for board in found],
+        "boards": [_board(board, tables, f"b{i}", out.parent) for i, board in enumerate(found)],
+        "guide": _guide(results),
+        "rows": rows,
         "heads": {c: facts.condition_name(c) for c in facts.conditions(results)},
+        "worst": list(dict.fromkeys(head for row in rows for head in row["worst"])),
+        "costs": {
+            name: digits
+            for name, digits in COSTS.items()
+            if any(row["costs"][name] is not None for row in rows)
+        },
+        "choices": choices(
+            [{name: row[name] for name in ("task", "setting", "arm", "seed")} for row in rows]
+        ),
         "problems": [*problems, *repeated],
         "provenance": provenance(results, out.parent),
-        "filters": ("task", "setting", "arm", "seed"),
     }
     return write_page(out, template("grid.html").render(contents))
+
+
+def _glance(board: Board, tables: Sequence[GridTable]) -> dict[str, Any]:
+    """What a newcomer reads first about a board."""
+    condition = facts.headline(board.results)
+    table = next(
+        t
+        for t in tables
+        if (t.board, t.condition, t.judge, t.about) == (board.label, condition, "", "")
+    )
+    return {
+        "label": board.label,
+        "metric": f"{board.metric}, {facts.condition_name(condition)}",
+        "what": glance.what(board, table.seeds),
+        "cards": glance.cards(board, condition),
+        "finding": glance.finding(board, table),
+        "by_setting": glance.by_setting(board, table),
+        "sure": glance.sure(table),
+    }
+
+
+def _guide(results: Sequence[Result]) -> dict[str, Any]:
+    """What a newcomer must know to read the tables: metrics and scenarios that occur."""
+    scenarios = dict.fromkeys(str(facts.lookup(r, "config", "scenario", "name")) for r in results)
+    metrics = dict.fromkeys(map(facts.metric_key, results))
+    return {
+        "metrics": [METRIC_HELP[key] for key in metrics if key in METRIC_HELP],
+        "scenarios": {n: SCENARIOS[n].summary for n in SCENARIOS if n in scenarios},
+    }
 
 
 def write_figures(results: Sequence[Result], folder: Path, *, png: bool = False) -> list[Path]:
@@ -60,12 +113,25 @@ def write_figures(results: Sequence[Result], folder: Path, *, png: bool = False)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in _every_figure(results):
-        stem = "".join(c if c.isalnum() or c in "-." else "-" for c in name)
+        stem = re.sub(r"[^\w.]+", "-", name)
         written.append(folder / f"{stem}.svg")
         written[-1].write_text(figures.svg(figure), encoding="utf-8")
         if png:
             written.append(figures.save_png(figure, folder / f"{stem}.png"))
     return written
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of a grid. kind: ``radar``, ``curves``, ``drop`` or ``communication``; strategy: the
+    one it shows, empty for none or all; about: in words; legend: the lines that it names."""
+
+    name: str
+    kind: str
+    strategy: str
+    figure: Figure
+    about: str
+    legend: Mapping[str, figures.Style] = field(default_factory=dict)
 
 
 def _every_figure(results: Sequence[Result]) -> Iterator[tuple[str, Figure]]:
@@ -76,11 +142,10 @@ def _every_figure(results: Sequence[Result]) -> Iterator[tuple[str, Figure]]:
                 yield f"{group[0]['task']['name']}-{name}", figure
         return
     for board in boards(results)[0]:
-        styles = grid_figures.arm_styles(board)
-        for name, figure, _, labels in board_figures(board):
-            if labels:
-                _add_legend(figure, {label: styles[label] for label in labels})
-            yield f"{board.label}-{name}", figure
+        for drawing in board_figures(board):
+            if drawing.legend:
+                _add_legend(drawing.figure, drawing.legend)
+            yield f"{board.label}-{drawing.name}", drawing.figure
         for setting, figure, _ in _holdings_figures(board):
             yield f"{board.label}-held-{setting}", figure
 
@@ -90,107 +155,148 @@ def _add_legend(figure: Figure, styles: Mapping[str, figures.Style]) -> None:
     import matplotlib
 
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.25 + 0.2 * (-(-len(styles) // 3)))
+    rows = -(-len(styles) // figures.columns_that_fit([f" {name}" for name in styles], width))
+    figure.set_size_inches(width, height + 0.15 + 0.17 * rows)
     with matplotlib.rc_context(figures.RC):
         figures.name_lines(figure, styles)
 
 
-def board_figures(board: Board) -> Iterator[tuple[str, Figure, str, list[str]]]:
-    """(name, figure, what it shows, the arms that its legend must name) of everything that a
-    board's runs allow."""
+def board_figures(board: Board) -> Iterator[Drawing]:
+    """Everything that a board's runs allow."""
     condition = facts.headline(board.results)
-    strategies = list(dict.fromkeys(map(grid_figures.strategy, board.arms)))
+    chosen = grid_figures.strategies(board)
     if len(board.settings) > 2:
-        for chosen in strategies:
-            radar = (grid_figures.draw_radar, (board, condition, chosen))
-            drawn = figures.draw_panels([radar], size=(5.6, 4.6))
-            about = f"{board.metric} by setting"
-            yield _name("radar", chosen), drawn, about, _labels(board, chosen)
-    for chosen in strategies:
-        for scenario, members in groupby(board.settings, key=lambda s: s.split("-")[0]):
-            panels = [
-                (grid_figures.draw_bands, (board, setting, condition, chosen))
-                for setting in members
-            ]
-            drawn = figures.draw_panels(panels, size=(max(4.8, 3.2 * len(panels)), 2.6))
-            about = f"{board.metric} over rounds, {scenario}"
-            yield _name(f"curves-{scenario}", chosen), drawn, about, _labels(board, chosen)
+        yield from (_radar(board, condition, strategy) for strategy in chosen)
+    if grid_figures.followed(board, condition):
+        for strategy in chosen:
+            yield from _curves(board, condition, strategy)
     found = grid_figures.drops(board, condition)
     if found:
-        size = (6.0, 1.5 + 0.34 * len(found))
-        drawn = figures.draw_panels([(grid_figures.draw_drop, (board, condition))], size=size)
-        yield "drop", drawn, "Change of the metric from aligned data", []
+        size = (figures.PAGE, 1.3 + 0.34 * len(found))
+        figure = figures.draw_panels([(grid_figures.draw_drop, (board, condition))], size=size)
+        yield Drawing("drop", "drop", "", figure, "Change of the metric from aligned data")
     if any(facts.topology(r) == "federated" and facts.history(r) for r in board.results):
-        drawn = figures.draw_panels([(grid_figures.draw_cost, (board, condition))], size=(6.0, 3.4))
-        every = [arm.label for arm in board.arms]
-        yield "communication", drawn, f"{board.metric} against bytes", every
+        yield _communication(board, condition)
 
 
-def _labels(board: Board, chosen: str) -> list[str]:
-    return [arm.label for arm in grid_figures.shown(board, chosen)]
+def _radar(board: Board, condition: str, strategy: str) -> Drawing:
+    figure = figures.draw_panels(
+        [(grid_figures.draw_radar, (board, condition, strategy))], size=(figures.COLUMN, 3.1)
+    )
+    arms = grid_figures.drawn(board, condition, strategy)
+    legend = grid_figures.legend(board, arms, strategy)
+    about = f"{board.metric} by setting{f', {strategy}' if strategy else ''}"
+    return Drawing(_name("radar", strategy), "radar", strategy, figure, about, legend)
+
+
+def _curves(board: Board, condition: str, strategy: str) -> Iterator[Drawing]:
+    """A figure a scenario, a panel a setting."""
+    arms = grid_figures.drawn(board, condition, strategy)
+    legend = grid_figures.legend(board, arms, strategy)
+    for scenario, members in groupby(board.settings, key=lambda s: s.split("-")[0]):
+        panels: list[figures.Panel] = [
+            (grid_figures.draw_bands, (board, setting, condition, strategy)) for setting in members
+        ]
+        width = figures.COLUMN if len(panels) == 1 else figures.PAGE
+        columns = min(len(panels), 3)
+        size = (width, 0.5 + 1.8 * -(-len(panels) // columns))
+        figure = figures.draw_facets(panels, size=size, columns=columns)
+        name, about = _name(f"curves-{scenario}", strategy), f"{board.metric} over rounds"
+        words = f"{about}, {scenario}{f', {strategy}' if strategy else ''}"
+        yield Drawing(name, "curves", strategy, figure, words, legend)
+
+
+def _communication(board: Board, condition: str) -> Drawing:
+    """A panel a strategy."""
+    chosen = grid_figures.strategies(board)
+    panels: list[figures.Panel] = [
+        (grid_figures.draw_cost, (board, condition, strategy)) for strategy in chosen
+    ]
+    columns = min(len(panels), 3)
+    size = (
+        figures.COLUMN if columns == 1 else figures.PAGE,
+        0.4 + (2.1 if columns < 3 else 2.3) * -(-len(panels) // columns),
+    )
+    figure = figures.draw_facets(panels, size=size, columns=columns)
+    legend = grid_figures.method_legend(board, condition)
+    about = f"{board.metric} against communication, by strategy"
+    return Drawing("communication", "communication", "", figure, about, legend)
 
 
 def _name(kind: str, strategy: str) -> str:
     return f"{kind}-{strategy}" if strategy else kind
 
 
-def _board(board: Board, tables: Sequence[GridTable], key: str) -> dict[str, Any]:
+def _board(board: Board, tables: Sequence[GridTable], key: str, folder: Path) -> dict[str, Any]:
     styles = grid_figures.arm_styles(board)
     swatches = {label: figures.swatch(style) for label, style in styles.items()}
-    drawn = [
-        (name, figures.inline(figure, f"{key}-{name}", about), _pixels(figure))
-        for name, figure, about, _ in board_figures(board)
-    ]
-    first = board.results[0]
+    drawn = [_card(drawing, key) for drawing in board_figures(board)]
+    kinds = {kind: [c for c in drawn if c["kind"] == kind] for kind in ("radar", "curves")}
     return {
         "label": board.label,
-        "metric": board.metric,
-        "metric_help": METRIC_HELP.get(facts.metric_key(first), ""),
         "settings": board.settings,
-        "swatches": swatches,
-        "tables": [_table(table, swatches) for table in tables if table.board == board.label],
-        "radars": [svg for name, svg, _ in drawn if name.startswith("radar")],
-        "curves": [(svg, width) for name, svg, width in drawn if name.startswith("curves")],
-        "others": [svg for name, svg, _ in drawn if not name.startswith(("radar", "curves"))],
-        "parties": _parties(board),
+        "tables": [_table(t, swatches, folder) for t in tables if t.board == board.label],
+        **kinds,
+        "others": [card for card in drawn if card["kind"] not in kinds],
+        "parties": _parties(board, folder),
         "followed": facts.followed_words(board.results, facts.headline(board.results)),
-        "payload": _payload(board),
+        "payload": _payload(board, folder),
         "holdings": _holdings(board, key),
     }
 
 
-def _table(table: GridTable, swatches: Mapping[str, str]) -> dict[str, Any]:
+def _card(drawing: Drawing, key: str) -> dict[str, Any]:
+    return {
+        "label": drawing.about if drawing.kind == "communication" else "",
+        "kind": drawing.kind,
+        "strategy": drawing.strategy,
+        "svg": figures.inline(drawing.figure, f"{key}-{drawing.name}", drawing.about),
+        "legend": {name: figures.swatch(style) for name, style in drawing.legend.items()},
+        **_pixels(drawing.figure),
+    }
+
+
+def _table(table: GridTable, swatches: Mapping[str, str], folder: Path) -> dict[str, Any]:
     return {
         "title": _title(table),
         "note": note(table),
         "settings": table.settings,
         "published": table.published,
         "rows": [
-            (label, swatches.get(label, ""), [row.get(setting) for setting in table.settings])
+            (
+                label,
+                swatches.get(label, ""),
+                [_cell(row.get(setting), folder) for setting in table.settings],
+            )
             for label, row in table.cells.items()
         ],
     }
 
 
-def _parties(board: Board) -> list[tuple[str, ...]]:
-    """Of each arm and setting: mean over parties, spread, worst party, averaged over seeds.
+def _cell(cell: Mean | None, folder: Path) -> dict[str, Any] | None:
+    if cell is None:
+        return None
+    keys = ("mean", "half", "best", "significant")
+    return {key: getattr(cell, key) for key in keys} | {"files": shown_files(cell.files, folder)}
 
-    For local arms each party's own adapter on the common test set; for all arms that held samples
-    out, the final adapter on each party's own (the accuracy, where some party's few samples have
-    no value of the metric).
-    """
-    condition = facts.headline(board.results)
+
+def _parties(board: Board, folder: Path) -> list[dict[str, Any]]:
+    """Of each arm and setting: mean over parties, spread, worst party, by what they were tested
+    on (`report.parties`), averaged over seeds."""
+    condition, key = facts.headline(board.results), parties.own_key(board.results)
     rows = []
     for arm in board.arms:
         for setting in board.settings:
             runs = list(arm.runs.get(setting, {}).values())
-            common = [facts.spread(run, condition) for run in runs]
-            own = [facts.held_out_spread(run) for run in runs]
-            for samples, spreads in (("the test set", common), ("its own", own)):
-                found = [spread for spread in spreads if spread]
+            for test, where in parties.TESTS.items():
+                found = parties.over_seeds(runs, test, condition, key)
                 if found:
-                    means = [_mean(s.get(k) for s in found) for k in ("mean", "std", "min")]
-                    rows.append((arm.label, setting, samples, *map(facts.format_score, means)))
+                    words = (where, facts.METRICS.get(found.metric, found.metric))
+                    numbers = [*map(facts.format_score, (found.mean, found.std, found.worst))]
+                    place = {"arm": arm.label, "setting": setting, "words": words}
+                    rows.append(
+                        {**place, "numbers": numbers, "files": shown_files(found.files, folder)}
+                    )
     return rows
 
 
@@ -201,22 +307,27 @@ def _title(table: GridTable) -> str:
     return f"{table.metric}, {table.title.removeprefix(f'{table.board}, ')}"
 
 
-def _payload(board: Board) -> dict[str, Any]:
+def _payload(board: Board, folder: Path) -> dict[str, Any]:
     """What one party sends and receives in one round, in MB, of each federated arm: by part, and
-    all of it as it was counted. A part that no arm exchanges has no column."""
-    rows: dict[str, dict[str, float | None]] = {}
+    all of it as it was counted; the least and the most where its runs differ. A part that no arm
+    exchanges has no column."""
+    found: dict[str, list[tuple[str, dict[str, float | None]]]] = {}
     for arm in board.arms:
-        runs = [run for found in arm.runs.values() for run in found.values()]
-        known = [run for run in runs if facts.message_parts(run)]
+        runs = {id(run): run for by_seed in arm.runs.values() for run in by_seed.values()}
+        known = [run for run in runs.values() if facts.message_parts(run)]
         if arm.topology == "federated" and known:
-            rows[arm.label] = _messages(known[0])
-    names = dict.fromkeys(name for row in rows.values() for name in row)
-    heads = [name for name in names if any(row.get(name) for row in rows.values())]
+            found[arm.label] = [(str(run.get("_path", "")), _messages(run)) for run in known]
+    parts = [part for runs in found.values() for _, part in runs]
+    names = dict.fromkeys(name for part in parts for name in part)
+    heads = [name for name in names if any(part.get(name) for part in parts)]
     return {
         "heads": heads,
         "rows": {
-            label: [facts.format_megabytes(part.get(name)) for name in heads]
-            for label, part in rows.items()
+            label: {
+                "numbers": [_span([part.get(head) for _, part in runs]) for head in heads],
+                "files": shown_files([file for file, _ in runs], folder),
+            }
+            for label, runs in found.items()
         },
     }
 
@@ -230,24 +341,29 @@ def _messages(run: Result) -> dict[str, float | None]:
     return found
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _span(values: Iterable[float | None]) -> str:
+    """Megabytes, as one number where all print alike."""
+    known = sorted(value for value in values if value is not None)
+    words = [facts.format_megabytes(value) for value in known[:1] + known[-1:]] or [facts.DASH]
+    return " to ".join(dict.fromkeys(words))
 
 
-def _pixels(figure: Figure) -> int:
-    """How wide a card must be for the figure to have its own size."""
-    return round(96 * figure.get_size_inches()[0]) + 42
+def _pixels(figure: Figure) -> dict[str, int]:
+    """How wide a figure must be to be read, and its card so that it has a bit more than its own
+    size."""
+    own = 96 * figure.get_size_inches()[0]
+    return {"least": round(0.85 * own), "width": round(1.15 * own) + 42}
 
 
-def _holdings(board: Board, key: str) -> list[tuple[str, str, int]]:
+def _holdings(board: Board, key: str) -> list[dict[str, Any]]:
     """Who holds what in each setting, for the first seed: a picture a setting."""
     return [
-        (
-            f"{setting}, seed {run.get('seed')}",
-            figures.inline(drawn, f"{key}-held-{setting}", f"Who holds what: {setting}"),
-            _pixels(drawn),
-        )
+        {
+            "label": f"{setting}, seed {run.get('seed')}",
+            "legend": {},
+            "svg": figures.inline(drawn, f"{key}-held-{setting}", f"Who holds what: {setting}"),
+            **_pixels(drawn),
+        }
         for setting, drawn, run in _holdings_figures(board)
     ]
 
@@ -282,6 +398,8 @@ def _rows(board: Board, folder: Path) -> Iterator[dict[str, Any]]:
     runs = [run for run in board.results if id(run) in arms]  # the others are repeated
     settings = {setting: i for i, setting in enumerate(board.settings)}
     runs.sort(key=lambda r: (settings.get(setting_of(r), -1), order[arms[id(r)]], r.get("seed")))
+    condition, key = facts.headline(board.results), parties.own_key(board.results)
+    tests = parties.occurring(board.results, condition, key)
     for run in runs:
         everywhere = facts.topology(run) == "zero-shot"
         amount = facts.lookup(run, "bytes") or {}
@@ -293,11 +411,16 @@ def _rows(board: Board, folder: Path) -> Iterator[dict[str, Any]]:
             "arm": arms[id(run)],
             "seed": str(run.get("seed")),
             "scores": {c: facts.score(run, c) for c in facts.conditions(board.results)},
-            "worst": facts.spread(run, facts.headline(board.results)).get("min"),
-            "unparsable": facts.unparsable(run),
-            "megabytes": both / 1e6,
-            "seconds": facts.lookup(run, "time", "total_seconds"),
-            "speed": facts.lookup(run, "samples", "trained_per_second"),
-            "memory": (run.get("peak_memory_bytes") or 0) / 1e6 or None,
-            "link": link(run, folder),
+            "worst": {
+                parties.head(test, key, board.results): parties.worst(run, test, condition, key)
+                for test in tests
+            },
+            "costs": {
+                "unparsable": facts.unparsable(run),
+                "MB": both / 1e6,
+                "seconds": facts.lookup(run, "time", "total_seconds"),
+                "samples/s": facts.lookup(run, "samples", "trained_per_second"),
+                "peak MB": (run.get("peak_memory_bytes") or 0) / 1e6 or None,
+            },
+            "files": result_files(run, folder),
         }

@@ -3,7 +3,8 @@
 A cell is the mean over seeds ± half of its 95 % confidence interval (Student's t). The best
 federated arm of a column is bold. A star: it is better than the next best, by a paired t-test over
 seeds at the 5 % level, with Holm's correction for all comparisons of a best arm with another in
-the table. With fewer than five seeds nothing is called significant.
+the table. With fewer than five seeds nothing is called significant. Where runs state what each of
+their parties reaches, another table has the worst party.
 """
 
 from __future__ import annotations
@@ -11,23 +12,27 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from fedmllm.report import facts, published
+from fedmllm.report import facts, parties, published
 from fedmllm.report.arms import Arm, Board, boards
 from fedmllm.report.loading import Result
+from fedmllm.report.parties import Parties
 from fedmllm.report.statistics import ENOUGH, LEVEL, holm, mean_and_half, paired_p
 from fedmllm.scenarios import SETTINGS
 
 STAR = "*"
+NARROW = 6  # columns of a LaTeX table that leave room for the intervals beside the means
 
 
 @dataclass(frozen=True)
 class Mean:
     """One cell. half: of the 95 % interval, None for a single seed. p: of the difference to the
     next best, corrected; only for the best, and None where there are too few seeds.
-    files: the results that were averaged."""
+    files: the results that were averaged. parties: what is known of the parties, by test
+    (`parties.TESTS`)."""
 
     mean: float
     half: float | None
@@ -35,6 +40,7 @@ class Mean:
     best: bool = False
     p: float | None = None
     files: tuple[str, ...] = ()
+    parties: Mapping[str, Parties] = field(default_factory=dict)
 
     @property
     def significant(self) -> bool:
@@ -47,7 +53,8 @@ class GridTable:
     """A board under one test condition. cells: arm's label -> setting -> mean. seedless: arms
     that train nothing, so that a seed changes nothing. judge: whose marks the cells are, empty for
     the task's own metric; lost: how many of its verdicts could not be read. about: what a table
-    beside published figures compares; published: the labels of their rows; words: its note."""
+    beside published figures compares; published: the labels of their rows; worst: of what a table
+    of the worst party is; words: a note of its own."""
 
     board: str
     metric: str
@@ -60,11 +67,14 @@ class GridTable:
     lost: int = 0
     about: str = ""
     published: tuple[str, ...] = ()
+    worst: str = ""
     words: str = ""
 
     @property
     def title(self) -> str:
         """``memes, image + text``."""
+        if self.worst:
+            return f"{self.board}, {self.worst}"
         words = f"{self.board}, {facts.condition_name(self.condition)}"
         if self.about:
             return f"{words}, {self.about}: published figures and ours"
@@ -130,6 +140,30 @@ def published_tables(board: Board) -> list[GridTable]:
     return tables
 
 
+def worst_tables(tables: Sequence[GridTable]) -> list[GridTable]:
+    """The worst party, of each table whose runs state it, by what the parties were tested on."""
+    found = [_worst_table(table, test) for table in tables for test in parties.TESTS]
+    return [table for table in found if table.cells]
+
+
+def _worst_table(table: GridTable, test: str) -> GridTable:
+    stated = {
+        label: {s: cell.parties[test] for s, cell in row.items() if test in cell.parties}
+        for label, row in table.cells.items()
+    }
+    cells = {
+        label: {s: Mean(p.worst, p.half, p.seeds, files=p.files) for s, p in row.items()}
+        for label, row in stated.items()
+        if row
+    }
+    key = next((p.metric for row in stated.values() for p in row.values()), "")
+    metric = facts.METRICS.get(key, key)
+    where = f"worst party on {parties.TESTS[test]}"
+    if test == "common":
+        where += f", {facts.condition_name(table.condition)}"
+    return replace(table, cells=cells, metric=metric, comparisons=0, worst=where)
+
+
 def _cells_of(row: published.Row) -> dict[str, Mean]:
     return {
         setting: Mean(*mean_and_half(values), len(values), files=files)
@@ -142,6 +176,8 @@ def _table(board: Board, condition: str, judge: str = "") -> GridTable:
         arm.label: {s: cell for s in board.settings if (cell := _mean(arm, s, condition, judge))}
         for arm in board.arms
     }
+    if not judge:
+        _add_parties(board, condition, cells)
     comparisons = _mark(board, condition, cells, judge)
     shown = {label: row for label, row in cells.items() if row}
     still = tuple(arm.label for arm in board.arms if arm.topology == "zero-shot")
@@ -156,8 +192,21 @@ def _mean(arm: Arm, setting: str, condition: str, judge: str = "") -> Mean | Non
     if not scores:
         return None
     mean, half = mean_and_half(list(scores.values()))
-    runs = arm.runs[setting]
-    return Mean(mean, half, len(scores), files=tuple(str(runs[s].get("_path", "")) for s in scores))
+    runs = [arm.runs[setting][seed] for seed in scores]
+    files = [facts.judged_file(run) if judge else str(run.get("_path", "")) for run in runs]
+    return Mean(mean, half, len(scores), files=tuple(files))
+
+
+def _add_parties(board: Board, condition: str, cells: dict[str, dict[str, Mean]]) -> None:
+    """What is known of the parties. Own samples are tested as held, under no condition: they stand
+    with the headline's."""
+    key = parties.own_key(board.results)
+    tests = parties.TESTS if condition == facts.headline(board.results) else ("common",)
+    for arm in board.arms:
+        for setting, cell in cells[arm.label].items():
+            runs = list(arm.runs[setting].values())
+            found = {t: p for t in tests if (p := parties.over_seeds(runs, t, condition, key))}
+            cells[arm.label][setting] = replace(cell, parties=found)
 
 
 def _mark(board: Board, condition: str, cells: dict[str, dict[str, Mean]], judge: str = "") -> int:
@@ -201,6 +250,11 @@ def note(table: GridTable) -> str:
         words = f"Accuracy judged by {table.judge}, {facts.condition_name(table.condition)}: "
         words += f"mean over {seeds}"
     words += " ± half of the 95 % interval" if high > 1 else ""
+    if table.worst:
+        words = (
+            f"{table.metric[0].upper()}{table.metric[1:]} of the {table.worst}: mean over {seeds}"
+        )
+        return words + (" ± half of the 95 % interval." if high > 1 else ".")
     words += " (what trains nothing has no seed)." if table.seedless and high > 1 else "."
     if table.judge:
         words += f" Verdicts that could not be read, and do not count: {table.lost:,}."
@@ -260,7 +314,7 @@ _TEX = {
 def latex_grid(tables: Sequence[GridTable]) -> str:
     """Tables for a paper: needs the packages booktabs and graphicx."""
     head = "% \\usepackage{booktabs,graphicx}\n"
-    return head + "\n".join(_latex(table, i) for i, table in enumerate(tables))
+    return head + "\n".join(map(_latex, tables))
 
 
 def tex(text: str) -> str:
@@ -268,7 +322,7 @@ def tex(text: str) -> str:
     return "".join(_TEX.get(c, c) for c in text).replace(r" \%", r"~\%")
 
 
-def _latex(table: GridTable, number: int) -> str:
+def _latex(table: GridTable) -> str:
     groups = [
         (name, len(list(members)))
         for name, members in itertools.groupby(table.settings, key=lambda s: s.split("-")[0])
@@ -279,16 +333,19 @@ def _latex(table: GridTable, number: int) -> str:
         rules.append(rf"\cmidrule(lr){{{column}-{column + width - 1}}}")
         column += width
     heads = [tex(s.partition("-")[2] or s) for s in table.settings]
+    wide = len(table.settings) > NARROW
     body = [
-        " & ".join([tex(label), *(_latex_cell(row.get(s)) for s in table.settings)]) + r" \\"
+        line
         for label, row in table.cells.items()
+        for line in _latex_rows(tex(label), [row.get(s) for s in table.settings], wide=wide)
     ]
     return "\n".join(
         [
             r"\begin{table*}",
             r"\centering",
             rf"\caption{{{tex(f'{table.caption}. {note(table)}')}}}",
-            rf"\label{{tab:fedmllm-{number}}}",
+            rf"\label{{tab:{re.sub('[^a-z0-9]+', '-', table.title.lower()).strip('-')}}}",
+            *([r"\setlength{\tabcolsep}{3pt}"] if wide else []),
             r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{l{'r' * len(table.settings)}}}",
             r"\toprule",
@@ -305,29 +362,61 @@ def _latex(table: GridTable, number: int) -> str:
     )
 
 
-def _latex_cell(cell: Mean | None) -> str:
+def _latex_rows(label: str, cells: Sequence[Mean | None], *, wide: bool) -> list[str]:
+    """An arm's row; in a wide table the intervals have a row of their own, else they would make
+    its letters too small to be read."""
+    means, halves = [_latex_mean(cell) for cell in cells], [_latex_half(cell) for cell in cells]
+    if not wide:
+        both = [a + b for a, b in zip(means, halves, strict=True)]
+        return [" & ".join([label, *both]) + r" \\"]
+    if not any(halves):
+        return [" & ".join([label, *means]) + r" \\"]
+    return [" & ".join([label, *means]) + r" \\[-3pt]", " & ".join(["", *halves]) + r" \\[1pt]"]
+
+
+def _latex_mean(cell: Mean | None) -> str:
     if cell is None:
         return "--"
     text = facts.format_score(cell.mean)
     text = rf"\textbf{{{text}}}" if cell.best else text
-    half = "" if cell.half is None else rf"{{\scriptsize$\,\pm\,${facts.format_score(cell.half)}}}"
-    return text + half + (r"$^{*}$" if cell.significant else "")
+    return text + (r"$^{*}$" if cell.significant else "")
+
+
+def _latex_half(cell: Mean | None) -> str:
+    if cell is None or cell.half is None:
+        return ""
+    return rf"{{\scriptsize$\,\pm\,${facts.format_score(cell.half)}}}"
 
 
 # -- CSV ---------------------------------------------------------------------------------------
 
 
 def csv_grid(tables: Sequence[GridTable]) -> str:
-    """One row a cell, numbers in full precision; which files it is the mean of."""
+    """One row a cell, numbers in full precision; which files it is the mean of. party_…: over the
+    parties of a local run on the test set; own_…: over all parties on their own samples."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     heads = ["task", "metric", "condition", "setting", "arm", "seeds", "mean", "ci95_half"]
-    writer.writerow([*heads, "best", "p_to_next_holm", "comparisons", "files", "judge"])
+    heads += ["best", "p_to_next_holm", "comparisons", "files", "judge"]
+    writer.writerow([*heads, *PARTY_HEADS])
     for table in tables:
         for label, row in table.cells.items():
             for setting, cell in row.items():
                 place = [table.board, table.metric, table.condition, setting, label]
                 numbers = [cell.seeds, cell.mean, cell.half, int(cell.best), cell.p]
                 files = " ".join(cell.files)
-                writer.writerow([*place, *numbers, table.comparisons, files, table.judge])
+                end = [table.comparisons, files, table.judge]
+                writer.writerow([*place, *numbers, *end, *_party_cells(cell)])
     return out.getvalue()
+
+
+PARTY_HEADS = (
+    *("party_mean", "party_std", "party_worst"),
+    *("own_metric", "own_mean", "own_std", "own_worst"),
+)
+
+
+def _party_cells(cell: Mean) -> list[object]:
+    common, own = (cell.parties.get(test) for test in ("common", "own"))
+    first: list[object] = [common.mean, common.std, common.worst] if common else [None] * 3
+    return first + ([own.metric, own.mean, own.std, own.worst] if own else [None] * 4)

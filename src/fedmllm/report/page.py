@@ -11,14 +11,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from fedmllm.errors import UserError
-from fedmllm.report import facts, figures, tables
+from fedmllm.report import facts, figures, parties, tables
 from fedmllm.report.arms import boards
 from fedmllm.report.grid_tables import GridTable, note, published_tables
+from fedmllm.report.judged import JUDGED_FILE
 from fedmllm.report.loading import HOLDINGS, Result
 from fedmllm.scenarios import SCENARIOS
 
@@ -94,8 +96,11 @@ def _contents(
         "title": title,
         "paper": PAPER,
         "dash": facts.DASH,
+        "links": _links(ordered, folder),
         "intro": _intro(ordered),
-        "tasks": [_task(group, ordered, i) for i, group in enumerate(facts.by_task(results))],
+        "tasks": [
+            _task(group, ordered, i, folder) for i, group in enumerate(facts.by_task(results))
+        ],
         "holdings": _holdings(ordered),
         "profiles": _profiles(ordered),
         "problems": problems,
@@ -153,30 +158,75 @@ def _upload(federated: Sequence[Result]) -> str:
 # --- results of one task ---------------------------------------------------------------------
 
 
-def _task(group: Sequence[Result], results: Sequence[Result], number: int) -> dict[str, Any]:
+def _links(results: Sequence[Result], folder: Path) -> dict[str, str]:
+    """A run's name -> its file, where that is known."""
+    found = zip(facts.labels(results), results, strict=True)
+    return {name: address for name, result in found if (address := link(result, folder))}
+
+
+def _task(
+    group: Sequence[Result], results: Sequence[Result], number: int, folder: Path
+) -> dict[str, Any]:
     """Table, figures and sentences for runs that may be compared."""
     first = group[0]
     wanted = {id(result) for result in group}
     rows = [row for row in tables.rows(results) if id(row.result) in wanted]
     swatches = [figures.swatch(style) for style in figures.run_styles(group)]
+    more = _columns(group, folder)
     return {
         "name": first["task"]["name"],
         "question": str(first["task"].get("question") or "").replace("{modality}", ""),
         "metric": facts.metric_name(first),
         "metric_help": METRIC_HELP.get(facts.metric_key(first), ""),
         "conditions": {c: facts.condition_name(c) for c in facts.conditions(group)},
-        "rows": list(zip(rows, swatches, strict=True)),
+        "rows": list(zip(rows, swatches, [more[id(row.result)] for row in rows], strict=True)),
+        "worst": list(next(iter(more.values()))["worst"]),
+        "choices": choices([each["choices"] for each in more.values()]),
         "cards": _cards(group),
-        "finding": _finding(group),
+        "finding": " ".join(filter(None, [_finding(group), _sure(group)])),
         "groups": _groups(rows, facts.headline(group)),
-        "judged": _judged(rows),
-        "published": _published(group),
+        "judged": _judged(rows, folder),
+        "published": _published(group, folder),
         "overview": _overview(group, f"t{number}"),
         "curves": _curves(group, f"t{number}"),
         "followed": facts.followed_words(group, facts.headline(group)),
         "parties": _parties(group, rows, f"t{number}"),
         "scenarios": _scenarios(group),
     }
+
+
+def _columns(group: Sequence[Result], folder: Path) -> dict[int, dict[str, Any]]:
+    """By run (`id`): what the table sorts and filters by, its files, and its worst party on its own
+    samples where some run held any out."""
+    condition, key = facts.headline(group), parties.own_key(group)
+    tests = [test for test in parties.occurring(group, condition, key) if test == "own"]
+    return {
+        id(run): {
+            "choices": {
+                "kind": facts.topology(run),
+                "scenario": facts.named(facts.lookup(run, "config", "scenario")) or facts.DASH,
+                "seed": str(run.get("seed", facts.DASH)),
+            },
+            "costs": [
+                facts.rounds(run),
+                facts.lookup(run, "time", "total_seconds"),
+                facts.lookup(run, "bytes", "up"),
+                facts.lookup(run, "bytes", "down"),
+            ],
+            "worst": {
+                parties.head(test, key, group): parties.worst(run, test, condition, key)
+                for test in tests
+            },
+            "files": result_files(run, folder),
+        }
+        for run in group
+    }
+
+
+def choices(rows: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """What the runs can be filtered by: names of more than one value."""
+    found = {name: list(dict.fromkeys(row[name] for row in rows)) for name in rows[0]}
+    return {name: values for name, values in found.items() if len(values) > 1}
 
 
 def _groups(rows: Sequence[tables.Row], condition: str) -> dict[str, Any]:
@@ -194,7 +244,7 @@ def _groups(rows: Sequence[tables.Row], condition: str) -> dict[str, Any]:
     }
 
 
-def _judged(rows: Sequence[tables.Row]) -> list[dict[str, Any]]:
+def _judged(rows: Sequence[tables.Row], folder: Path) -> list[dict[str, Any]]:
     """A line for each run and condition whose open answers a language model has marked."""
     lines = []
     for row in rows:
@@ -211,16 +261,26 @@ def _judged(rows: Sequence[tables.Row]) -> list[dict[str, Any]]:
                     "n": facts.format_count(marks.get("n")),
                     "lost": facts.format_count(marks.get("unparsable")),
                     "agree": f"{twice.get('same')} of {twice.get('read')}",
+                    "files": result_files(row.result, folder)[1:],
                     "kappa": facts.format_score(twice.get("kappa")),
                 }
             )
     return lines
 
 
-def _published(group: Sequence[Result]) -> list[tuple[GridTable, str]]:
+def _published(group: Sequence[Result], folder: Path) -> list[tuple[GridTable, str]]:
     """Published figures beside ours, each table with its note."""
     found = [table for board in boards(group)[0] for table in published_tables(board)]
-    return [(table, note(table)) for table in found]
+    return [(_named_files(table, folder), note(table)) for table in found]
+
+
+def _named_files(table: GridTable, folder: Path) -> GridTable:
+    """A table whose files are named as seen from the page."""
+    cells = {
+        label: {s: replace(cell, files=shown_files(cell.files, folder)) for s, cell in row.items()}
+        for label, row in table.cells.items()
+    }
+    return replace(table, cells=cells)
 
 
 def _cards(group: Sequence[Result]) -> list[dict[str, Any]]:
@@ -264,6 +324,13 @@ def _finding(group: Sequence[Result]) -> str:
     which = "best federated run" if several else "federated run"
     found = f"The {which}, {names[id(best)]}, reaches {facts.metric_name(best)} {value}"
     return found + (": " + ", ".join(parts) if parts else "") + "."
+
+
+def _sure(group: Sequence[Result]) -> str:
+    """What one seed cannot say."""
+    if len(group) < 2 or len({run.get("seed") for run in group}) > 1:
+        return ""
+    return "All runs have one seed: how much of a difference is luck in training is not known."
 
 
 def _difference(best: Result, other: Result, condition: str) -> str:
@@ -406,7 +473,7 @@ def provenance(results: Sequence[Result], folder: Path) -> dict[str, Any]:
     same, differ = _split([_settings(result) for result in results])
     return {
         "names": names,
-        "links": [link(result, folder) for result in results],
+        "files": [result_files(result, folder) for result in results],
         "shared": shared,
         "own": own,
         "same": same,
@@ -476,10 +543,26 @@ def _test_samples(result: Result) -> str | None:
 
 def link(result: Result, folder: Path) -> str:
     """The result file, relative to the page; empty if its place is not known."""
-    path = result.get("_path")
+    return relative(result.get("_path"), folder)
+
+
+def relative(path: object, folder: Path) -> str:
+    """The address of a file, relative to the page; empty for none."""
     if not path:
         return ""
     try:
-        return quote(Path(os.path.relpath(path, folder)).as_posix())
+        return quote(Path(os.path.relpath(str(path), folder)).as_posix())
     except ValueError:  # another drive
-        return Path(path).resolve().as_uri()
+        return Path(str(path)).resolve().as_uri()
+
+
+def shown_files(files: Iterable[str], folder: Path) -> tuple[str, ...]:
+    """The files of a number, as seen from the page."""
+    return tuple(unquote(relative(file, folder)) for file in files if file)
+
+
+def result_files(result: Result, folder: Path) -> list[tuple[str, str]]:
+    """(name, address) of a run's result file and of its judge's marks, where they are known."""
+    files = [("result.json", link(result, folder))]
+    files.append((JUDGED_FILE, relative(facts.judged_file(result), folder)))
+    return [(name, target) for name, target in files if target]

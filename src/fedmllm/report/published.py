@@ -103,19 +103,20 @@ def _marks(judge: str, path: str) -> Value:
 
 def _ours(board: Board, values: Mapping[str, Value]) -> dict[str, Row]:
     rows = {
-        arm.label + name: _row(arm, board, value)
+        arm.label + name: _row(arm, board, value, marked="judged by" in name)
         for arm in board.arms
         for name, value in values.items()
     }
     return {label: row for label, row in rows.items() if row}
 
 
-def _row(arm: Arm, board: Board, value: Value) -> Row:
+def _row(arm: Arm, board: Board, value: Value, *, marked: bool) -> Row:
+    """marked: the values are a judge's, so that they come from the file of its marks."""
     row: Row = {}
     for setting in board.settings:
         runs = list(arm.runs.get(setting, {}).values())
         known = [(number, run) for run in runs if (number := value(run)) is not None]
         if known:
-            files = tuple(str(run.get("_path", "")) for _, run in known)
-            row[setting] = [number for number, _ in known], files
+            files = [facts.judged_file(r) if marked else str(r.get("_path", "")) for _, r in known]
+            row[setting] = [number for number, _ in known], tuple(files)
     return row

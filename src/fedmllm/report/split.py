@@ -36,7 +36,7 @@ def split_figure(summaries: Sequence[ClientSummary]) -> Figure:
     longest = max(len(name) for name, _ in columns)
     # with very many parties the bars grow thin, not the picture long
     height = 1.1 + min(0.27 * len(summaries), 13.5) + 0.045 * longest
-    width = 1.6 + 0.95 * (_WIDE + len(columns) - 1)
+    width = min(1.6 + 0.95 * (_WIDE + len(columns) - 1), figures.PAGE)
     return figures.draw_panels(
         [(_draw, (summaries, columns))], size=(max(figures.HALF[0], width), height)
     )
@@ -206,4 +206,5 @@ def _draw_bars(ax: Axes, bars: dict[str, list[_Box]]) -> list[Any]:
 
 def _write_count(ax: Axes, count: int, end: float, row: int) -> None:
     ink = figures.MUTED if count else figures.LINE
-    ax.text(end + 0.04, row, str(count), va="center_baseline", fontsize=7, color=ink)
+    look: dict[str, Any] = {"va": "center_baseline", "fontsize": figures.SMALLEST, "color": ink}
+    ax.text(end + 0.04, row, str(count), **look)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from fedmllm.report import facts
+from fedmllm.report import facts, parties
 from fedmllm.report.loading import Result
 
 if TYPE_CHECKING:
@@ -215,7 +215,8 @@ def escape_markdown(text: str) -> str:
 
 
 def csv_table(results: Sequence[Result]) -> str:
-    """One row a run, numbers in full precision, empty where the file holds none."""
+    """One row a run, numbers in full precision, empty where the file holds none. party_…: over the
+    parties of a local run on the test set; own_…: over all parties on their own samples."""
     columns = facts.conditions(results)
     heads = ["run", "title", "task", "metric", "topology", "seed"]
     heads += [name for c in columns for name in (c, f"{c}_se")]
@@ -223,11 +224,25 @@ def csv_table(results: Sequence[Result]) -> str:
     judged = facts.judged_conditions(results)
     heads += [f"judged_{c}{end}" for c in judged for end in ("", "_se", "_unparsable")]
     heads += ["judge"] if judged else []
+    heads += ["party_mean", "party_std", "party_worst"]
+    heads += ["own_metric", "own_mean", "own_std", "own_worst"]
+    own = {id(r): parties.own_key(group) for group in facts.by_task(results) for r in group}
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(heads)
-    writer.writerows(_csv_row(row, columns, judged) for row in rows(results))
+    for row in rows(results):
+        spreads = _spread_cells(row.result, facts.headline(results), own[id(row.result)])
+        writer.writerow([*_csv_row(row, columns, judged), *spreads])
     return out.getvalue()
+
+
+def _spread_cells(result: Result, condition: str, key: str) -> list[object]:
+    cells: list[object] = []
+    for test in parties.TESTS:
+        found = parties.spread(result, test, condition, key)
+        cells += [key if found else None] if test == "own" else []
+        cells += [found.get("mean"), found.get("std"), parties.worst(result, test, condition, key)]
+    return cells
 
 
 def _csv_row(row: Row, columns: Sequence[str], judged: Sequence[str]) -> list[object]:

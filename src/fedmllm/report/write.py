@@ -9,7 +9,13 @@ from fedmllm.errors import UserError, unknown
 from fedmllm.report import facts
 from fedmllm.report.arms import is_grid
 from fedmllm.report.grid_page import write_grid_report
-from fedmllm.report.grid_tables import csv_grid, grid_tables, latex_grid, markdown_grid
+from fedmllm.report.grid_tables import (
+    csv_grid,
+    grid_tables,
+    latex_grid,
+    markdown_grid,
+    worst_tables,
+)
 from fedmllm.report.loading import Result
 from fedmllm.report.page import write_page, write_report
 from fedmllm.report.tables import csv_table, markdown_table
@@ -60,5 +66,7 @@ def write_tables(
         raise UserError(
             f"no run was tested under {' or '.join(conditions)}: give another --condition"
         )
+    if path.suffix != ".csv":  # which has columns for it
+        tables += worst_tables(tables)
     form = {".md": markdown_grid, ".tex": latex_grid, ".csv": csv_grid}[path.suffix]
     return write_page(path, form(tables))
