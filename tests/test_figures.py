@@ -43,8 +43,9 @@ def drawings(name: str) -> list:
 
 
 def looks(ax) -> list[tuple[str, str, str]]:
-    """Colour, marker and dash of every line of data; the web of a radar and axes have neither."""
-    lines = [line for line in ax.get_lines() if line.get_zorder() > 0]
+    """Colour, marker and dash of every line of data; the web of a radar and axes have neither. The
+    open mark of a test at the end is no line: it stands at the end of its arm's."""
+    lines = [x for x in ax.get_lines() if x.get_zorder() > 0 and x.get_linestyle() != "None"]
     return [(str(x.get_color()), str(x.get_marker()), str(x.get_linestyle())) for x in lines]
 
 

@@ -468,7 +468,7 @@ def held_out(run, per_client: dict) -> dict:
         std = (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)) ** 0.5
         found = {"mean": mean, "std": std, "min": min(values), "max": max(values)}
         run["held_out"]["spread"][key] = found
-    run.pop("result_sha256", None)
+    run["result_sha256"] = result_digest(run)
     return run
 
 
@@ -662,7 +662,7 @@ def test_what_a_party_sends_and_receives_by_part(tmp_path) -> None:
     files = payload["rows"]["FedAvg"]["files"]
     assert len(files) == 2
     assert all((tmp_path / "runs" / file).is_file() for file in files)
-    made[1]["bytes"]["per_client_round"]["up"]["prototypes"] = 2_000_000
+    made[1]["bytes"]["per_client_round"]["up"] = up | {"prototypes": 2_000_000}
     ((board,), _) = boards(made)
     row = _payload(board, tmp_path)["rows"]["FedAvg"]
     assert row["numbers"][1] == "0.10 to 2.00"
