@@ -190,10 +190,17 @@ def _radar(board: Board, condition: str, strategy: str) -> Drawing:
 
 
 def _curves(board: Board, condition: str, strategy: str) -> Iterator[Drawing]:
-    """A figure a scenario, a panel a setting."""
-    arms = grid_figures.drawn(board, condition, strategy)
-    legend = grid_figures.legend(board, arms, strategy)
-    for scenario, members in groupby(board.settings, key=lambda s: s.split("-")[0]):
+    """A figure a scenario, a panel a setting; none where the strategy was not run."""
+    for scenario, found in groupby(board.settings, key=lambda s: s.split("-")[0]):
+        members = list(found)
+        arms = [
+            arm
+            for arm in grid_figures.drawn(board, condition, strategy)
+            if any(arm.runs.get(setting) for setting in members)
+        ]
+        if not any(grid_figures.strategy(arm) == strategy for arm in arms):
+            continue
+        legend = grid_figures.legend(board, arms, strategy)
         panels: list[figures.Panel] = [
             (grid_figures.draw_bands, (board, setting, condition, strategy)) for setting in members
         ]
