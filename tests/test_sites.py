@@ -495,6 +495,7 @@ def test_a_bad_update_is_a_failed_site_and_not_the_end() -> None:
     bad = {
         "is an update of|sent an update of": packed(client=SITES[0]),
         "claims -1 samples": packed(num_samples=-1),
+        "claims 1000000": packed(num_samples=10**400),
         "not finite at w": packed(delta={"w": torch.tensor([1.0, float("nan")])}),
         "has shape": packed(delta={"w": torch.ones(3)}),
         "other tensors": packed(delta={"v": torch.ones(2)}),

@@ -26,6 +26,7 @@ from fedmllm.errors import UserError
 PROTOCOL = 1
 SEP = "|"
 _FACTS = "facts"
+_MOST = 2**53  # samples: a larger whole number is no weight that a float holds
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def check_update(
     numbers and an extra for each of the `slots` that were sent: one bad site must not end a run."""
     if update.client != site:
         raise UserError(f"{site} sent an update of {update.client!r}")
-    if type(update.num_samples) is not int or update.num_samples <= 0:
+    if type(update.num_samples) is not int or not 0 < update.num_samples < _MOST:
         raise UserError(f"{site} claims {update.num_samples!r} samples: a whole number above 0")
     check_layout(params, update.delta, f"update of {site}")
     _check_extras(update, site, slots or {})
