@@ -391,6 +391,57 @@ def test_a_killed_worker_and_a_bad_cell_cost_no_other(tmp_path, mllm: Mllm, monk
     assert [r["loss"] for r in resumed["history"]] == [r["loss"] for r in whole["history"]]
 
 
+KILLED = """
+import os, signal, sys
+from fedmllm.cli import main
+from fedmllm.progress import ManyProgress
+if __name__ == "__main__":
+    listen = ManyProgress.listen
+    def listening(self, event):
+        if (event["event"], event["name"], event.get("round")) == ("round", "second", 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        listen(self, event)
+    ManyProgress.listen = listening
+    main()
+"""
+
+
+@pytest.mark.slow  # three processes load torch
+def test_a_killed_benchmark_goes_on_where_it_was(tmp_path, mllm: Mllm) -> None:
+    """`fedmllm bench` itself is killed in its second cell. Started again it keeps what was done and
+    goes on with what was begun, and the numbers are those of runs that nobody killed."""
+    axes = {
+        "cell": {
+            "first": {"training.rounds": 4, "data.train": 8},  # the longest by rounds
+            "second": {"training.rounds": 3, "data.train": 16},
+        }
+    }
+    found, out = grid(tmp_path, axes), tmp_path / "out"
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    words = [sys.executable, script, "bench", tmp_path / "g.yaml", "--out", out, "--processes", "1"]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    told = {name: state.kind for name, state in states(found.cells, out, Present()).items()}
+    assert told == {"first": "done", "second": "begun"}
+    first = (out / "first" / "result.json").read_bytes()
+
+    again = run_grid(found, out=out, processes=1, console=Console(file=StringIO()))
+    assert (again.skipped, again.done, again.failed) == (("first",), ("second",), {})
+    assert (out / "first" / "result.json").read_bytes() == first
+    for cell in found.cells:
+        made = json.loads((out / cell.name / "result.json").read_text())
+        whole = run(cell.config, out=tmp_path / "whole" / cell.name, mllm=mllm)
+        assert made["time"]["resumed"] is (cell.name == "second")
+        assert made["metrics"] == whole["metrics"]
+        assert [r["loss"] for r in made["history"]] == [r["loss"] for r in whole["history"]]
+        adapters = [
+            (place / cell.name / "adapter" / "adapter_model.safetensors").read_bytes()
+            for place in (out, tmp_path / "whole")
+        ]
+        assert adapters[0] == adapters[1]
+
+
 def test_a_half_run_of_another_state_of_things_is_begun_anew(tmp_path, mllm, monkeypatch) -> None:
     found = grid(tmp_path, {"cell": {"a": {}}})
     cell, out = found.cells[0], tmp_path / "out"
@@ -466,6 +517,17 @@ def test_mini_quick_is_small() -> None:
     found = load_grid(GRIDS / "mini-quick.yaml")
     assert len(found.cells) <= 50
     assert {cell.config.data["name"] for cell in found.cells} == {"memes"}
+
+
+def test_the_committed_mini_quick_is_that_of_its_grid() -> None:
+    """Nothing of it is missing, stale or left over; a machine with other packages is not asked."""
+    found = load_grid(GRIDS / "mini-quick.yaml")
+    folder = GRIDS.parent.parent / "results" / "mini-quick"
+    assert {path.name for path in folder.iterdir()} == {cell.name for cell in found.cells}
+    told = states(found.cells, folder, Present())
+    assert {each.kind for each in told.values()} <= {"done", "stale"}
+    why = {line for each in told.values() for line in each.reasons}
+    assert [line for line in sorted(why) if not line.startswith("package ")] == []
 
 
 @pytest.fixture

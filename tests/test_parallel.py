@@ -12,6 +12,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from fedmllm import experiment, parallel
 from fedmllm.config import make_config
 from fedmllm.demo import BASE, RUNS, demo_configs, run_demo
 from fedmllm.errors import UserError
@@ -124,6 +125,57 @@ def test_a_small_demo_end_to_end(tmp_path: Path, monkeypatch, capsys) -> None:
         assert (tmp_path / "demo" / name / "result.json").exists()
         assert name in page.read_text()
     assert str(page.name) in text
+
+
+class Given:
+    """A worker's end of the pipe: jobs in, messages out."""
+
+    def __init__(self, *jobs: Job) -> None:
+        self.jobs, self.told = list(jobs), []
+
+    def recv(self) -> Job:
+        if not self.jobs:
+            raise EOFError
+        return self.jobs.pop(0)
+
+    def send(self, message) -> None:
+        self.told.append(message)
+
+
+def test_a_worker_loads_a_base_once_for_all_jobs_that_use_it(
+    tmp_path: Path, mllm: Mllm, monkeypatch
+) -> None:
+    """What a worker does, here without its process: three runs on one base, one of them bad, and
+    then one on another."""
+    loaded, shared = [], []
+    load = experiment.load_model
+
+    def loading(config):
+        loaded.append(config.lora.rank)
+        return mllm if config.lora.rank == 8 else load(config)
+
+    def running(config, **options):
+        shared.append(options["shared"])
+        return run(config, **options)
+
+    monkeypatch.setattr(experiment, "load_model", loading)
+    monkeypatch.setattr(experiment, "run", running)
+    monkeypatch.setattr(parallel.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    bad = {"name": "memes", "train": 2, "test": 16}
+    configs = [
+        config("a", topology="zero-shot"),
+        config("bad", data=bad, partition={"clients": 8}),
+        config("b", prompt="agnostic", topology="zero-shot"),
+        config("c", lora={"rank": 4}, topology="zero-shot"),
+    ]
+    pipe = Given(*(Job(each, tmp_path / each.name) for each in configs))
+    parallel._work(pipe, None)
+    ended = [value for kind, value in pipe.told if kind == "ended"]
+    assert [type(value).__name__ for value in ended] == ["dict", "Failure", "dict", "dict"]
+    assert loaded == [8, 4]
+    assert [each is shared[0] for each in shared] == [True, True, True, False]
+    assert len(shared[0].datasets) == 1  # and both runs read the one data set
 
 
 @pytest.mark.slow
