@@ -398,7 +398,7 @@ from fedmllm.progress import ManyProgress
 if __name__ == "__main__":
     listen = ManyProgress.listen
     def listening(self, event):
-        if (event["event"], event["name"], event.get("round")) == ("round", "second", 2):
+        if (event["event"], event["name"], event.get("round")) == ("round", "second", 1):
             os.kill(os.getpid(), signal.SIGKILL)
         listen(self, event)
     ManyProgress.listen = listening
@@ -406,13 +406,14 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow  # three processes load torch
 def test_a_killed_benchmark_goes_on_where_it_was(tmp_path, mllm: Mllm) -> None:
     """`fedmllm bench` itself is killed in its second cell. Started again it keeps what was done and
     goes on with what was begun, and the numbers are those of runs that nobody killed."""
     axes = {
         "cell": {
-            "first": {"training.rounds": 7, "data.train": 8},  # the longest by rounds
-            "second": {"training.rounds": 6, "data.train": 24},
+            "first": {"training.rounds": 4, "data.train": 8},  # the longest by rounds
+            "second": {"training.rounds": 3, "data.train": 16},
         }
     }
     found, out = grid(tmp_path, axes), tmp_path / "out"
@@ -550,7 +551,6 @@ def test_paper_has_the_papers_hyper_parameters_and_plans_without_data(real_datas
     assert (one.training.lr, one.training.batch_size, one.training.micro_batch) == (2e-5, 4, 1)
     assert (one.partition.clients, one.training.clients_per_round) == (10, 2)
     assert (one.lora.rank, one.lora.alpha, one.lora.dropout) == (8, 8, 0.05)
-    assert (one.model.feature_cache, one.model.drop_tower) == ("disk", "auto")
     lines = list(plan_lines(found, out=Path("nowhere"), measured=[], processes=1))
     assert any(line.startswith("to be given: --set data=") for line in lines)
     given = ["data=/d", "minicpm_v_2_6=/a", "minicpm_v_2_5=/b"]
