@@ -25,7 +25,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from listening import listening
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("nvflare", reason='needs pip install "fedmllm[nvflare]"')
@@ -1136,10 +1135,6 @@ def test_start_status_stop_resume(tmp_path, mllm) -> None:
         again = fedmllm("start", str(root))
         assert (again.returncode, "runs already" in again.stderr) == (2, True)
         wait_for(root, lambda run: run.get("rounds_done", 0) >= 1)
-        port = yaml.safe_load((root / "project.yml").read_text())["participants"][0]
-        found = listening(p for kit in status(root)["processes"].values() for p in kit)
-        assert ("127.0.0.1", port["fed_learn_port"]) in found
-        assert {address for address, _ in found} <= {"127.0.0.1", "::1"}, found
         assert stop(root)
         assert 1 <= status(root)["runs"]["tiny"]["rounds_done"] < 6
         assert processes(root / "kits" / "client-00", "") == []
