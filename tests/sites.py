@@ -89,7 +89,6 @@ class NearLink:
         return set(self.lost)
 
     def receive(self, seconds: float) -> Reply | None:
-        self.queue = [item for item in self.queue if item[2] != "refused"]
         for item in sorted(self.queue, key=lambda item: self.order.index(item[1])):
             ticket, site, task, message = item
             changed = self.change(site, task, message)
@@ -107,6 +106,8 @@ class NearLink:
         return None
 
     def _work(self, site: str, task: str, message: Message) -> Message:
+        if task == "refused":
+            return Message()
         if site not in self.sites:
             self.sites[site] = Site(self.kits[site], hash_of(self.kits["server"]))
         found = self.sites[site]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import ssl
@@ -14,32 +17,48 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("nvflare", reason='needs pip install "fedmllm[nvflare]"')
 
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.event_type import EventType
+from nvflare.apis.filter import ContentBlockedException
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.signal import Signal
+from nvflare.apis.utils.decomposers import flare_decomposers
 from nvflare.fuel.flare_api.api_spec import AuthorizationError
-from sites import SITES, SMALL
+from nvflare.fuel.utils import fobs
+from sites import SITES, SMALL, NearLink, write_kit
+from sites import make_kits as make_plain_kits
 
+from fedmllm import manifest
 from fedmllm.algorithms.base import Update
+from fedmllm.cli import main
 from fedmllm.config import config_hash, load_config, make_config
+from fedmllm.data import load_dataset
 from fedmllm.errors import UserError
-from fedmllm.experiment import run
+from fedmllm.experiment import make_manifest, run
+from fedmllm.export import export
+from fedmllm.models import model_path
 from fedmllm.sites import settings, wire
 from fedmllm.sites.flare import codec, kits, supervise
-from fedmllm.sites.flare.filters import clip
+from fedmllm.sites.flare.executor import SiteExecutor
+from fedmllm.sites.flare.filters import ReleaseFilter, clip
 from fedmllm.sites.flare.kits import Plan, add_experiment, make_kits, write_job
-from fedmllm.sites.flare.local import free_port, site_names, status, stop
+from fedmllm.sites.flare.local import free_port, site_names, status, status_lines, stop
 from fedmllm.sites.flare.node import node_command, prepare_node
 from fedmllm.sites.flare.supervise import Nodes, Supervisor
+from fedmllm.sites.serving import serve
+from fedmllm.sites.trainer import TrainerError
 
 TESTS = Path(__file__).parent
 
@@ -61,17 +80,34 @@ class Here:
         self.nodes = Nodes([self.kits[name] for name in nodes])
         self.said: list[str] = []
 
+    def add(self, config: Any) -> None:
+        """One more experiment."""
+        for name in ("server", *SITES):
+            add_experiment(self.kits[name], config)
+
     def set(self, kit: str, **facts: Any) -> None:
         """Change a kit's settings."""
         file = self.kits[kit] / "local" / "fedmllm.yml"
         file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **facts}))
 
+    def site(self, name: str) -> dict[str, Any]:
+        """A site's own status."""
+        found: dict[str, Any] = json.loads((self.kits[name] / "state/status.json").read_text())
+        return found
+
     def run(
-        self, name: str, *, meanwhile: Callable[[dict[str, Any]], None] = lambda status: None
+        self,
+        name: str,
+        *,
+        meanwhile: Callable[[dict[str, Any]], None] = lambda status: None,
+        put_away: bool = True,
     ) -> Path:
-        """See an experiment through; `meanwhile` is called with the status again and again."""
+        """See an experiment through; `meanwhile` is called with the status again and again.
+        put_away: also wait until NVFlare has put the job away."""
         server, until = self.kits["server"], time.monotonic() + 400
         boss = Supervisor(server, self.kits["admin"], name, say=self.said.append)
+        if not put_away:
+            boss.done = lambda: boss.status().get("doing") == "done"
 
         def tend() -> None:
             assert time.monotonic() < until, (self.said, boss.status())
@@ -132,19 +168,47 @@ def processes(kit: Path, word: str) -> list[int]:
     return found
 
 
-def test_three_sites_over_tls_give_the_weights_of_one_process(tmp_path, mllm, monkeypatch) -> None:
-    """And nothing but the adapter's differences, counts and metrics leaves a site."""
+# One federation for the tests of this group: processes, certificates and connections are made once.
+in_one = pytest.mark.xdist_group("tls")
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory) -> Iterator[Here]:
+    """Three sites and a server over mutual TLS, with a recorder behind each site's gate."""
     here = Path(settings.__file__).parents[2]  # nodes run elsewhere, where a relative path is none
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(here)]))
-    config = small("tiny")
-    result = run(config, out=tmp_path / "here", mllm=mllm)
-    with federation(tmp_path, config) as here:
-        record_what_leaves(here, "client-01")
-        folder = here.run("tiny")
-        assert same(folder, tmp_path / "here")
-        assert json.loads((folder / "result.json").read_text())["metrics"] == result["metrics"]
-        lines = (here.kits["client-01"] / "sent.jsonl").read_text().splitlines()
-        check_what_left([json.loads(line)["content"] for line in lines], weights(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(here)]))
+        with federation(tmp_path_factory.mktemp("tls"), small("tiny")) as here:
+            for site in SITES:
+                record_what_leaves(here, site)
+            yield here
+
+
+def sent(here: Here, site: str) -> list[dict[str, Any]]:
+    """What left a site so far: a task's name and its answer each."""
+    file = here.kits[site] / "sent.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@in_one
+def test_three_sites_over_tls_give_the_weights_of_one_process(tls, tmp_path, mllm) -> None:
+    """And nothing but the adapter's differences, counts and metrics leaves a site, where one
+    trainer serves the whole job."""
+    result = run(small("tiny"), out=tmp_path / "here", mllm=mllm)
+    trainers: dict[str, set[int]] = {}
+
+    def look(status: dict[str, Any]) -> None:
+        for site in SITES:
+            pids = processes(tls.kits[site], "fedmllm.sites.trainer")
+            trainers.setdefault(site, set()).update(pids)
+
+    before = len(sent(tls, "client-01"))
+    folder = tls.run("tiny", meanwhile=look, put_away=False)
+    assert same(folder, tmp_path / "here")
+    assert json.loads((folder / "result.json").read_text())["metrics"] == result["metrics"]
+    left = sent(tls, "client-01")[before:]
+    check_what_left([each["content"] for each in left], weights(folder))
+    assert [len(pids) for pids in trainers.values()] == [1, 1, 1]
 
 
 def check_what_left(messages: list[dict[str, Any]], adapter: dict[str, torch.Tensor]) -> None:
@@ -182,6 +246,65 @@ def test_other_algorithms_over_tls(tmp_path, mllm) -> None:
             assert same(here.run(config.name), tmp_path / config.name)
 
 
+@pytest.fixture
+def wrong_sites(tls, tmp_path) -> Iterator[dict[str, str]]:
+    """Each site wrong in another way; why, as the server must read it."""
+    whole = small("whole")
+    data = load_dataset(**whole.data)
+    export(make_manifest(whole, data), data, tmp_path / "all")
+    files = {site: tls.kits[site] / "local" / "fedmllm.yml" for site in ("server", *SITES)}
+    kept = {file: file.read_text() for file in files.values()}
+    altered = tmp_path / "altered"
+    shutil.copytree(model_path("embedded"), altered)
+    tensors = load_file(altered / "model.safetensors")
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, altered / "model.safetensors", metadata={"format": "pt"})
+    tls.set("server", data={"none": True}, min_sites=1)
+    tls.set(SITES[0], data={"root": str(tmp_path / "all")}, settings={"model.path": str(altered)})
+    (tls.kits[SITES[1]] / "data" / f"{SITES[1]}.json").write_text("[]")
+    tls.set(SITES[1], data={"file": f"data/{SITES[1]}.json"})
+    other = small("other", seed=3)
+    wrong = make_manifest(other, load_dataset(**other.data))
+    manifest.save(wrong, tls.kits[SITES[2]] / "data" / "wrong.json")
+    tls.set(SITES[2], data={"root": str(tmp_path / "all"), "manifest": "data/wrong.json"})
+    yield {
+        SITES[0]: "base model: the server has ",
+        SITES[1]: "cannot take part: the reason stands in the site's log",
+        SITES[2]: f"the manifest of {SITES[2]} ({wrong.sha256[:12]}) is not of the data there",
+    }
+    for file, text in kept.items():
+        file.write_text(text)
+
+
+@in_one
+def test_wrong_sites_are_told_why_over_tls_before_any_training(tls, tmp_path, wrong_sites) -> None:
+    """Altered weights, an empty file, a manifest of other data: the server's status file and the
+    site's own say why in the same words, also after the job, and nobody has trained."""
+    task = load_dataset(**small("whole").data).task
+    own = {"name": "conversations", "root": str(tmp_path / "all"), "metric": "auc"}
+    own |= {"task": "choice", "classes": list(task.classes), "question": task.question}
+    base = {"name": "base", "path": str(model_path("embedded"))}
+    raw = {**copy.deepcopy(SMALL), "data": own, "model": base}
+    tls.add(make_config({"name": "wrong", **raw}))
+    before = {site: len(sent(tls, site)) for site in SITES}
+    with pytest.raises(UserError, match="3 of 3 sites were refused, and a round needs 1"):
+        tls.run("wrong")
+    folder = tls.kits["server"] / "runs" / "wrong"
+    told = json.loads((folder / "status.json").read_text())
+    assert told["doing"] == "stopped"
+    until(lambda: all(tls.site(site)["doing"] == "no job" for site in SITES), every=0.2)
+    for site, words in wrong_sites.items():
+        here = tls.site(site)
+        assert words in here["error"]
+        assert f"  {site}: {here['error']}" in told["error"].splitlines()
+        assert {each["task"] for each in sent(tls, site)[before[site] :]} <= {"hello", "refused"}
+    assert "the list is empty" in tls.site(SITES[1])["detail"]
+    assert "the list is empty" not in json.dumps(told)
+    assert not list(folder.glob("metrics*"))
+    assert "rounds_done" not in told
+
+
 KILLED = {
     "trainer": ("client-01", "fedmllm.sites.trainer"),
     "site's job": ("client-01", "worker_process"),
@@ -189,35 +312,6 @@ KILLED = {
     "server's job": ("server", "runner_process"),
     "server": ("server", ""),
 }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("who", KILLED)
-def test_a_real_kill_in_round_2_changes_no_bit(tmp_path, mllm, who: str) -> None:
-    """All three are needed for a round: it waits, goes on from what is sure, and ends the same."""
-    config = small("kill", training={"rounds": 4}, algorithm={"name": "scaffold"})
-    run(config, out=tmp_path / "here", mllm=mllm)
-    kit, word = KILLED[who]
-    killed = []
-
-    with federation(tmp_path, config) as here:
-
-        def kill(status: dict[str, Any]) -> None:
-            if killed or status.get("rounds_done") != 1 or status.get("doing") != "training":
-                return
-            time.sleep(0.3)
-            found = processes(here.kits[kit], word) if word else []
-            if word and not found:
-                return
-            for process in found:
-                os.kill(process, signal.SIGKILL)
-            if not word:
-                os.killpg(here.nodes.processes[here.kits[kit].resolve()].pid, signal.SIGKILL)
-            killed.append(time.monotonic())
-
-        folder = here.run("kill", meanwhile=kill)
-        assert killed
-        check_undisturbed(folder, tmp_path / "here")
 
 
 @pytest.mark.slow
@@ -524,6 +618,142 @@ def test_what_the_gate_blocks_never_leaves() -> None:
     reply = codec.failure("no", final=True)
     assert codec.from_reply(reply) == (None, "no", True)
     assert codec.from_reply(DXO(DataKind.WEIGHTS, data={}).to_shareable())[0] is None
+
+
+class At(FLContext):
+    """A context of a kit, as far as our components ask."""
+
+    def __init__(self, kit: Path) -> None:
+        super().__init__()
+        self.kit = kit
+
+    def get_engine(self, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(
+            get_workspace=lambda: SimpleNamespace(get_root_dir=lambda: str(self.kit)),
+            fire_event=lambda *_: None,
+        )
+
+
+class StubTrainer:
+    """Answers in turn, or raises."""
+
+    def __init__(self, *answers: wire.Message | Exception) -> None:
+        self.answers = list(answers)
+
+    def ask(self, do: str, message: wire.Message, *, aborted: Callable[[], bool]) -> wire.Message:
+        found = self.answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def end(self) -> None:
+        pass
+
+
+def site_status(tmp_path: Path, tasks: dict[str, wire.Message | Exception], stop: bool = False):
+    """A site's status after some tasks, and after the end of the job."""
+    site, context, signal_ = SiteExecutor("0" * 64), At(tmp_path), Signal()
+    site.trainer, site.state = StubTrainer(*tasks.values()), tmp_path
+    signal_.trigger(True) if stop else None
+    for task in tasks:
+        facts = {"why": "the server's words"} if task == "refused" else {"round": 0}
+        message = codec.to_shareable(wire.Message(facts=facts))
+        site.execute(task, message, context, signal_)
+    file = tmp_path / "status.json"
+    before = json.loads(file.read_text())
+    site.handle_event(EventType.END_RUN, context)
+    after = json.loads(file.read_text())
+    return tuple({k: v for k, v in each.items() if k != "at"} for each in (before, after))
+
+
+def test_a_site_says_why_also_when_the_job_is_over(tmp_path) -> None:
+    empty = TrainerError("x.json: the list is empty", "cannot take part: see its log", final=True)
+    both = {"error": "the server's words", "detail": "x.json: the list is empty"}
+    found = site_status(tmp_path, {"hello": empty, "refused": wire.Message()})
+    assert found == ({"doing": "refused", **both}, {"doing": "no job", **both})
+    said = status_lines({"running": False, "runs": {}, "sites": {"k": found[1]}})
+    assert list(said)[-1] == "k: no job (the server's words; here: x.json: the list is empty)"
+    # what it found itself, where the server could not tell it before the job's end
+    problems = wire.Message(facts={"problems": ["base model: a", "tokenizer: b"]})
+    found = site_status(tmp_path, {"hello": problems})
+    assert found[1] == {"doing": "no job", "error": "base model: a; tokenizer: b"}
+    # the same words from both: once
+    same_words = wire.Message(facts={"problems": ["the server's words"]})
+    found = site_status(tmp_path, {"hello": same_words, "refused": wire.Message()})
+    assert found[1] == {"doing": "no job", "error": "the server's words"}
+    # what works again is no error any more, and a round that was called off is none
+    killed = TrainerError("was killed", "was killed")
+    found = site_status(tmp_path, {"train": killed, "evaluate": wire.Message()})
+    assert found == ({"doing": "waiting"}, {"doing": "no job"})
+    assert site_status(tmp_path, {"train": killed})[1] == {"doing": "no job", "error": "was killed"}
+    assert site_status(tmp_path, {"train": killed}, True)[0] == {"doing": "called off"}
+
+
+# -- the supervisor --------------------------------------------------------------------------------
+
+
+class StubSession:
+    """An administrator's session: who is connected, and jobs that run until they are aborted."""
+
+    def __init__(self) -> None:
+        self.there = list(SITES)
+        self.jobs: dict[str, str] = {}
+
+    def get_connected_client_list(self) -> list[Any]:
+        return [SimpleNamespace(name=name) for name in self.there]
+
+    def list_jobs(self) -> list[dict[str, str]]:
+        return []
+
+    def submit_job(self, folder: str) -> str:
+        name = f"job-{len(self.jobs) + 1}"
+        self.jobs[name] = "RUNNING"
+        return name
+
+    def get_job_status(self, job: str) -> str:
+        return self.jobs[job]
+
+    def abort_job(self, job: str) -> None:
+        self.jobs[job] = "FINISHED:ABORTED"
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def boss(tmp_path, monkeypatch) -> Supervisor:
+    """A supervisor of an experiment at a server that is not there; seconds are its own."""
+    raw = small("x").model_dump(mode="json")
+    kit = make_plain_kits(tmp_path, raw, server={"min_sites": 2})["server"]
+    found = Supervisor(kit, tmp_path / "admin", "x", say=lambda line: None)
+    found._session, found.lines = StubSession(), []
+    found.say = found.lines.append
+    clock = itertools.count(step=5.0)
+    monkeypatch.setattr(supervise.time, "monotonic", lambda: next(clock))
+    found.folder.mkdir(parents=True)
+    return found
+
+
+def tell(boss: Supervisor, doing: str, **facts: Any) -> None:
+    """What the server's process of the present job writes."""
+    told = {"doing": doing, "job": boss.job, "pid": os.getpid(), "rounds_done": 0, **facts}
+    (boss.folder / "status.json").write_text(json.dumps(told))
+
+
+def test_a_run_that_stopped_is_not_submitted_again(boss) -> None:
+    """Also where its process has ended and NVFlare has not put the job away yet."""
+    boss.step()
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    tell(boss, "stopped", error="3 of 3 sites were refused", pid=int(ended.stdout))
+    with pytest.raises(UserError, match="x: 3 of 3 sites were refused"):
+        boss.step()
+    assert list(boss._session.jobs.values()) == ["RUNNING"]
+    tell(boss, "training", pid=int(ended.stdout))
+    boss.step()
+    boss.step()
+    assert list(boss._session.jobs.values()) == ["FINISHED:ABORTED", "RUNNING"]
 
 
 # -- commands --------------------------------------------------------------------------------------

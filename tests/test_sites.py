@@ -331,7 +331,7 @@ class FakeLink:
         for item in self.queue:
             ticket, site, task, message, times = item
             answer = self.script(site, task, times)
-            if answer is None or task == "refused" or site in self.lost:
+            if answer is None or site in self.lost:
                 continue
             self.queue.remove(item)
             if isinstance(answer, str):
@@ -343,6 +343,8 @@ class FakeLink:
     def usual(self, site: str, task: str, message: Message) -> Message:
         if task == "hello":
             return Message(facts=FACTS)
+        if task == "refused":
+            return Message()
         number = int(site[-2:])
         delta = {"w": torch.full((2,), number + 1.0)}
         update = wire.pack_update(Update(site, number + 1, delta, metrics={"loss": float(number)}))
@@ -514,6 +516,29 @@ def test_sites_that_disagree_among_themselves() -> None:
         assert list(runner.ready(SITES)) == list(SITES[:2])
         with pytest.raises(UserError, match="1 of 3 sites were refused, and a round needs 3"):
             network(link, min_sites=3)[0].greet_all()
+
+
+@pytest.mark.parametrize(("fetches", "waited"), [(4.0, 4.0), (math.inf, 12.0), (None, 1.0)])
+def test_a_refused_site_has_time_to_hear_why_before_the_job_ends(fetches, waited) -> None:
+    """It fetches the reason after four seconds; never, then the job ends after ten; or its process
+    has ended. Another site that is wrong too, and answers after two, is judged and has ten, too."""
+
+    def script(site: str, task: str, times: int):
+        if task == "hello" and site != SITES[0]:
+            if site == SITES[2] and link.now < 2:
+                return None
+            return Message(facts={**FACTS, "base_sha256": site})
+        if task == "refused" and site == SITES[1] and fetches is None:
+            link.lost = {site}
+        return None if task == "refused" and link.now < (fetches or 0) else ...
+
+    link = FakeLink(script)
+    runner, told = network(link, min_sites=3)
+    with pytest.raises(UserError, match="were refused, and a round needs 3") as found:
+        runner.greet_all()
+    assert link.now == waited
+    assert "telling sites why they are refused" in {line["doing"] for line in told}
+    assert (f"{SITES[2]}: base model" in str(found.value)) == (fetches is not None)
 
 
 # -- messages, settings, the child ---------------------------------------------------------------

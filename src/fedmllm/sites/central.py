@@ -24,6 +24,7 @@ from fedmllm.sites.wire import Message
 
 _POLL = 0.5
 _PAUSES = (5.0, 15.0, 60.0)  # before a site that failed is asked again, where it is needed
+_TELL = 10.0  # that a refused site has for fetching the reason before the job ends
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class NetworkRunner:
     weighted: bool = False  # by samples: then no site may hide how many it has
     _greetings: dict[str, str] = field(default_factory=dict)  # ticket -> site
     _not_before: dict[str, float] = field(default_factory=dict)  # greet a site again
+    _untold: dict[str, tuple[str, float]] = field(default_factory=dict)  # ticket -> site, till
 
     # -- who is there --------------------------------------------------------------------------
 
@@ -130,12 +132,21 @@ class NetworkRunner:
         return [s for s in self.away if s not in self.refused and s not in self.link.gone()]
 
     def _check_quorum(self) -> None:
-        if len(self.sites) - len(self.refused) < self.min_sites:
-            lines = "\n".join(f"  {site}: {why}" for site, why in sorted(self.refused.items()))
-            raise UserError(
-                f"{len(self.refused)} of {len(self.sites)} sites were refused, and a round needs "
-                f"{self.min_sites}:\n{lines}"
-            )
+        if len(self.sites) - len(self.refused) >= self.min_sites:
+            return
+        while self._being_told():
+            self._status("telling sites why they are refused")
+            self._listen()
+        lines = "\n".join(f"  {site}: {why}" for site, why in sorted(self.refused.items()))
+        raise UserError(
+            f"{len(self.refused)} of {len(self.sites)} sites were refused, and a round needs "
+            f"{self.min_sites}:\n{lines}"
+        )
+
+    def _being_told(self) -> bool:
+        """Whether a refused site may still fetch the reason; it cannot after the job's end."""
+        now, gone = self.clock(), self.link.gone()
+        return any(site not in gone and now < until for site, until in self._untold.values())
 
     def _listen(self, *, wait: bool = True) -> Reply | None:
         """Greet who is away; take one message. A reply to a round's request is returned."""
@@ -146,6 +157,9 @@ class NetworkRunner:
             if site not in greeted and self.clock() >= self._not_before.get(site, 0.0):
                 self._greetings[self.link.send(site, "hello", Message(facts=self.server))] = site
         reply = self.link.receive(_POLL if wait else 0.0)
+        if reply is not None and reply.ticket in self._untold:
+            del self._untold[reply.ticket]
+            return None
         if reply is None or reply.ticket not in self._greetings:
             return reply
         del self._greetings[reply.ticket]
@@ -187,7 +201,8 @@ class NetworkRunner:
 
     def _refuse(self, site: str, why: str) -> None:
         self.refused[site] = why
-        self.link.send(site, "refused", Message(facts={"why": why}))
+        ticket = self.link.send(site, "refused", Message(facts={"why": why}))
+        self._untold[ticket] = (site, self.clock() + _TELL)
         self._status("refused a site")
 
     def _leave(self, site: str, why: str) -> None:

@@ -31,6 +31,7 @@ class SiteExecutor(Executor):
         self.config_sha256 = config_sha256
         self.trainer: Trainer | None = None
         self.state: Path | None = None
+        self.trouble: dict[str, Any] = {}  # the last error, until something succeeds
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
@@ -38,7 +39,7 @@ class SiteExecutor(Executor):
             self._prepare(fl_ctx)
         elif event_type == EventType.END_RUN and self.trainer is not None:
             self.trainer.end()
-            self._status("no job")
+            self._status("no job", **self.trouble)
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
@@ -50,9 +51,7 @@ class SiteExecutor(Executor):
             message = codec.take_message(shareable)
             give_back_memory()
             if task_name == "refused":
-                self.log_error(fl_ctx, f"the server refused this site: {message.facts.get('why')}")
-                self._status("refused", error=message.facts.get("why"))
-                return codec.answer(codec.Message(), task_name)
+                return self._refused(str(message.facts.get("why")), fl_ctx)
             self._status(task_name, round=message.facts.get("round", -1) + 1)
             reply = self.trainer.ask(
                 task_name, message, aborted=lambda: bool(abort_signal.triggered)
@@ -60,15 +59,31 @@ class SiteExecutor(Executor):
             problems = reply.facts.get("problems") if task_name == "hello" else None
             if problems:
                 self.log_error(fl_ctx, f"this site cannot train with the server: {problems}")
-            self._status("waiting", error="; ".join(problems or []) or None)
+            self.trouble = {"error": "; ".join(problems)} if problems else {}
+            self._status("waiting", **self.trouble)
             return codec.answer(reply, task_name)
         except TrainerError as error:
-            self.log_error(fl_ctx, f"{task_name}: {error}")
-            self._status("failed", error=str(error))
+            self._failed(task_name, error, fl_ctx, called_off=bool(abort_signal.triggered))
             return codec.failure(error.told, final=error.final)
         except UserError as error:
-            self.log_error(fl_ctx, f"{task_name}: {error}")
+            self._failed(task_name, error, fl_ctx)
             return codec.failure("the site was sent what it cannot read", final=False)
+
+    def _refused(self, why: str, fl_ctx: FLContext) -> Shareable:
+        """The server's words, and this site's own where it told the server less."""
+        self.log_error(fl_ctx, f"the server refused this site: {why}")
+        own = self.trouble.get("error", why)
+        self.trouble = {"error": why} if own == why else {"error": why, "detail": own}
+        self._status("refused", **self.trouble)
+        return codec.answer(codec.Message(), "refused")
+
+    def _failed(
+        self, task: str, error: Exception, fl_ctx: FLContext, *, called_off: bool = False
+    ) -> None:
+        self.log_error(fl_ctx, f"{task}: {error}")
+        if not called_off:
+            self.trouble = {"error": str(error)}
+        self._status("called off" if called_off else "failed", **self.trouble)
 
     def _prepare(self, fl_ctx: FLContext) -> None:
         kit = Path(fl_ctx.get_engine().get_workspace().get_root_dir()).resolve()

@@ -136,7 +136,8 @@ def status_lines(found: Mapping[str, Any]) -> Iterator[str]:
         if run.get("error"):
             yield f"  error: {run['error']}"
     for name, site in found["sites"].items():
-        error = f" ({site['error']})" if site.get("error") else ""
+        why = "; here: ".join(site[key] for key in ("error", "detail") if site.get(key))
+        error = f" ({why})" if why else ""
         yield f"{name}: {site.get('doing', 'has not run')}{error}"
 
 

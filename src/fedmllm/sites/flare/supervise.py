@@ -164,9 +164,10 @@ class Supervisor:
             return
         status = self._current()
         state = str(self._admin().get_job_status(self.job))
-        if state.startswith(_OVER):
+        dead = bool(status) and not _alive(int(status["pid"]))
+        if state.startswith(_OVER) or (dead and status["doing"] == "stopped"):
             self._ended(state, status)
-        elif status and not _alive(int(status["pid"])) and status["doing"] not in ("done",):
+        elif dead and status["doing"] != "done":
             self._abort("the server's process of the job has ended")
         elif not status and time.monotonic() - self.submitted > _START:
             self._abort("the job has not begun")
