@@ -233,17 +233,54 @@ def check_what_left(messages: list[dict[str, Any]], adapter: dict[str, torch.Ten
         assert set(update["metrics"]) == {"loss"}
 
 
-@pytest.mark.slow
-def test_other_algorithms_over_tls(tmp_path, mllm) -> None:
-    configs = [small(name, algorithm={"name": name}) for name in ("fedadam", "scaffold")]
-    strategy = {"mu": 0.5, "weight": "profile", "prototypes": 0.5, "distillation": 0.5}
-    strategy |= {"aggregation": 2.0}
-    hybrid = {"name": "hybrid", "p": 0.5}
-    configs.append(small("strategies", strategy=strategy, scenario=hybrid, prompt="agnostic"))
-    with federation(tmp_path, *configs) as here:
-        for config in configs:
-            run(config, out=tmp_path / config.name, mllm=mllm)
-            assert same(here.run(config.name), tmp_path / config.name)
+STRATEGIES = {
+    "mu": 0.5,
+    "weight": "profile",
+    "aggregation": 2.0,
+    "prototypes": 0.5,
+    "distillation": 0.5,
+    "recombine": 1.0,
+    "resample": 1.0,
+}
+
+
+@in_one
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"algorithm": {"name": "scaffold"}},
+        {
+            "algorithm": {"name": "fedadam"},
+            "strategy": STRATEGIES,
+            "scenario": {"name": "hybrid", "p": 0.5},
+            "prompt": "agnostic",
+        },
+    ],
+    ids=["scaffold", "strategies"],
+)
+def test_other_algorithms_over_tls(tls, tmp_path, mllm, change) -> None:
+    """Also what the sites' own held-out samples give, and what of all that leaves a site."""
+    name = change["algorithm"]["name"]
+    config = small(name, evaluation={"held_out": 0.5}, **change)
+    run(config, out=tmp_path / "here", mllm=mllm)
+    tls.add(config)
+    before = len(sent(tls, "client-01"))
+    folder = tls.run(name, put_away=False)
+    assert same(folder, tmp_path / "here")
+    found, result = (
+        json.loads((path / "result.json").read_text()) for path in (folder, tmp_path / "here")
+    )
+    assert found["metrics"] == result["metrics"]
+    assert found["held_out"] == result["held_out"]
+    assert set(found["held_out"]["per_client"]) == set(SITES)
+    left = sent(tls, "client-01")[before:]
+    assert [each["task"] for each in left] == ["hello", "train", "train", "evaluate"]
+    fields = {key.split("|")[0] for each in left for key in each["content"]["DXO"]["data"]}
+    assert fields == {"delta", "extra"}
+    facts = [json.loads(each["content"]["DXO"]["meta"]["fedmllm"]) for each in left]
+    assert set(facts[-1]) == {"metrics"}
+    assert set(facts[-1]["metrics"]) == set(result["held_out"]["per_client"]["client-01"])
+    assert ("profile" in facts[0]) == ("strategy" in change)
 
 
 @pytest.fixture

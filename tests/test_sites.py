@@ -541,6 +541,45 @@ def test_a_refused_site_has_time_to_hear_why_before_the_job_ends(fetches, waited
     assert (f"{SITES[2]}: base model" in str(found.value)) == (fetches is not None)
 
 
+def test_a_site_that_gives_no_scores_in_the_end_is_named() -> None:
+    """One answers, one is late, one fails, and one that was away is not asked at all."""
+    holds = {**FACTS, "held_out": True}
+    scores = Message(facts={"metrics": {"accuracy": 0.5}})
+
+    def answer(site: str, what: Any):
+        def script(name: str, task: str, times: int):
+            if task == "hello":
+                return Message(facts=holds)
+            return (what if name == site else scores) if task == "evaluate" else ...
+
+        return script
+
+    for what, why in [
+        (None, "did not answer within 100 s"),
+        ("out of memory", "out of memory"),
+        (Message(facts={"metrics": {}}), "sent no scores"),
+        (Message(facts={"metrics": {"accuracy": "high"}}), "sent no scores"),
+    ]:
+        runner, _ = network(FakeLink(answer(SITES[1], what)))
+        runner.greet_all()
+        others = {SITES[0]: {"accuracy": 0.5}, SITES[2]: {"accuracy": 0.5}}
+        assert runner.evaluate(THETA) == (others, {SITES[1]: why})
+    link = FakeLink(answer("", None))
+    runner, _ = network(link)
+    runner.greet_all()
+    link.lost = {SITES[1]}
+    runner.ready(SITES)
+    found, missing = runner.evaluate(THETA)
+    assert (list(found), missing) == ([SITES[0], SITES[2]], {SITES[1]: "its process has ended"})
+    assert ("client-01", "evaluate") not in link.times
+    link = FakeLink(answer(SITES[1], Message(facts={"metrics": {}})))
+    runner, _ = network(link)
+    runner.greet_all()
+    hidden = {**holds, "reveal": {"samples": True, "metrics": False}}
+    runner.facts[SITES[1]] = hidden  # it hides them: that is no failure
+    assert runner.evaluate(THETA)[1] == {}
+
+
 # -- messages, settings, the child ---------------------------------------------------------------
 
 

@@ -224,29 +224,40 @@ class NetworkRunner:
         current = _Round(self, round_, cohort, algorithm, state, lr)
         yield from current.updates()
 
-    def evaluate(self, params: Params) -> dict[str, dict[str, float]]:
-        """Scores of an adapter on what sites hold out, by site; of those that answer in time."""
-        asked = [site for site in self.present() if self.facts[site].get("held_out")]
+    def evaluate(self, params: Params) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+        """Scores of an adapter on what sites hold out, by site; and of those that hold out and
+        reveal scores, but gave none within the deadline, why."""
+        asked = [site for site in self.sites if self.facts.get(site, {}).get("held_out")]
         state = ServerState(0, params)
         tickets = {
-            self.link.send(site, "evaluate", wire.pack_state(state, (), {})): site for site in asked
+            self.link.send(site, "evaluate", wire.pack_state(state, (), {})): site
+            for site in asked
+            if site not in self.away
         }
         found: dict[str, dict[str, float]] = {}
+        failed = {site: self.away[site] for site in asked if site in self.away}
         until = self.clock() + self.deadline
         while tickets and self.clock() < until:
             self._status("sites test on held-out data", waiting=sorted(tickets.values()))
             reply = self._listen()
             for ticket in [t for t, site in tickets.items() if site in self.away]:
                 self.link.cancel(ticket)
-                del tickets[ticket]
-            if reply is None or tickets.pop(reply.ticket, None) is None or reply.message is None:
+                site = tickets.pop(ticket)
+                failed[site] = self.away[site]
+            if reply is None or tickets.pop(reply.ticket, None) is None:
+                continue
+            if reply.message is None:
+                failed[reply.site] = reply.error
                 continue
             scores = wire.numbers(reply.message.facts.get("metrics"))
             if scores:
                 found[reply.site] = scores
-        for ticket in tickets:
+            elif self.facts[reply.site]["reveal"]["metrics"]:
+                failed[reply.site] = "sent no scores"
+        for ticket, site in tickets.items():
             self.link.cancel(ticket)
-        return dict(sorted(found.items()))
+            failed[site] = f"did not answer within {self.deadline:g} s"
+        return dict(sorted(found.items())), dict(sorted(failed.items()))
 
     def _status(self, doing: str, **facts: Any) -> None:
         if "deadline" in facts:

@@ -197,9 +197,9 @@ def _write_result(
 ) -> dict[str, Any]:
     """result.json: an in-process run's, with what sites revealed in place of who holds what."""
     result = make_result(session, None, [outcome], seconds)
-    found = runner.evaluate(outcome.params)
-    if found:
-        result["held_out"] = over_parties(found)
+    found, missing = runner.evaluate(outcome.params)
+    if found or missing:
+        result["held_out"] = over_parties(found) | ({"missing": missing} if missing else {})
     result["network"] = {
         "sites": list(runner.sites),
         "min_sites": runner.min_sites,
