@@ -671,6 +671,33 @@ class At(FLContext):
         )
 
 
+@pytest.mark.parametrize("reveal", [{}, {"samples": False}])
+def test_the_gate_reads_the_sites_own_settings_and_clips(tmp_path, reveal) -> None:
+    """What passes is the very message; what does not is an exception, with its reason."""
+    kit = write_kit(tmp_path, "k", {"name": "k", "reveal": reveal})
+    update = wire.pack_update(Update("k", 5, {"w": torch.full((4,), 2.0), "v": torch.zeros(3)}))
+    message = wire.Message(update.tensors, {"update": update.facts, "memory": False})
+    for clip_norm, left in [(0.0, 2.0), (1.0, 0.5), (9.0, 2.0)]:
+        gate, sent = ReleaseFilter(clip_norm), codec.answer(copy.deepcopy(message), "train")
+        if reveal:
+            with pytest.raises(ContentBlockedException, match="number of samples"):
+                gate.process(sent, At(kit))
+            continue
+        found = codec.to_message(gate.process(sent, At(kit)))
+        assert found.tensors["delta||w"].tolist() == [left] * 4
+        assert found.facts == message.facts
+    for clip_norm in (0.0, 1.0):  # what has no tensors: the handshake, scores
+        hello = codec.answer(wire.Message(facts={"problems": []}), "hello")
+        assert ReleaseFilter(clip_norm).process(hello, At(kit)) is hello
+    rows = codec.answer(wire.Message(facts={"rows": ["Mrs Miller"]}), "train")
+    foreign = DXO(DataKind.WEIGHTS, data={"w": torch.ones(2)}).to_shareable()
+    for wrong, words in [(rows, "not those of an answer"), (foreign, "not a message of fedmllm")]:
+        with pytest.raises(ContentBlockedException, match=words):
+            ReleaseFilter().process(wrong, At(kit))
+    failed = codec.failure("no", final=True)
+    assert ReleaseFilter(1.0).process(failed, At(kit)) is failed
+
+
 class StubTrainer:
     """Answers in turn, or raises."""
 

@@ -49,8 +49,11 @@ class ReleaseFilter(Filter):
 
 
 def clip(tensors: dict[str, Any], limit: float) -> None:
-    """Scale an update's delta, in place, to an L2 norm of at most `limit`."""
+    """Scale an update's delta, in place, to an L2 norm of at most `limit`; an answer without one
+    is left alone."""
     delta = [value for name, value in tensors.items() if name.startswith("delta|")]
+    if not delta:
+        return
     norm = float(torch.linalg.vector_norm(torch.stack([v.double().norm() for v in delta])))
     if norm > limit:
         for value in delta:
