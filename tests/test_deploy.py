@@ -63,6 +63,13 @@ from fedmllm.sites.trainer import TrainerError
 TESTS = Path(__file__).parent
 
 
+@pytest.fixture
+def shared_model(monkeypatch, mllm):
+    """Sites and server that are called in this process use one loaded base."""
+    monkeypatch.setattr("fedmllm.sites.site.load_model", lambda config: mllm)
+    monkeypatch.setattr("fedmllm.sites.serving.load_model", lambda config: mllm)
+
+
 class Here:
     """A federation on this machine: kits, nodes, and a supervisor in this process."""
 
@@ -349,6 +356,196 @@ KILLED = {
     "server's job": ("server", "runner_process"),
     "server": ("server", ""),
 }
+
+
+def send(pids: list[int], what: signal.Signals) -> None:
+    """A signal to processes, those that have ended left out."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, what)
+
+
+def held_in_training(kit: Path) -> list[int]:
+    """A site's trainer, made to stand still within a round: it has the request and has written no
+    answer. Empty where it has nothing to do."""
+    scratch = kit / "state"
+    if not list(scratch.glob("scratch-*/*-in.safetensors")):
+        return []
+    pids = processes(kit, "fedmllm.sites.trainer")
+    send(pids, signal.SIGSTOP)
+    at_work = list(scratch.glob("scratch-*/*-in.safetensors"))
+    if at_work and not list(scratch.glob("scratch-*/*-out.safetensors")):
+        return pids
+    send(pids, signal.SIGCONT)
+    return []
+
+
+def hold(kit: Path, status: dict[str, Any], held: list[int]) -> bool:
+    """Hold a site's trainer in training, in round 2, once."""
+    if held or status.get("rounds_done", 0) != 1:
+        return False
+    until(lambda: held.extend(held_in_training(kit)) or held)
+    assert json.loads((kit / "state" / "status.json").read_text())["doing"] == "train"
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", KILLED)
+def test_a_real_kill_in_training_changes_no_bit(tmp_path, mllm, who: str) -> None:
+    """All three are needed for a round: it waits, goes on from what is sure, and ends the same.
+    The kill comes while a site trains in round 2. Its job goes on where only a trainer died."""
+    config = small("kill", training={"rounds": 4}, algorithm={"name": "scaffold"})
+    run(config, out=tmp_path / "here", mllm=mllm)
+    kit, word = KILLED[who]
+    held: list[int] = []
+
+    with federation(tmp_path, config) as here:
+
+        def kill(status: dict[str, Any]) -> None:
+            if not hold(here.kits["client-01"], status, held):
+                return
+            if word:
+                found = processes(here.kits[kit], word)
+                assert found
+                send(found, signal.SIGKILL)
+            else:
+                os.killpg(here.nodes.processes[here.kits[kit].resolve()].pid, signal.SIGKILL)
+            send(held, signal.SIGCONT)
+
+        try:
+            folder = here.run("kill", meanwhile=kill)
+        finally:
+            send(held, signal.SIGCONT)
+        assert held
+        check_undisturbed(folder, tmp_path / "here")
+        submitted = [line for line in here.said if line.startswith("submitted")]
+        assert len(submitted) == (1 if who == "trainer" else 2)
+
+
+def without_one_update(folder: Path, config: Any, site: str, round_: int) -> Path:
+    """The run folder of the same sites in this process, where one round's training fails once."""
+    made = make_plain_kits(folder, config.model_dump(mode="json"), server={"min_sites": 2})
+
+    def fail(name: str, task: str, message: wire.Message) -> wire.Message | Exception:
+        wrong = (name, task, message.facts.get("round")) == (site, "train", round_ - 1)
+        return RuntimeError("died") if wrong else message
+
+    serve(made["server"], config_hash(config), NearLink(made, folder, fail))
+    return made["server"] / "runs" / config.name
+
+
+@pytest.mark.slow
+def test_a_trainer_killed_where_two_are_enough_costs_its_round_only(tmp_path, shared_model) -> None:
+    """The round names it, the next has it again, and the bits are those of a run without that
+    update."""
+    config = small("kill", training={"rounds": 4}, algorithm={"name": "scaffold"})
+    near = without_one_update(tmp_path / "near", config, SITES[1], 2)
+    held: list[int] = []
+    with federation(tmp_path, config, min_sites=2) as here:
+
+        def kill(status: dict[str, Any]) -> None:
+            if hold(here.kits[SITES[1]], status, held):
+                send(held, signal.SIGKILL)
+
+        folder = here.run("kill", meanwhile=kill)
+        assert len([line for line in here.said if line.startswith("submitted")]) == 1
+    assert same(folder, near)
+    found, expected = (json.loads((p / "result.json").read_text()) for p in (folder, near))
+    assert found["metrics"] == expected["metrics"]
+    assert [line.get("missing") for line in found["history"]] == [None, [SITES[1]], None, None]
+    for ours, theirs in zip(found["history"], expected["history"], strict=True):
+        assert {key: ours[key] for key in EQUAL} == {key: theirs[key] for key in EQUAL}
+
+
+@pytest.mark.slow
+def test_a_site_killed_where_two_are_enough_comes_back_at_a_later_round(tmp_path) -> None:
+    """Its round closes without it and names it, nobody waits for it, and it is taken in again."""
+    config = small("kill", training={"rounds": 20})
+    held: list[int] = []
+    with federation(tmp_path, config, min_sites=2) as here:
+
+        def kill(status: dict[str, Any]) -> None:
+            if hold(here.kits[SITES[1]], status, held):
+                kill_all(here.kits[SITES[1]])
+
+        folder = here.run("kill", meanwhile=kill)
+        submitted = [line for line in here.said if line.startswith("submitted")]
+        assert len(submitted) == 2
+        assert SITES[1] in submitted[1]
+    history = json.loads((folder / "result.json").read_text())["history"]
+    assert [line["round"] for line in history] == list(range(1, 21))
+    assert [line["round"] for line in history if line.get("missing")] == [2]
+    assert history[1]["missing"] == [SITES[1]]
+    there = [SITES[1] in line["clients"] for line in history]
+    back = there.index(True, 1)
+    assert there == [True, *[False] * (back - 1), *[True] * (20 - back)]
+    assert all(line["clients"] in (list(SITES), [SITES[0], SITES[2]]) for line in history)
+
+
+@pytest.mark.slow
+def test_a_site_killed_between_rounds_changes_no_bit(tmp_path, mllm) -> None:
+    """It has delivered, the server has written its checkpoint, and the site has not asked for the
+    next round's work."""
+    config = small("kill", training={"rounds": 8}, algorithm={"name": "scaffold"})
+    run(config, out=tmp_path / "here", mllm=mllm)
+    killed: list[int] = []
+    with federation(tmp_path, config) as here:
+        kit = here.kits[SITES[1]]
+        rounds = here.kits["server"] / "runs" / "kill" / "state"
+
+        def last() -> list[Path]:
+            return sorted(rounds.glob("round-*"))
+
+        def kill(status: dict[str, Any]) -> None:
+            if killed or status.get("doing") != "training" or not status.get("rounds_done"):
+                return
+            before = last()
+            assert before
+            until(lambda: last() != before, every=0.002)
+            pids = processes(kit, "")
+            send(pids, signal.SIGSTOP)
+            idle = here.site(SITES[1])["doing"] == "waiting"
+            if idle and not list(kit.glob("state/scratch-*/*")):
+                kill_all(kit)
+                killed.append(len(last()))
+            send(pids, signal.SIGCONT)
+
+        folder = here.run("kill", meanwhile=kill)
+        assert killed
+        check_undisturbed(folder, tmp_path / "here")
+
+
+@pytest.mark.slow
+def test_two_thirds_of_the_sites_gone_and_back(tmp_path, mllm) -> None:
+    """The run waits and says for whom and how many it needs; with them it goes on to its end."""
+    config = small("kill", training={"rounds": 4}, algorithm={"name": "scaffold"})
+    run(config, out=tmp_path / "here", mllm=mllm)
+    held: list[int] = []
+    waited: list[float] = []
+    with federation(tmp_path, config, min_sites=2) as here:
+        everybody = list(here.nodes.kits)
+        lost = [here.kits[site] for site in SITES[1:]]
+
+        def kill(status: dict[str, Any]) -> None:
+            if hold(here.kits[SITES[1]], status, held):
+                here.nodes.kits = [kit for kit in everybody if kit.name not in SITES[1:]]
+                for kit in lost:
+                    kill_all(kit)
+            waits = str(status.get("doing")).startswith("waiting") and status["rounds_done"] == 1
+            if not held or not waits or set(status.get("present", ())) - {SITES[0]}:
+                return
+            waited.append(time.monotonic())
+            assert status["min_sites"] == 2
+            assert set(status["away"]) == set(SITES[1:])
+            said = list(status_lines({"running": True, "runs": {"kill": status}, "sites": {}}))
+            assert "  a round needs 2 sites" in said
+            assert any(line.startswith(f"  away: {SITES[2]}: ") for line in said)
+            if waited[-1] - waited[0] > 10:  # ten seconds on, nothing has moved
+                here.nodes.kits = everybody
+
+        folder = here.run("kill", meanwhile=kill)
+        assert waited[-1] - waited[0] > 10
+        check_undisturbed(folder, tmp_path / "here")
 
 
 @pytest.mark.slow
