@@ -1017,6 +1017,29 @@ def test_a_run_that_stopped_is_not_submitted_again(boss) -> None:
     assert list(boss._session.jobs.values()) == ["FINISHED:ABORTED", "RUNNING"]
 
 
+def test_a_site_that_keeps_out_of_jobs_is_not_waited_for_again_and_again(boss) -> None:
+    """Connected and in no job, twice: it is left out, until it has been away, or takes part."""
+
+    def steps(present: list[str], rounds: int = 0, count: int = 4) -> int:
+        gone = [site for site in SITES if site not in present]
+        for i in range(count):
+            tell(boss, "training", present=present, gone=gone, rounds_done=rounds + i)
+            boss.step()
+        return len(boss._session.jobs)
+
+    boss.step()
+    others = list(SITES[:2])
+    assert steps(others, count=12) == 2  # once more for its sake, and that is all
+    assert [line.split()[0] for line in boss.lines if "its policy" in line] == [SITES[2]]
+    boss._session.there = others
+    assert steps(others) == 2
+    boss._session.there = list(SITES)
+    assert steps(others) == 3  # it was away: it may be another now
+    boss.step()
+    assert steps(list(SITES)) == 3
+    assert steps(others) == 4  # it was in the job, and is lost and connected: submitted as ever
+
+
 # -- commands --------------------------------------------------------------------------------------
 
 
@@ -1069,12 +1092,15 @@ def wait_for(root: Path, met: Callable[[dict[str, Any]], bool]) -> None:
 # -- refusals --------------------------------------------------------------------------------------
 
 
+OUTSIDE = "nvflare.app_common.np.np_trainer.NPTrainer"  # an executor that works, and is not ours
+
+
 @pytest.mark.slow
 def test_strangers_are_refused(tmp_path) -> None:
-    """A site of another authority, one without a certificate; code in a job; a component that the
-    site's policy lacks."""
+    """A site of another authority, one without a certificate, one with another's; code in a job; a
+    component that the site's policy lacks."""
     config = small("tiny")
-    with federation(tmp_path, config, min_sites=1) as here:
+    with federation(tmp_path, config, min_sites=1) as here, ExitStack() as stack:
         stranger = tmp_path / "other"
         make_kits(Plan(config, SITES, port=here.port), stranger)
         here.nodes.kits = [here.kits["server"].resolve(), here.kits["client-00"].resolve()]
@@ -1084,34 +1110,103 @@ def test_strangers_are_refused(tmp_path) -> None:
             (bare / "startup" / file).unlink()
         here.nodes.kits.append(bare.resolve())
         boss = Supervisor(here.kits["server"], here.kits["admin"], "tiny", say=here.said.append)
-        try:
-            until = time.monotonic() + 60
-            connected: set[str] = set()
-            while "client-00" not in connected and time.monotonic() < until:
-                here.nodes.tend()
-                time.sleep(1)
-                with suppress(Exception):
-                    connected = boss._connected()
-            time.sleep(10)
-            assert boss._connected() == {"client-00"}
-            check_tls(here.kits["client-01"], stranger / "kits" / "client-01", here.port)
-            for spoil, word in [(with_code, "byoc"), (with_other_component, "not authorized")]:
-                name = spoil.__name__
-                job = spoil(write_job(tmp_path / name, boss.sha256, name=name))
-                number = boss._admin().submit_job(str(job))
-                until, state = time.monotonic() + 90, ""
-                while not state.startswith("FINISHED") and time.monotonic() < until:
-                    time.sleep(1)
-                    state = str(boss._admin().get_job_status(number))
-                assert state.startswith("FINISHED")
-                assert state != "FINISHED:COMPLETED"
-                logs = "".join(
-                    (here.kits[k] / "node.log").read_text() for k in ("server", "client-00")
-                )
-                assert word in logs.lower()
-            assert not (here.kits["server"] / "runs" / "tiny" / "result.json").exists()
-        finally:
-            boss._close()  # its threads would keep this process from ending
+        stack.callback(boss._close)  # its threads would keep this process from ending
+
+        def connected() -> set[str]:
+            here.nodes.tend()
+            with suppress(Exception):
+                return boss._connected()
+            return set()
+
+        until(lambda: "client-00" in connected(), every=1.0)
+        log = here.kits["server"] / "node.log"
+        assert "failed to verify client identity" not in log.read_text()
+        stack.enter_context(as_another(here, "client-00", "client-01", tmp_path))
+        until(lambda: "failed to verify client identity" in log.read_text(), every=1.0)
+        time.sleep(10)
+        assert boss._connected() == {"client-00"}
+        assert "New client client-00" in log.read_text()
+        assert "New client client-01" not in log.read_text()
+        check_tls(here.kits["client-01"], stranger / "kits" / "client-01", here.port)
+        check_jobs(here, boss, tmp_path)
+        assert not (here.kits["server"] / "runs" / "tiny" / "result.json").exists()
+
+
+@contextmanager
+def as_another(here: Here, who: str, name: str, folder: Path) -> Iterator[None]:
+    """A node with `who`'s key and certificate that says it is `name`."""
+    kit = shutil.copytree(here.kits[who], folder / "impostor" / who)
+    for left in ("pid.fl", "daemon_pid.fl"):
+        (kit / left).unlink(missing_ok=True)
+    command = [word.replace(f"uid={who}", f"uid={name}") for word in node_command(kit)]
+    assert f"uid={name}" in command
+    with (kit / "impostor.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=kit, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def check_jobs(here: Here, boss: Supervisor, folder: Path) -> None:
+    """Of three jobs with something of others in them the site runs only the one that its policy
+    was changed for."""
+    log = here.kits["client-00"] / "node.log"
+
+    def outcome(spoil: Callable[[Path], Path], name: str, met: str) -> str:
+        """What the site's log says of a job, once the job is over or `met` stands there."""
+        start = log.stat().st_size
+        job = spoil(write_job(folder / name, boss.sha256, name=name))
+        number = boss._admin().submit_job(str(job))
+
+        def new() -> str:
+            return log.read_bytes()[start:].decode()
+
+        def over() -> bool:
+            return str(boss._admin().get_job_status(number)).startswith("FINISHED")
+
+        until(lambda: over() or met in new(), seconds=120, every=1.0)
+        assert str(boss._admin().get_job_status(number)) != "FINISHED:COMPLETED"
+        found = new()
+        if not over():
+            boss._admin().abort_job(number)
+            until(over, every=1.0)
+        return found
+
+    runs = "invoking task executor NPTrainer"
+    server = here.kits["server"] / "node.log"
+    start = server.stat().st_size
+    outcome(with_code, "with-code", "evil")
+    assert "byoc" in server.read_bytes()[start:].decode().lower()
+    refused = outcome(with_other_component, "other", runs)
+    assert f"Component '{OUTSIDE}'" in refused
+    assert "is not in allow_list" in refused
+    assert runs not in refused
+    resources = here.kits["client-00"] / "local" / "resources.json"
+    kept = json.loads(resources.read_text())
+    allowed = {**kept, "class_allow_list": [*kept["class_allow_list"], OUTSIDE]}
+    resources.write_text(json.dumps(allowed))
+    assert runs in outcome(with_other_component, "allowed", runs)  # nothing else stood in its way
+
+
+@pytest.mark.slow
+def test_a_site_whose_policy_forbids_takes_no_part(tmp_path) -> None:
+    """The server's policy lets the administrator submit jobs, one site's does not: the others'
+    run goes on without it. For its sake the job is submitted once more, and not again and again."""
+    config = small("tiny", training={"rounds": 4})
+    with federation(tmp_path, config, min_sites=2) as here:
+        file = here.kits[SITES[2]] / "local" / "authorization.json"
+        policy = json.loads(file.read_text())
+        policy["permissions"]["project_admin"]["submit_job"] = "none"
+        file.write_text(json.dumps(policy))
+        folder = here.run("tiny")
+        history = json.loads((folder / "result.json").read_text())["history"]
+        assert [line["clients"] for line in history] == [list(SITES[:2])] * 4
+        assert not (here.kits[SITES[2]] / "state" / "status.json").exists()
+        submitted = [line for line in here.said if line.startswith("submitted")]
+        assert len(submitted) == 2
+        assert [line.split()[0] for line in here.said if "its policy" in line] == ["client-02"]
 
 
 def check_tls(kit: Path, stranger: Path, port: int) -> None:
@@ -1152,7 +1247,7 @@ def with_code(job: Path) -> Path:
 def with_other_component(job: Path) -> Path:
     file = job / "app" / "config" / "config_fed_client.json"
     found = json.loads(file.read_text())
-    found["executors"][0]["executor"] = {"path": "subprocess.Popen", "args": {"args": ["true"]}}
+    found["executors"][0]["executor"] = {"path": OUTSIDE, "args": {}}
     file.write_text(json.dumps(found))
     return job
 

@@ -30,6 +30,7 @@ _TICK = 0.5
 _START = 180.0  # seconds that a job may take until its server process says something
 _PATIENCE = 20.0  # seconds to wait for all sites where enough are there
 _MOST_FAILURES = 3  # jobs in a row that ended without a round
+_MOST_ASKED = 2  # jobs in a row that a connected site took no part in
 _OVER = "FINISHED"
 
 
@@ -110,6 +111,8 @@ class Supervisor:
     _rounds: int = 0
     _enough_since: float = 0.0
     _back: dict[str, tuple[float, int]] = field(default_factory=dict)
+    _asked: dict[str, int] = field(default_factory=dict)  # jobs dealt to a site that it was not in
+    _out: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.file = settings.load_server(self.server)
@@ -199,6 +202,7 @@ class Supervisor:
         self.submitted, self._enough_since = now, 0.0
         self._rounds = int(self.status().get("rounds_done", 0))
         self._back.clear()
+        self._asked |= {site: self._asked.get(site, 0) + 1 for site in there}
         self.say(f"submitted {self.experiment} to {', '.join(sorted(there))}: job {self.job}")
 
     def _wait_for_sites(self, there: set[str]) -> None:
@@ -243,13 +247,17 @@ class Supervisor:
 
     def _returned(self, status: Mapping[str, Any]) -> list[str]:
         """Sites that this job has lost, or never had, and that are connected again: at the next
-        end of a round, or at once where nothing goes on without them."""
+        end of a round, or at once where nothing goes on without them. Not one that stays connected
+        and keeps out of jobs, as its policy may have it."""
+        self._asked |= dict.fromkeys(status.get("present", ()), 0)
         gone = set(status.get("gone", ())) - set(status.get("refused", ()))
         if not gone:
             self._back.clear()
             return []
         now, rounds = time.monotonic(), int(status.get("rounds_done", 0))
         there = self._connected()
+        self._asked |= dict.fromkeys(gone - there, 0)  # it may be another one when it is back
+        there -= self._keeping_out(gone & there)
         self._back = {s: self._back.get(s, (now, rounds)) for s in sorted(gone & there)}
         idle = str(status.get("doing", "")).startswith("waiting")
         return [
@@ -257,6 +265,17 @@ class Supervisor:
             for site, (since, then) in self._back.items()
             if now - since > 2.0 and (idle or rounds > then)
         ]
+
+    def _keeping_out(self, sites: set[str]) -> set[str]:
+        """Those of `sites` that no further job is submitted for; says so once."""
+        out = {site for site in sites if self._asked.get(site, 0) >= _MOST_ASKED}
+        for site in sorted(out - self._out):
+            self.say(
+                f"{site} is connected and took no part in {_MOST_ASKED} jobs in a row: its policy "
+                "(local/ in its kit) may forbid them, its log.txt says more; it is left out"
+            )
+        self._out = out
+        return out
 
     def _abort(self, why: str) -> None:
         self.say(f"{why}: job {self.job} is aborted, and goes on from its checkpoint")
