@@ -798,6 +798,48 @@ def test_kits_have_safe_defaults(tmp_path) -> None:
         make_kits(Plan(small("tiny"), SITES), root)
 
 
+def unit_keys(file: Path) -> dict[str, str]:
+    """What a service unit sets; a key that is set twice would not do."""
+    lines = [line.split("=", 1) for line in file.read_text().splitlines() if "=" in line]
+    pairs = [(key, value) for key, value in lines if not key.startswith("#")]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def test_a_service_that_cannot_succeed_is_not_started_for_ever(tmp_path, monkeypatch) -> None:
+    """`deploy supervise` ends with 2 on what a person must mend, and its unit stops at that code; a
+    server that is away, or a crash, starts it anew."""
+    root = make_kits(Plan(small("tiny"), SITES), tmp_path / "federation")
+    units = {file.name: file for file in (root / "kits").glob("*/systemd/*.service")}
+    assert len(units) == 5
+    boss = unit_keys(units["fedmllm-supervisor.service"])
+    assert (boss["Restart"], boss["RestartPreventExitStatus"]) == ("on-failure", "2")
+    assert "fedmllm deploy supervise" in boss["ExecStart"]
+    node = unit_keys(units["fedmllm-server.service"])
+    assert (node["Restart"], "RestartPreventExitStatus" in node) == ("always", False)
+
+    def stopped(self: Supervisor) -> None:
+        raise UserError("tiny: 3 of 3 sites were refused")
+
+    monkeypatch.setattr(Supervisor, "run", stopped)
+    words = ["supervise", str(root / "kits/server"), "--admin", str(root / "kits/admin")]
+    monkeypatch.setattr(sys, "argv", ["fedmllm", "deploy", *words, "--experiment", "tiny"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert str(ended.value.code) == boss["RestartPreventExitStatus"]
+    if shutil.which("systemd-analyze"):
+        for name, file in units.items():
+            text = file.read_text().replace("@VENV@/bin/fedmllm", "/bin/true")
+            made = tmp_path / name
+            made.write_text(
+                re.sub("@[A-Z]+@", str(tmp_path), text).replace("=fedmllm\n", "=root\n")
+            )
+            done = subprocess.run(
+                ["systemd-analyze", "verify", "--man=no", str(made)], capture_output=True, text=True
+            )
+            assert str(made) not in done.stdout + done.stderr, done.stderr
+
+
 def test_wrong_kits_are_refused(tmp_path) -> None:
     for change, words in [
         ({"sites": ["a b"]}, "a site cannot be called 'a b'"),
