@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -325,3 +326,16 @@ def test_another_fault_of_the_system_is_not_hidden(cli, experiment, monkeypatch)
     monkeypatch.setattr(Path, "mkdir", broken)
     with pytest.raises(OSError, match="Input/output error"):
         cli("run", experiment, "--out", "runs/x")
+
+
+@pytest.mark.parametrize("command", ["init", "simulate", "node", "supervise", "start", "resume"])
+def test_deploy_without_its_extra_says_what_to_install(cli, experiment, monkeypatch, command):
+    """As if NVFlare were not there."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "nvflare" else found(name, *a)
+    )
+    more = ["--admin", "a", "--experiment", "x"] if command == "supervise" else []
+    code, out, err = cli("deploy", command, experiment, *more)
+    assert (code, out) == (2, "")
+    assert err == 'error: deploy needs NVFlare: pip install "fedmllm[nvflare]"\n'

@@ -937,6 +937,28 @@ def test_the_gate_reads_the_sites_own_settings_and_clips(tmp_path, reveal) -> No
     assert ReleaseFilter(1.0).process(failed, At(kit)) is failed
 
 
+def test_half_precision_travels_as_it_is_in_two_bytes_a_number() -> None:
+    """NVFlare's own encoding of a message: the bits come back, and so do odd shapes."""
+    codec.prepare()
+    flare_decomposers.register()
+    draws = torch.Generator().manual_seed(0)
+    delta = {
+        "half": torch.randn(300, 1000, generator=draws).bfloat16(),
+        "small": torch.tensor([1e-40, -0.0, float(2**127)]).bfloat16(),
+        "none": torch.zeros(0, 4, dtype=torch.bfloat16),
+        "whole": torch.randn(7, generator=draws),
+    }
+    update = wire.pack_update(Update("k", 5, delta))
+    sent = codec.answer(wire.Message(update.tensors, {"update": update.facts}), "train")
+    blob = fobs.dumps(sent)
+    assert 2 * 300_000 < len(blob) < 2 * 300_000 + 4096
+    found = codec.to_message(fobs.loads(blob))
+    for name, value in delta.items():
+        back = found.tensors[f"delta||{name}"]
+        assert (back.dtype, back.shape) == (value.dtype, value.shape)
+        assert torch.equal(back.view(torch.uint8), value.view(torch.uint8))
+
+
 class StubTrainer:
     """Answers in turn, or raises."""
 

@@ -1,7 +1,7 @@
 """Import layers (docs/architecture.md): a module imports only from its layer or from those above.
 
-Also: torch stays out of the data and split layers and of the report, and nothing heavy is
-imported to print `--help`.
+Also: torch stays out of the data and split layers and of the report, NVFlare and Flower are
+imported by their own folders only, and nothing heavy is imported to print `--help`.
 """
 
 from __future__ import annotations
@@ -88,6 +88,12 @@ def test_imports_point_to_the_ground(file) -> None:
         words = name.split(".")
         if words[0] == "fedmllm" and len(words) > 1 and words[1] in RANK:
             assert RANK[words[1]] <= RANK[part(file)], f"{file.name} imports {name}"
+        for engine, folder in {"nvflare": "flare", "flwr": "flower"}.items():
+            inside = file.is_relative_to(ROOT / "sites" / folder)
+            assert words[0] != engine or inside, f"{file.name} imports {name}"
+        if words[:2] == ["fedmllm", "sites"] and words[2:3] in (["flare"], ["flower"]):
+            inside = {"flare", "flower"} & set(file.relative_to(ROOT).parts)
+            assert inside or file.name == "cli_deploy.py", f"{file.name} imports {name}"
         if words[0] in ("torch", "transformers", "peft"):
             assert RANK[part(file)] >= 3, f"{file.name} imports {name}"
             assert part(file) != "report"

@@ -838,6 +838,41 @@ def test_what_would_tell_what_a_site_hides(tmp_path, shared_model, strategy, wor
         serve(kits["server"], hash_of(kits["server"]), NearLink(kits, tmp_path))
 
 
+def test_sites_of_unequal_hardware(tmp_path) -> None:
+    """One computes in bfloat16, one takes other batches; each has a model of its own. What they
+    send is float32, the third's to the bit that of equal sites, and the run is as good."""
+    raw = experiment(training={"rounds": 1})
+
+    def updates(name: str, **changes: dict[str, Any]) -> tuple[dict[str, Any], NearLink]:
+        kits = make_kits(tmp_path / name, raw)
+        for site, given in changes.items():
+            change_settings(kits[site.replace("_", "-")], settings=given)
+        link = NearLink(kits, tmp_path)
+        serve(kits["server"], hash_of(kits["server"]), link)
+        return {s: m.tensors for s, task, m in link.came if task == "train"}, link
+
+    alike, _ = updates("alike")
+    half, batch = {"model.dtype": "bfloat16"}, {"training.batch_size": 2, "training.micro_batch": 1}
+    unequal, link = updates("unequal", client_00=half, client_01=batch)
+    models = [link.sites[site].session.mllm for site in SITES]
+    assert len({id(model) for model in models}) == 3
+    assert [next(model.model.parameters()).dtype for model in models] == [
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    ]
+    assert same(unequal[SITES[2]], alike[SITES[2]])
+    for site in SITES[:2]:
+        assert {value.dtype for value in unequal[site].values()} == {torch.float32}
+        a, b = (
+            torch.cat([x[n].flatten() for n in sorted(x)]) for x in (unequal[site], alike[site])
+        )
+        assert not torch.equal(a, b)
+        assert torch.cosine_similarity(a, b, dim=0) > 0.5
+    found = json.loads((link.kits["server"] / "runs" / "x" / "result.json").read_text())
+    assert found["history"][0]["clients"] == list(SITES)
+
+
 def test_settings_of_a_machine(tmp_path) -> None:
     kits = make_kits(tmp_path, experiment())
     kit, file = kits[SITES[0]], kits[SITES[0]] / "experiments" / "x.yaml"
