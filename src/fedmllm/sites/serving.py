@@ -74,6 +74,10 @@ def serve(kit: Path, config_sha256: str, link: Link, *, job: str = "") -> dict[s
     try:
         check_folder(folder, agreed, resume=True, overwrite=False)
         make_folder(folder, agreed, overwrite=False)
+        saved = checkpoint.load(folder / "state" / EVERYONE)
+        if saved is not None:
+            status.facts["rounds_done"] = saved.state.round
+        del saved  # its memory is for the run, which reads it again
         status.tell({"doing": "loading the model"})
         result = _serve(config, agreed, file, folder, link, status, began)
     except UserError as error:
@@ -117,7 +121,7 @@ def _serve(
     runner.weighted = all(facts["reveal"]["samples"] for facts in runner.facts.values())
     if not runner.weighted:
         algorithm = replace(algorithm, weighting="uniform")
-    session.resumed = checkpoint.load(folder / "state" / EVERYONE) is not None
+    session.resumed = "rounds_done" in status.facts
     outcome = run_federation(
         session, federation, runner=runner, algorithm=algorithm, parties=parties
     )
