@@ -1186,9 +1186,10 @@ def test_strangers_are_refused(tmp_path) -> None:
 
         until(lambda: "client-00" in connected(), every=1.0)
         log = here.kits["server"] / "node.log"
-        assert "failed to verify client identity" not in log.read_text()
+        refused = "authenticated as 'client-00' but claimed endpoint 'client-01'"
+        assert refused not in log.read_text()
         stack.enter_context(as_another(here, "client-00", "client-01", tmp_path))
-        until(lambda: "failed to verify client identity" in log.read_text(), every=1.0)
+        until(lambda: refused in log.read_text(), every=1.0)
         time.sleep(10)
         assert boss._connected() == {"client-00"}
         assert "New client client-00" in log.read_text()
