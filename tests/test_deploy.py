@@ -539,7 +539,8 @@ def test_two_thirds_of_the_sites_gone_and_back(tmp_path, mllm) -> None:
             waited.append(time.monotonic())
             assert (status["min_sites"], status["rounds_done"]) == (2, 1)
             assert set(status["away"]) == set(SITES[1:])
-            said = list(status_lines({"running": True, "runs": {"kill": status}, "sites": {}}))
+            facts = {"running": True, "processes": {}, "runs": {"kill": status}, "sites": {}}
+            said = list(status_lines(facts))
             assert "  a round needs 2 sites" in said
             assert any(line.startswith(f"  away: {SITES[2]}: ") for line in said)
             if waited[-1] - waited[0] > 10:  # ten seconds on, nothing has moved
@@ -998,7 +999,7 @@ def test_a_site_says_why_also_when_the_job_is_over(tmp_path) -> None:
     both = {"error": "the server's words", "detail": "x.json: the list is empty"}
     found = site_status(tmp_path, {"hello": empty, "refused": wire.Message()})
     assert found == ({"doing": "refused", **both}, {"doing": "no job", **both})
-    said = status_lines({"running": False, "runs": {}, "sites": {"k": found[1]}})
+    said = status_lines({"running": True, "processes": {}, "runs": {}, "sites": {"k": found[1]}})
     assert list(said)[-1] == "k: no job (the server's words; here: x.json: the list is empty)"
     # what it found itself, where the server could not tell it before the job's end
     problems = wire.Message(facts={"problems": ["base model: a", "tokenizer: b"]})
