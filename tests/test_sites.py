@@ -524,7 +524,8 @@ def test_extras_that_an_algorithm_asks_for_are_checked() -> None:
     algorithm = make_algorithm("scaffold", num_clients=3)
     shapes = {"w": torch.ones(2)}
     for extra, words in (
-        ({"control": {"w": torch.ones(3)}}, "control has shapes [(3,)], not [(2,)]"),
+        ({"control": {"w": torch.ones(3)}}, "has shape (3,) at w, but (2,)"),
+        ({"control": {"v": torch.ones(2)}}, "missing: w; not expected: v"),
         ({}, "carries extras [], and this run's are ['control']"),
         ({"control": shapes}, ""),
     ):

@@ -28,6 +28,7 @@ from fedmllm.models.mllm import Encoded, Reading
 from fedmllm.rng import uniform
 
 PROTOTYPES = "prototypes"  # the slot's name, in broadcasts and in updates
+ANSWERS = {"mean": "sum", "seen": "count"}  # what an update has in place of the slot's tensors
 
 
 def _cosine(h_D: torch.Tensor, means_CD: torch.Tensor, seen_C: torch.Tensor, y: int, t: float):

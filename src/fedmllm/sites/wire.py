@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save, save_file
 
 from fedmllm.algorithms.base import Params, ServerState, Update, check_layout
+from fedmllm.alignment import ANSWERS, PROTOTYPES
 from fedmllm.errors import UserError
 
 PROTOCOL = 1
@@ -128,20 +129,16 @@ def check_update(
 
 
 def _check_extras(update: Update, site: str, slots: Mapping[str, Params]) -> None:
-    """Extras answer the slots by name, with tensors of the same shapes."""
+    """Extras answer the slots, tensor by tensor: of the same name (`ANSWERS`) and shape."""
     if update.extra.keys() != slots.keys():
         raise UserError(
             f"update of {site} carries extras {sorted(update.extra)}, and this run's are "
             f"{sorted(slots)}: site and server must run the same experiment"
         )
     for slot, sent in slots.items():
-        given, wanted = _shapes(update.extra[slot]), _shapes(sent)
-        if given != wanted:
-            raise UserError(f"update of {site}: {slot} has shapes {given}, not {wanted}")
-
-
-def _shapes(params: Params) -> list[tuple[int, ...]]:
-    return sorted(tuple(value.shape) for value in params.values())
+        names = ANSWERS if slot == PROTOTYPES else {}
+        wanted = {names.get(name, name): value for name, value in sent.items()}
+        check_layout(wanted, update.extra[slot], f"{slot} in the update of {site}")
 
 
 def numbers(found: Any) -> dict[str, float]:
