@@ -539,7 +539,8 @@ def test_two_thirds_of_the_sites_gone_and_back(tmp_path, mllm) -> None:
             waited.append(time.monotonic())
             assert (status["min_sites"], status["rounds_done"]) == (2, 1)
             assert set(status["away"]) == set(SITES[1:])
-            said = list(status_lines({"running": True, "runs": {"kill": status}, "sites": {}}))
+            facts = {"running": True, "processes": {}, "runs": {"kill": status}, "sites": {}}
+            said = list(status_lines(facts))
             assert "  a round needs 2 sites" in said
             assert any(line.startswith(f"  away: {SITES[2]}: ") for line in said)
             if waited[-1] - waited[0] > 10:  # ten seconds on, nothing has moved
@@ -1003,7 +1004,7 @@ def test_a_site_says_why_also_when_the_job_is_over(tmp_path) -> None:
     both = {"error": "the server's words", "detail": "x.json: the list is empty"}
     found = site_status(tmp_path, {"hello": empty, "refused": wire.Message()})
     assert found == ({"doing": "refused", **both}, {"doing": "no job", **both})
-    said = status_lines({"running": False, "runs": {}, "sites": {"k": found[1]}})
+    said = status_lines({"running": True, "processes": {}, "runs": {}, "sites": {"k": found[1]}})
     assert list(said)[-1] == "k: no job (the server's words; here: x.json: the list is empty)"
     # what it found itself, where the server could not tell it before the job's end
     problems = wire.Message(facts={"problems": ["base model: a", "tokenizer: b"]})
@@ -1122,7 +1123,7 @@ def fedmllm(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_start_status_stop_resume(tmp_path, mllm) -> None:
     """The commands of docs/deployment.md, on one machine; stopped in the middle, to the bit."""
-    config = small("tiny", training={"rounds": 6})
+    config = small("tiny", training={"rounds": 20})
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     run(config, out=tmp_path / "here", mllm=mllm)
@@ -1136,13 +1137,13 @@ def test_start_status_stop_resume(tmp_path, mllm) -> None:
         assert (again.returncode, "runs already" in again.stderr) == (2, True)
         wait_for(root, lambda run: run.get("rounds_done", 0) >= 1)
         assert stop(root)
-        assert 1 <= status(root)["runs"]["tiny"]["rounds_done"] < 6
+        assert 1 <= status(root)["runs"]["tiny"]["rounds_done"] < 20
         assert processes(root / "kits" / "client-00", "") == []
         assert processes(root / "kits" / "server", "") == []
         assert fedmllm("stop", str(root)).stdout == "nothing runs\n"
         assert fedmllm("resume", str(root)).returncode == 0
         wait_for(root, lambda run: run.get("doing") == "done")
-        assert "tiny: done (6 of 6 rounds done)" in fedmllm("status", str(root)).stdout
+        assert "tiny: done (20 of 20 rounds done)" in fedmllm("status", str(root)).stdout
     finally:
         stop(root)
     assert (root / "supervisor.log").read_text().count("submitted tiny") == 2
