@@ -7,7 +7,8 @@ A message says what was given, what is allowed and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 MOST_LINES = 20
 
@@ -31,6 +32,33 @@ def unknown(kind: str, given: object, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return f"unknown {kind} {str(given)!r}: choose {listed}{hint}"
+
+
+class HasOptions(Protocol):
+    """What a registry holds: something that names its options."""
+
+    @property
+    def options(self) -> Iterable[str]: ...
+
+
+_Spec = TypeVar("_Spec", bound=HasOptions)
+
+
+def chosen(
+    kind: str, name: str, registry: Mapping[str, _Spec], options: Iterable[str], *, of: str
+) -> _Spec:
+    """The registry's entry of that name, which has all these options.
+
+    of: what an unknown option is said to be an option of. Raises `UserError` for an unknown name
+    or option.
+    """
+    if name not in registry:
+        raise UserError(unknown(kind, name, registry))
+    spec = registry[name]
+    for option in options:
+        if option not in spec.options:
+            raise UserError(unknown(f"option of {of}", option, spec.options))
+    return spec
 
 
 def problem_list(problems: Sequence[object], *, most: int = MOST_LINES) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fedmllm.errors import UserError, unknown
+from fedmllm.errors import UserError, chosen
 from fedmllm.rng import uniform
 
 Keep = tuple[bool, bool]
@@ -77,12 +77,7 @@ def assign(
 
 def check_options(scenario: str, options: Mapping[str, object]) -> dict[str, object]:
     """The scenario's options in canonical form, defaults filled in. Raises `UserError`."""
-    if scenario not in SCENARIOS:
-        raise UserError(unknown("scenario", scenario, SCENARIOS))
-    spec = SCENARIOS[scenario]
-    for name in options:
-        if name not in spec.options:
-            raise UserError(unknown(f"option of scenario {scenario!r}", name, spec.options))
+    spec = chosen("scenario", scenario, SCENARIOS, options, of=f"scenario {scenario!r}")
     return {k: spec.check[k](options.get(k, default)) for k, default in spec.options.items()}
 
 

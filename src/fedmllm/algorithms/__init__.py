@@ -13,7 +13,7 @@ from fedmllm.algorithms.fedopt import fedadagrad, fedadam, fedyogi
 from fedmllm.algorithms.fedprox import fedprox
 from fedmllm.algorithms.options import check_count
 from fedmllm.algorithms.scaffold import scaffold
-from fedmllm.errors import UserError, unknown
+from fedmllm.errors import chosen
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,7 @@ def make_algorithm(name: str, *, num_clients: int, **options: object) -> Algorit
 
     Raises `UserError` for an unknown name or option or for a value out of range.
     """
-    if name not in ALGORITHMS:
-        raise UserError(unknown("algorithm", name, ALGORITHMS))
-    spec = ALGORITHMS[name]
-    for option in options:
-        if option not in spec.options:
-            raise UserError(unknown(f"option of {name}", option, spec.options))
+    spec = chosen("algorithm", name, ALGORITHMS, options, of=name)
     check_count(num_clients=num_clients)
     extra = {"num_clients": num_clients} if spec.needs_num_clients else {}
     return spec.build(**extra, **options)

@@ -22,7 +22,7 @@ import torch
 
 from fedmllm.algorithms.base import Aggregation, Algorithm
 from fedmllm.algorithms.gathered import Gathered, Rule
-from fedmllm.errors import UserError, unknown
+from fedmllm.errors import UserError, chosen
 
 
 def mean() -> Aggregation:
@@ -99,13 +99,7 @@ AGGREGATIONS: dict[str, AggregationSpec] = {
 def make_aggregation(name: str, **options: object) -> Aggregation:
     """Build the aggregation `name`. Raises `UserError` for an unknown name or option or for a value
     out of range."""
-    if name not in AGGREGATIONS:
-        raise UserError(unknown("aggregation", name, AGGREGATIONS))
-    spec = AGGREGATIONS[name]
-    for option in options:
-        if option not in spec.options:
-            raise UserError(unknown(f"option of {name}", option, spec.options))
-    return spec.build(**options)
+    return chosen("aggregation", name, AGGREGATIONS, options, of=name).build(**options)
 
 
 def with_aggregation(algorithm: Algorithm, aggregation: Aggregation) -> Algorithm:

@@ -18,7 +18,7 @@ from fedmllm.data import (
     vqa_rad,
 )
 from fedmllm.data.dataset import Dataset, DatasetSpec
-from fedmllm.errors import UserError, unknown
+from fedmllm.errors import chosen
 
 DATASETS: dict[str, DatasetSpec] = {
     "memes": memes.SPEC,
@@ -42,10 +42,5 @@ def load_dataset(name: str, **options: object) -> Dataset:
 
     Raises `UserError` for an unknown name or option, and what the loader raises.
     """
-    if name not in DATASETS:
-        raise UserError(unknown("dataset", name, DATASETS))
-    spec = DATASETS[name]
-    for option in options:
-        if option not in spec.options:
-            raise UserError(unknown(f"option of dataset {name!r}", option, spec.options))
+    spec = chosen("dataset", name, DATASETS, options, of=f"dataset {name!r}")
     return spec.load(**{**spec.options, **options})
