@@ -212,7 +212,7 @@ def fieller(over: Sequence[float], under: Sequence[float]) -> tuple[float, float
 # -- tables --------------------------------------------------------------------------------------
 
 
-def _table(words: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(words: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return NONE
     lines = [[*words, *numbers], *rows]
@@ -246,7 +246,7 @@ def plain_table(study: Study) -> str:
         last = shown(lost.get((d, s, m), []), sure=(d, s, m) in sure)
         rows.append([d, m, s, seeds, *cells, last])
     heads = ("seeds", "both", "image withheld", "text withheld", "lost")
-    return _table(("task", "method", "setting"), heads, rows)
+    return markdown(("task", "method", "setting"), heads, rows)
 
 
 def gain_table(study: Study, condition: str = "both") -> str:
@@ -272,7 +272,7 @@ def gain_table(study: Study, condition: str = "both") -> str:
             cell = shown(gained.get(key, []), sure=key in sure, counted=True)
             cells.append(f"= {same}" if same else cell)
         lines.append([d, m, s, *cells])
-    return _table(("task", "method", "strategy"), SCENARIOS, lines)
+    return markdown(("task", "method", "strategy"), SCENARIOS, lines)
 
 
 def recovery_table(study: Study) -> str:
@@ -283,7 +283,7 @@ def recovery_table(study: Study) -> str:
         for strategy in study.ran(dataset, method)[1:]:
             cells = [_recovered(study, dataset, c, method, strategy) for c in SCENARIOS[1:]]
             lines.append([dataset, method, strategy, *cells])
-    return _table(("task", "method", "strategy"), SCENARIOS[1:], lines)
+    return markdown(("task", "method", "strategy"), SCENARIOS[1:], lines)
 
 
 def best_table(study: Study) -> str:
@@ -300,7 +300,7 @@ def best_table(study: Study) -> str:
             cells = [shown([*aligned.values()], counted=True)]
             cells += [_recovered_over(study, tasks, c, method, strategy) for c in SCENARIOS[1:]]
             lines.append([method, strategy, str(len(tasks)), *cells])
-    return _table(("method", "strategy"), ("tasks", *SCENARIOS), lines)
+    return markdown(("method", "strategy"), ("tasks", *SCENARIOS), lines)
 
 
 # what a strategy is for open questions, which have no classes and whose prompts name no modality
@@ -382,7 +382,7 @@ def cost_table(study: Study) -> str:
                 cells.append(f"{sum(ratios) / len(ratios):.2f}" if ratios else "–")
             lines.append([dataset, method, strategy, *cells])
     heads = ("time a round", "bytes up", "bytes down")
-    return _table(("task", "method", "strategy"), heads, lines)
+    return markdown(("task", "method", "strategy"), heads, lines)
 
 
 def drift_table(study: Study) -> str:
@@ -400,7 +400,7 @@ def drift_table(study: Study) -> str:
                 if cells != ["–"] * 3:
                     lines.append([dataset, method, scenario, strategy, *cells])
     heads = ("updates", "no image", "no text")
-    return _table(("task", "method", "scenario", "strategy"), heads, lines)
+    return markdown(("task", "method", "scenario", "strategy"), heads, lines)
 
 
 def _update_cosine(result: Mapping[str, Any]) -> float | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import benchmark_tables
 import strategy_tables
 from pretrain.curriculum import PHASES
 
@@ -574,7 +575,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "easy-vqa": lambda: levels("easy-vqa") + "\n\n" + level_gaps("easy-vqa"),
     "features": features,
     "gate": gate,
-    "mini-quick": lambda: grid("mini-quick"),
+    "mini": lambda: benchmark_tables.scenario_table(strategy_tables.load("mini")),
+    "mini-settings": lambda: grid("mini"),
     "memory": memory,
     "padding": padding,
     "levels": lambda: levels(*EMBEDDED),

@@ -109,6 +109,49 @@ def test_only_takes_a_part_and_keeps_the_names(tmp_path) -> None:
     assert found.cells[0].config.seed == 0  # the cell is the same whatever part is asked for
 
 
+def part(tmp_path: Path, text: str, only=(), **whole):
+    """A part of the grid of three settings (the last shared with the first) and two seeds."""
+    axes = {"setting": ["aligned-a0.5", "missing-b0.3", "cross-i5t5"], "seed": [0, 1]}
+    share = [{"when": {"setting": "cross-i5t5"}, "as": {"setting": "aligned-a0.5"}}]
+    file = tmp_path / "whole.yaml"
+    parts = {"base": BASE, "axes": axes, "share": share, **whole}
+    file.write_text(yaml.safe_dump(parts, sort_keys=False))
+    (tmp_path / "part.yaml").write_text(text)
+    return load_grid(tmp_path / "part.yaml", only=only), load_grid(file)
+
+
+def test_a_part_of_a_grid_has_the_cells_of_the_whole(tmp_path) -> None:
+    found, whole = part(tmp_path, "of: whole.yaml\nonly: {setting: cross-i5t5, seed: [1]}", out="o")
+    assert found.name == found.title == "part"
+    assert found.out == Path("runs/part")
+    assert found.axes == {"setting": ("cross-i5t5",), "seed": ("1",)}
+    # its run is that of aligned, under the name that it has in the whole
+    assert [cell.name for cell in found.cells] == ["aligned-a0.5-s1"]
+    assert found.cells[0].places == ({"setting": "cross-i5t5", "seed": "1"},)
+    assert found.cells[0].config in [cell.config for cell in whole.cells]
+    both, _ = part(tmp_path, "of: whole.yaml\nonly: {seed: 1}", only=["setting=missing-b0.3"])
+    assert [cell.name for cell in both.cells] == ["missing-b0.3-s1"]
+    all_of_it, whole = part(tmp_path, "of: whole.yaml\ntitle: other")
+    assert (all_of_it.title, all_of_it.cells) == ("other", whole.cells)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("only: {seed: 0}\naxes: {seed: [0]}", "only: goes with of"),
+        ("of: whole.yaml\nbase: {}", "base: a part of another grid has name, title, out, of, only"),
+        ("of: whole.yaml\nonly: {seed: 7}", "only: unknown value of axis seed"),
+        ("of: whole.yaml\nonly: {speed: 7}", "only: unknown axis"),
+        ("of: whole.yaml\nonly: 7", "only: give at least one axis"),
+        ("of: part.yaml", "is a part of another grid itself"),
+        ("of: nowhere.yaml", "nowhere.yaml"),
+    ],
+)
+def test_bad_parts_of_a_grid(tmp_path, text, words) -> None:
+    with pytest.raises(UserError, match=words):
+        part(tmp_path, text)
+
+
 def test_a_list_may_hold_values_of_any_key(tmp_path) -> None:
     found = grid(tmp_path, {"training.lr": [0.001, 0.01], "algorithm": ["fedavg", "fedyogi"]})
     assert [cell.name for cell in found.cells] == [
@@ -513,21 +556,11 @@ def test_every_cell_of_the_ready_grids_is_tested_under_four_conditions(file, rea
     assert {cell.config.evaluation.conditions for cell in found.cells} == {CONDITION_NAMES}
 
 
-def test_mini_quick_is_small() -> None:
+def test_mini_quick_is_a_small_part_of_mini() -> None:
     found = load_grid(GRIDS / "mini-quick.yaml")
-    assert len(found.cells) <= 50
-    assert {cell.config.data["name"] for cell in found.cells} == {"memes"}
-
-
-def test_the_committed_mini_quick_is_that_of_its_grid() -> None:
-    """Nothing of it is missing, stale or left over; a machine with other packages is not asked."""
-    found = load_grid(GRIDS / "mini-quick.yaml")
-    folder = GRIDS.parent.parent / "results" / "mini-quick"
-    assert {path.name for path in folder.iterdir()} == {cell.name for cell in found.cells}
-    told = states(found.cells, folder, Present())
-    assert {each.kind for each in told.values()} <= {"done", "stale"}
-    why = {line for each in told.values() for line in each.reasons}
-    assert [line for line in sorted(why) if not line.startswith("package ")] == []
+    whole = {cell.name: cell.config for cell in load_grid(GRIDS / "mini.yaml").cells}
+    assert len(found.cells) <= 120
+    assert all(whole[cell.name] == cell.config for cell in found.cells)
 
 
 @pytest.fixture

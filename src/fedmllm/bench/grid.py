@@ -8,6 +8,11 @@
     exclude: [{dataset: crisis, setting: missing-b0.5}]
     share: [{when: {method: centralised, setting: aligned-a5.0}, as: {setting: aligned-a0.5}}]
 
+A part of another grid, with the same cells, names its file beside it and the values it keeps:
+
+    of: mini.yaml
+    only: {dataset: memes, seed: [0, 1]}
+
 A *place* is one value on every axis. Places whose configs must give the same numbers (zero-shot
 under every setting and seed) are one *cell*, which is run once.
 """
@@ -28,7 +33,8 @@ from fedmllm.errors import UserError, unknown
 from fedmllm.scenarios import SETTINGS
 
 Place = Mapping[str, str]
-KEYS = ("name", "title", "out", "base", "axes", "exclude", "share", "variables")
+KEYS = ("name", "title", "out", "base", "axes", "exclude", "share", "variables", "of", "only")
+PART_KEYS = ("name", "title", "out", "of", "only")
 # sections with a name and options of that name's own: another name drops the options
 NAMED = ("data", "scenario", "algorithm", "aggregation")
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
@@ -47,8 +53,8 @@ class Cell:
 class Grid:
     """All cells of a grid file, in the order of its axes (the first axis varies slowest).
 
-    axes: the names of the values of each axis. open_variables: variables that the file uses and
-    nobody gave, with what the file says about them.
+    axes: the names of the values of each axis that are kept. open_variables: variables that the
+    file uses and nobody gave, with what the file says about them.
     """
 
     name: str
@@ -73,18 +79,20 @@ def load_grid(
     Raises `UserError` with every problem of every cell at once.
     """
     file = Path(path)
-    raw = read_yaml(file, "grid")
-    problems = _key_problems(raw)
+    raw, part, problems = _whole(file, read_yaml(file, "grid"))
     raw, unset, more = _with_variables(raw, variables)
     axes, even_more = _axes(raw.get("axes"))
     problems += more + even_more
     rules, more = _rules(raw, axes)
     chosen, even_more = _only(only, axes)
     problems += more + even_more
+    kept_of_whole, more = _where("only", part, axes) if part else ({}, [])
+    problems += more
     if problems:
         raise _error(file, problems)
     cells = _cells(file, raw, axes, rules, overrides)
-    left = [(c, tuple(p for p in c.places if _matches(p, chosen))) for c in cells]
+    wanted = (kept_of_whole, chosen)
+    left = [(c, tuple(p for p in c.places if all(_matches(p, w) for w in wanted))) for c in cells]
     kept = [replace(cell, places=places) for cell, places in left if places]
     if not kept:
         raise UserError(f"{file}: no cell is left: --only and exclude leave nothing to run")
@@ -93,7 +101,10 @@ def load_grid(
         name=name,
         title=str(raw.get("title", name)),
         out=Path(raw.get("out") or Path("runs") / name),
-        axes={axis: tuple(values) for axis, values in axes.items()},
+        axes={
+            axis: tuple(v for v in values if all(v in w.get(axis, (v,)) for w in wanted))
+            for axis, values in axes.items()
+        },
         cells=tuple(kept),
         open_variables=unset,
     )
@@ -138,6 +149,27 @@ Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]
 class _Rules:
     exclude: Sequence[Mapping[str, tuple[str, ...]]]
     share: Sequence[tuple[Mapping[str, tuple[str, ...]], Place]]
+
+
+def _whole(file: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any], list[str]]:
+    """The grid that a file describes, what it keeps of it, and the problems."""
+    problems = _key_problems(raw)
+    if "of" not in raw:
+        problems += ["only: goes with of, the grid that this is a part of"] * ("only" in raw)
+        return raw, {}, problems
+    problems += [
+        f"{key}: a part of another grid has {', '.join(PART_KEYS)} alone"
+        for key in raw
+        if key in KEYS and key not in PART_KEYS
+    ]
+    whole_file = file.parent / str(raw["of"])
+    whole = read_yaml(whole_file, "grid")
+    problems += [f"{whole_file}: {line}" for line in _key_problems(whole)]
+    if "of" in whole:
+        problems.append(f"of: {whole_file} is a part of another grid itself; name that one")
+    own = {"name": file.stem} | {key: raw[key] for key in ("name", "title", "out") if key in raw}
+    inherited = {key: whole[key] for key in whole if key not in ("name", "title", "out")}
+    return inherited | own, raw.get("only") or {}, problems
 
 
 def _key_problems(raw: Mapping[str, Any]) -> list[str]:
