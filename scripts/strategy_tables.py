@@ -30,7 +30,7 @@ NONE = "*Not run yet.*"
 ALIGNED = "aligned-a0.5"  # of the same label skew as the other scenarios' settings
 SCENARIOS = ("aligned", "missing", "cross", "hybrid")
 CONDITIONS = ("both", "image_withheld", "text_withheld")
-EVERY = "all tasks"
+HARDEST = "missing-b0.5"
 
 Key = tuple[str, str, str, str]  # dataset, setting, method, strategy
 BySeed = dict[int, dict[str, Any]]
@@ -46,8 +46,14 @@ class Study:
     found: Mapping[Key, BySeed]
 
     def of(self, scenario: str) -> tuple[str, ...]:
-        """The settings of a scenario."""
+        """The settings of a scenario; of the name of a setting, that one."""
+        if scenario in self.settings:
+            return (scenario,)
         return tuple(name for name in self.settings if name.startswith(f"{scenario}-"))
+
+    def losing(self) -> tuple[str, ...]:
+        """Where modalities are missing: the harshest of missing alone, and each scenario."""
+        return (*((HARDEST,) if HARDEST in self.settings else ()), *SCENARIOS[1:])
 
     def arms(self) -> list[tuple[str, str]]:
         """(dataset, method) that have results."""
@@ -193,8 +199,8 @@ def sure_ones(rows: Mapping[Any, Sequence[float]]) -> set[Any]:
 
 
 def fieller(over: Sequence[float], under: Sequence[float]) -> tuple[float, float, float] | None:
-    """The ratio of two paired means with its 95 % interval, or None where the lower mean's own
-    interval holds zero. Fieller, J. R. Statist. Soc. B 16 (1954)."""
+    """The ratio of two paired means with its 95 % interval, or None where the lower mean is not
+    surely above zero. Fieller, J. R. Statist. Soc. B 16 (1954)."""
     from scipy import stats
 
     n = len(over)
@@ -203,7 +209,7 @@ def fieller(over: Sequence[float], under: Sequence[float]) -> tuple[float, float
     v_aa, v_bb = statistics.variance(over), statistics.variance(under)
     v_ab = statistics.covariance(over, under)
     c2, c1, c0 = b * b - t2 * v_bb, a * b - t2 * v_ab, a * a - t2 * v_aa
-    if c2 <= 0:
+    if b <= 0 or c2 <= 0:
         return None
     root = math.sqrt(max(0.0, c1 * c1 - c2 * c0))
     return a / b, (c1 - root) / c2, (c1 + root) / c2
@@ -276,58 +282,41 @@ def gain_table(study: Study, condition: str = "both") -> str:
 
 
 def recovery_table(study: Study) -> str:
-    """How much of the gap to aligned training a strategy recovers, by scenario; and over tasks: the
-    mean gain over the mean gap, where a task that a strategy cannot serve counts with no gain."""
+    """How much of the gap to aligned training a strategy recovers: the mean gain over the mean
+    gap."""
     lines = []
     for dataset, method in study.arms():
         for strategy in study.ran(dataset, method)[1:]:
-            cells = [_recovered(study, dataset, c, method, strategy) for c in SCENARIOS[1:]]
+            cells = [_recovered(study, dataset, c, method, strategy) for c in study.losing()]
             lines.append([dataset, method, strategy, *cells])
-    return markdown(("task", "method", "strategy"), SCENARIOS[1:], lines)
+    return markdown(("task", "method", "strategy"), study.losing(), lines)
 
 
 def best_table(study: Study) -> str:
-    """Over all tasks: the gain in aligned training, and the share of the gap that is recovered in
-    the other scenarios, of strategies with results on more than one task. A task of which the grid
-    has no such arm counts with what the strategy's nearest part does there (`STANDS_FOR`)."""
+    """Over all tasks: the gain in aligned training, of the mean and of the task that gains least,
+    and the share of the gap that is recovered elsewhere. On a task that a strategy cannot serve it
+    counts with what the grid lets stand for it there; without results of all tasks it does not
+    count."""
     lines = []
+    tasks = list(dict.fromkeys(dataset for dataset, _ in study.arms()))
     for method in dict.fromkeys(method for _, method in study.arms()):
-        tasks = [dataset for dataset, each in study.arms() if each == method]
         for strategy in study.strategies[1:]:
-            if len(tasks) < 2 or not any(strategy in study.ran(t, method) for t in tasks):
+            if len(tasks) < 2 or not any(strategy in study.ran(task, method) for task in tasks):
                 continue
-            aligned = over_tasks([_task_gain(study, t, "aligned", method, strategy) for t in tasks])
-            cells = [shown([*aligned.values()], counted=True)]
-            cells += [_recovered_over(study, tasks, c, method, strategy) for c in SCENARIOS[1:]]
-            lines.append([method, strategy, str(len(tasks)), *cells])
-    return markdown(("method", "strategy"), ("tasks", *SCENARIOS), lines)
-
-
-# what a strategy is for open questions, which have no classes and whose prompts name no modality
-STANDS_FOR = {
-    "mixtures": "compose",
-    "paper": "regularisation",
-    "prompt": "plain",
-    "prototypes": "plain",
-    "fusion": "plain",
-}
-
-
-def _task_gain(
-    study: Study, dataset: str, scenario: str, method: str, strategy: str
-) -> dict[int, float]:
-    settings = study.of(scenario)
-    while strategy not in {key[3] for key in study.found if (key[0], key[2]) == (dataset, method)}:
-        if strategy not in STANDS_FOR:
-            return {}
-        strategy = STANDS_FOR[strategy]
-    return gains(study, dataset, settings, method, strategy)
+            alone = {t: gains(study, t, study.of("aligned"), method, strategy) for t in tasks}
+            cells = [shown([*over_tasks([*alone.values()]).values()], counted=True)]
+            known = {t: values for t, values in alone.items() if values}
+            least = min(known, key=lambda t: statistics.fmean(known[t].values()), default=None)
+            cells += [f"{shown([*known[least].values()])} ({least})" if least else "–"]
+            cells += [_recovered_over(study, tasks, c, method, strategy) for c in study.losing()]
+            lines.append([method, strategy, *cells])
+    return markdown(("method", "strategy"), ("aligned", "least", *study.losing()), lines)
 
 
 def _recovered_over(
     study: Study, tasks: Sequence[str], scenario: str, method: str, strategy: str
 ) -> str:
-    gain = over_tasks([_task_gain(study, t, scenario, method, strategy) for t in tasks])
+    gain = over_tasks([gains(study, t, study.of(scenario), method, strategy) for t in tasks])
     gap = over_tasks([gaps(study, t, study.of(scenario), method) for t in tasks])
     return _ratio(gain, gap)
 
@@ -354,13 +343,14 @@ def _ratio(gain: Mapping[int, float], gap: Mapping[int, float]) -> str:
 
 
 def cost_table(study: Study) -> str:
-    """Seconds a round (the median of the last third) and bytes a run, as ratios to plain of the
-    same setting and seed; means."""
+    """Seconds a round (the median of the last third), seconds of a run's tests, and bytes a run, as
+    ratios to plain of the same setting and seed; means."""
     parts: tuple[Callable[[Mapping[str, Any]], float], ...] = (
         # the first rounds read the pictures, and a process keeps them for its next run
         lambda r: statistics.median(
             line["seconds"] for line in r["history"][-max(1, len(r["history"]) // 3) :]
         ),
+        lambda r: r["time"]["evaluate_seconds"],
         lambda r: r["bytes"]["up"],
         lambda r: r["bytes"]["down"],
     )
@@ -381,32 +371,43 @@ def cost_table(study: Study) -> str:
                 ]
                 cells.append(f"{sum(ratios) / len(ratios):.2f}" if ratios else "–")
             lines.append([dataset, method, strategy, *cells])
-    heads = ("time a round", "bytes up", "bytes down")
+    heads = ("time a round", "time of tests", "bytes up", "bytes down")
     return markdown(("task", "method", "strategy"), heads, lines)
 
 
 def drift_table(study: Study) -> str:
-    """Mean cosine between clients' updates, and of masked to whole representations."""
+    """How far clients drift apart and how alike the modalities are: cosine between updates of
+    clients, their dispersion, the cosine between their class prototypes (means over rounds), and that of
+    masked to whole representations; means over settings."""
     lines = []
     for dataset, method in study.arms():
-        parts = [_update_cosine, *map(_masked, tested(study, dataset)[1:])]
+        masked = [_masked(condition) for condition in tested(study, dataset)[1:]]
+        parts = [*map(_measured, DRIFT), *masked]
         for scenario in SCENARIOS:
             for strategy in study.ran(dataset, method):
                 place = (dataset, study.of(scenario), method, strategy)
                 if study.shared(dataset, scenario, method, strategy):
                     continue
                 cells = [shown([*study.values(*place, p).values()], sign=False) for p in parts]
-                cells += ["–"] * (3 - len(cells))
-                if cells != ["–"] * 3:
+                cells += ["–"] * (len(DRIFT) + 2 - len(cells))
+                if set(cells) != {"–"}:
                     lines.append([dataset, method, scenario, strategy, *cells])
-    heads = ("updates", "no image", "no text")
+    heads = ("updates", "dispersion", "prototypes", "no image", "no text")
     return markdown(("task", "method", "scenario", "strategy"), heads, lines)
 
 
-def _update_cosine(result: Mapping[str, Any]) -> float | None:
-    rows = [line.get("measured", {}).get("drift_cosine") for line in result["history"]]
-    known = [value for value in rows if value is not None]
-    return sum(known) / len(known) if known else None
+DRIFT = ("drift_cosine", "drift_dispersion", "drift_prototype_cosine")
+
+
+def _measured(key: str) -> Part:
+    """The mean over the rounds that have it."""
+
+    def of(result: Mapping[str, Any]) -> float | None:
+        rows = [line.get("measured", {}).get(key) for line in result["history"]]
+        known = [value for value in rows if value is not None]
+        return statistics.fmean(known) if known else None
+
+    return of
 
 
 def _masked(condition: str) -> Part:

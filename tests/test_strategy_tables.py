@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -16,11 +17,12 @@ CROSS, HYBRID = "cross-i5t5", "hybrid-p0.7"
 
 
 def result(score: float, *, seconds: float = 10.0, up: int = 100, cosine: float | None = None):
-    measured = {} if cosine is None else {"measured": {"drift_cosine": cosine}}
+    drift = {"drift_cosine": cosine, "drift_dispersion": 1.5}
+    measured = {} if cosine is None else {"measured": drift}
     return {
         "task": {"metric": "macro_f1", "kind": "choice"},
         "metrics": {"both": {"macro_f1": score}, "image_withheld": {"macro_f1": score / 2}},
-        "time": {"train_seconds": seconds},
+        "time": {"train_seconds": seconds, "evaluate_seconds": seconds / 5},
         "bytes": {"up": up, "down": 50},
         "history": [{**measured, "seconds": second} for second in (99.0, seconds, seconds)],
     }
@@ -115,6 +117,21 @@ def test_fieller_by_hand() -> None:
     ratio, low, high = tables.fieller(gain, gap)
     assert (ratio, low, high) == pytest.approx((0.5, 0.5 - half / 0.4, 0.5 + half / 0.4))
     assert tables.fieller(gain, [0.5, -0.4, 0.3, -0.2, 0.1]) is None
+    # training that is surely better than aligned has no gap to recover
+    assert tables.fieller(gain, [-0.4] * 5) is None
+
+
+def test_fieller_of_a_gain_that_goes_with_the_gap() -> None:
+    """The interval holds the ratios r at which gain - r gap is not told from zero: at its ends the
+    paired t statistic of gain - r gap is the quantile itself."""
+    gain, gap = [0.1, 0.22, 0.3, 0.2, 0.25], [0.3, 0.45, 0.5, 0.35, 0.4]
+    ratio, low, high = tables.fieller(gain, gap)
+    assert ratio == pytest.approx(1.07 / 2.0)
+    for end in (low, high):
+        left = [a - end * b for a, b in zip(gain, gap, strict=True)]
+        t = statistics.fmean(left) / (statistics.stdev(left) / 5**0.5)
+        assert abs(t) == pytest.approx(2.776445, rel=1e-5)
+    assert low < ratio < high
 
 
 def test_the_gap_and_what_is_recovered(study) -> None:
@@ -124,47 +141,54 @@ def test_the_gap_and_what_is_recovered(study) -> None:
     assert both[-1].startswith("**-0.300")
     table = tables.recovery_table(study)
     recovered = row(table, "crisis", "fedavg", "resample")
-    assert recovered[0].startswith("67% (")  # .15 of .225
-    assert recovered[1:] == ["no gap", "–"]
+    assert recovered[0].startswith("67% (")  # .2 of .3 in the harsher setting
+    assert recovered[1].startswith("67% (")  # .15 of .225 in both
+    assert recovered[2:] == ["no gap", "–"]
     # three seeds are too few
     assert row(table, "crisis", "fedavg", "prompt")[0] == "–"
 
 
 def test_over_tasks(study) -> None:
-    """A second task with a gap of .1, of which its nearest arm recovers all: (.15 + .1) of
-    (.225 + .1). Where it lost in aligned training, that counts too."""
+    """A second task with a gap of .1, where composition recovers all and stands for mixtures:
+    (.15 + .1) of (.225 + .1). What it lost there in aligned training counts, and is named."""
     found = dict(study.found)
     found["medical", ALIGNED, "fedavg", "plain"] = runs(0.7, 0.7, 0.72, 0.68, 0.7)
     found["medical", ALIGNED, "fedavg", "compose"] = runs(0.68, 0.68, 0.7, 0.66, 0.68)
     for setting in (MISSING, MISSING_MORE):
         found["medical", setting, "fedavg", "plain"] = runs(0.6, 0.61, 0.6, 0.59, 0.6)
         found["medical", setting, "fedavg", "compose"] = runs(0.7, 0.71, 0.7, 0.69, 0.7)
-        found["crisis", setting, "fedavg", "mixtures"] = dict(
-            found["crisis", setting, "fedavg", "resample"]
-        )
-    for runs_of in [found["crisis", s, "fedavg", "mixtures"] for s in (MISSING, MISSING_MORE)]:
-        runs_of.update({seed: {**each} for seed, each in runs_of.items()})
+        found["crisis", setting, "fedavg", "mixtures"] = {
+            seed: {**each} for seed, each in found["crisis", setting, "fedavg", "resample"].items()
+        }
     found["crisis", ALIGNED, "fedavg", "mixtures"] = found["crisis", ALIGNED, "fedavg", "plain"]
+    for setting in (ALIGNED, MISSING, MISSING_MORE):
+        found["medical", setting, "fedavg", "mixtures"] = found[
+            "medical", setting, "fedavg", "compose"
+        ]
     table = tables.best_table(tables.Study(study.settings, study.strategies, found))
-    tasks, aligned, missing, *_ = row(table, "fedavg", "mixtures")
-    assert tasks == "2"
+    aligned, least, harsher, missing, *_ = row(table, "fedavg", "mixtures")
     assert aligned.startswith("-0.010 ± 0.000")
+    assert least == "-0.020 ± 0.000 (medical)"
+    assert harsher.startswith(f"{0.3 / 0.4:.0%} (")
     assert missing.startswith(f"{0.25 / 0.325:.0%} (")
-    # resampling has no arm on medical and nothing that it stands for: no claim
-    assert row(table, "fedavg", "resample")[1:] == ["–", "–", "–", "–"]
+    # resampling was not run on medical: no claim over all tasks
+    assert row(table, "fedavg", "resample") == ["–", "+0.000 ± 0.000 (crisis)", *["–"] * 4]
 
 
 def test_costs_leave_out_what_is_the_plain_run_itself(study) -> None:
     """Missing took 15 s a round and 200 bytes, cross 10 and 100."""
     found = tables.cost_table(study)
     ratio = [(1.5 + 1.5 + 1.0) / 3, (2 + 2 + 1) / 3]
-    assert row(found, "crisis", "fedavg", "resample")[:2] == [f"{each:.2f}" for each in ratio]
-    assert row(found, "crisis", "fedavg", "prompt") == ["1.00", "1.00", "1.00"]
+    first, tests, up, _ = row(found, "crisis", "fedavg", "resample")
+    assert [first, up] == [f"{each:.2f}" for each in ratio]
+    assert tests == first
+    assert row(found, "crisis", "fedavg", "prompt") == ["1.00"] * 4
 
 
 def test_drift(study) -> None:
     table = tables.drift_table(study)
-    assert row(table, "crisis", "fedavg", "missing", "plain")[0] == "0.500 ± 0.000"
+    cells = row(table, "crisis", "fedavg", "missing", "plain")
+    assert cells == ["0.500 ± 0.000", "1.500 ± 0.000", "–", "–", "–"]
     assert not any("resample" in line and "aligned" in line for line in table.splitlines())
 
 
