@@ -69,8 +69,8 @@ def _note(tasks: Sequence[str], found: Mapping[Place, Mapping[int, float]], comp
     seeds = min(len(values) for values in found.values())
     metrics = ", ".join(f"{METRICS[task]} of {task}" for task in tasks)
     words = (
-        f"Means over tasks ({metrics}) and over the settings of a scenario; {seeds} seeds, ± half "
-        "of the 95 % interval. "
+        f"Means over tasks ({metrics}) and over the settings of a scenario; seeds: {seeds}"
+        f"{', ± half of the 95 % interval' * (seeds > 1)}. "
     )
     if seeds < ENOUGH:
         return words + f"Fewer than {ENOUGH} seeds: no difference is called sure."

@@ -52,8 +52,9 @@ class Study:
         return tuple(name for name in self.settings if name.startswith(f"{scenario}-"))
 
     def losing(self) -> tuple[str, ...]:
-        """Where modalities are missing: the harshest of missing alone, and each scenario."""
-        return (*((HARDEST,) if HARDEST in self.settings else ()), *SCENARIOS[1:])
+        """Where modalities are missing: the harshest of missing by itself, and each scenario."""
+        apart = len(self.of("missing")) > 1 and HARDEST in self.settings
+        return (*((HARDEST,) if apart else ()), *SCENARIOS[1:])
 
     def arms(self) -> list[tuple[str, str]]:
         """(dataset, method) that have results."""
@@ -377,8 +378,8 @@ def cost_table(study: Study) -> str:
 
 def drift_table(study: Study) -> str:
     """How far clients drift apart and how alike the modalities are: cosine between updates of
-    clients, their dispersion, the cosine between their class prototypes (means over rounds), and that of
-    masked to whole representations; means over settings."""
+    clients, their dispersion, the cosine between their class prototypes (means over rounds), and
+    that of masked to whole representations; means over settings."""
     lines = []
     for dataset, method in study.arms():
         masked = [_masked(condition) for condition in tested(study, dataset)[1:]]

@@ -58,13 +58,13 @@ def test_means_over_tasks_and_settings() -> None:
     # .1 on one of two tasks, and the odd seeds' .001; as sure as differences of .05 can be
     assert found["FedAvg + prompt + regularisation"][0].startswith("**0.870 ±")
     assert "over the 4 differences" in text
-    assert "5 seeds" in text
+    assert "seeds: 5, ± half" in text
 
 
 def test_without_a_gain_and_with_few_seeds_nothing_is_bold() -> None:
     assert "**" not in benchmark_tables.scenario_table(study(5, gain=0.0))
     few = benchmark_tables.scenario_table(study(3))
     assert "**" not in few
-    assert "3 seeds" in few
+    assert "seeds: 3, ± half" in few
     assert "no difference is called sure" in few
     assert benchmark_tables.scenario_table(Study(SETTINGS, ("plain",), {})) == NONE
