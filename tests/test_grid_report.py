@@ -179,6 +179,44 @@ def test_what_a_run_stands_for() -> None:
     assert [setting_of(result("fedavg", s, 0)) for s in SETTINGS] == list(SETTINGS)
 
 
+def holding_out(share: float, runs):
+    """The runs with this share of each party's samples kept from training."""
+    for run in runs:
+        run["config"]["evaluation"]["held_out"] = share
+    return runs
+
+
+def test_what_is_held_out_of_training_makes_another_arm() -> None:
+    """But not of zero-shot, which mini runs once without it; and no arm is named after what all
+    have."""
+    every = [*seeds("fedavg", [0.6, 0.6]), *holding_out(0.1, seeds("fedavg", [0.7, 0.7]))]
+    found = table(every)
+    assert list(found.cells) == ["FedAvg (held_out none)", "FedAvg (held_out 0.1)"]
+    assert [row["aligned-a0.5"].mean for row in found.cells.values()] == pytest.approx([0.6, 0.7])
+    held = holding_out(0.1, [*seeds("local", [0.6]), *seeds("fedavg", [0.7])])
+    still = [*holding_out(0.0, [result("zero-shot", "aligned-a0.5", 0)])]
+    still += holding_out(0.1, [result("zero-shot", "aligned-a0.5", 1)])
+    assert list(table([*still, *held]).cells) == ["Zero-shot", "Local", "FedAvg"]
+    stated = holding_out(0.0, seeds("fedavg", [0.6], "missing-b0.5"))  # as is one that says nothing
+    assert list(table([*seeds("fedavg", [0.6]), *stated]).cells) == ["FedAvg"]
+
+
+def test_pooled_samples_of_which_parties_held_some_out_stand_for_no_other_setting() -> None:
+    (pooled,) = holding_out(0.1, [result("centralised", "aligned-a5.0", 0)])
+    assert stands_for(pooled, "aligned-a5.0")
+    assert not stands_for(pooled, "aligned-a0.5")
+    pooled["config"]["partition"]["name"] = "even"  # then alpha is not read
+    assert stands_for(pooled, "aligned-a0.5")
+
+
+def test_a_share_that_is_no_number_is_a_fault(tmp_path) -> None:
+    (made,) = holding_out("much", seeds("fedavg", [0.6]))
+    made["config_sha256"] = None
+    made["result_sha256"] = result_digest(made)
+    with pytest.raises(UserError, match="held_out is 'much', not a number from zero up"):
+        load_results([write(tmp_path, [made])])
+
+
 def test_few_runs_are_read_one_by_one() -> None:
     demo = load_results([Path(__file__).resolve().parent.parent / "results" / "demo"])[0]
     assert not is_grid(demo)

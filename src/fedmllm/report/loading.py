@@ -260,6 +260,9 @@ def _config_faults(config: Any) -> Iterator[str]:
     alpha = _object(config.get("partition")).get("alpha")
     if alpha is not None and not _is_number(alpha):
         yield f"config.partition.alpha is {alpha!r}, not a number"
+    share = _object(config.get("evaluation")).get("held_out")
+    if share is not None and not _is_amount(share):
+        yield f"config.evaluation.held_out is {share!r}, not a number from zero up"
 
 
 def _quantity_faults(data: Result) -> Iterator[str]:
