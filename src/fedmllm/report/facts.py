@@ -204,11 +204,26 @@ def _range(counts: Iterable[int]) -> str:
 
 
 def per_party(result: Result, key: str) -> float | None:
-    """``bytes_up`` or ``bytes_down`` of one party in one round, from the first round."""
-    first = next(iter(history(result)), {})
+    """``bytes_up`` or ``bytes_down`` of one party in one round, from the first round in which some
+    party delivered: all that were asked received, who delivered sent."""
+    first = next((line for line in history(result) if line.get("clients")), {})
     count = len(first.get("clients") or [])
+    count += len(first.get("missing") or []) if key == "bytes_down" else 0
     amount = first.get(key)
     return amount / count if count and isinstance(amount, int | float) else None
+
+
+def once(result: Result) -> dict[str, dict[str, float]]:
+    """Bytes of all parties before the first round, up and down, by part. Results of before name
+    them only where they say what was exchanged."""
+    older = {"profiles": ("heterogeneity", "bytes"), "mixtures": ("mixtures", "bytes")}
+    found = {}
+    for way in WAYS:
+        parts = lookup(result, "bytes", "once", way)
+        if parts is None:
+            parts = {name: lookup(result, *place, way) for name, place in older.items()}
+        found[way] = {name: count for name, count in parts.items() if isinstance(count, int | float)}
+    return found
 
 
 def message_parts(result: Result) -> dict[str, dict[str, float]]:

@@ -316,7 +316,7 @@ def _title(table: GridTable) -> str:
 
 def _payload(board: Board, folder: Path) -> dict[str, Any]:
     """What one party sends and receives in one round, in MB, of each federated arm: by part, and
-    all of it as it was counted; the least and the most where its runs differ. A part that no arm
+    all of it as it was counted, and what crossed once, of all parties; the least and the most where its runs differ. A part that no arm
     exchanges has no column."""
     found: dict[str, list[tuple[str, dict[str, float | None]]]] = {}
     for arm in board.arms:
@@ -345,6 +345,7 @@ def _messages(run: Result) -> dict[str, float | None]:
     for way, parts in facts.message_parts(run).items():
         found |= {f"{name}, {way}": count for name, count in parts.items()}
         found[f"all, {way}"] = facts.per_party(run, f"bytes_{way}")
+    found["once, all parties"] = sum(sum(parts.values()) for parts in facts.once(run).values())
     return found
 
 
