@@ -38,7 +38,7 @@ from fedmllm.report.grid_figures import (
     drops,
     shown,
 )
-from fedmllm.report.grid_page import _parties, _payload
+from fedmllm.report.grid_page import _drift, _parties, _payload, _profiles
 from fedmllm.report.grid_tables import (
     csv_grid,
     grid_tables,
@@ -782,6 +782,52 @@ def test_bytes_that_cannot_be_are_a_fault(harm, tmp_path) -> None:
     made["result_sha256"] = result_digest(made)
     with pytest.raises(UserError, match=r"bytes\.per_client_round\..* not a number from zero up"):
         load_results([write(tmp_path, [made])])
+
+
+def test_what_drift_measured_is_on_the_page(tmp_path) -> None:
+    """Of two rounds the mean, then of two seeds: (.2 + .4) / 2 and (.4 + .6) / 2 make .4."""
+    made = seeds("fedavg", [0.6, 0.7])
+    for i, run in enumerate(made):
+        for number, line in enumerate(run["history"][:2]):
+            line["measured"] = {"drift_cosine": 0.2 + 0.2 * (i + number), "loss": 3.0}
+        run["history"][1]["measured"]["drift_dispersion"] = 1.5
+        near = {"cosine": 0.8, "distance": 0.25 + 0.5 * i}
+        run["modality_alignment"] = {"image_withheld": near, "neither": {"cosine": None}}
+        run["result_sha256"] = result_digest(run)
+    found, problems = load_results([write(tmp_path / "runs", made)])
+    assert problems == []
+    ((board,), _) = boards(found)
+    drift = _drift(board, tmp_path / "runs")
+    assert dict(zip(drift["heads"], drift["rows"][0]["numbers"], strict=True)) == {
+        "cosine of updates": "0.400",
+        "dispersion of updates": "1.500",
+        "cosine to whole, image withheld": "0.800",
+        "distance to whole, image withheld": "0.500",
+    }
+    assert len(drift["rows"][0]["files"]) == 2
+    text = write_grid_report(found, tmp_path / "runs" / "r.html").read_text()
+    assert "distance to whole, image withheld" in text
+    ((board,), _) = boards(seeds("fedavg", [0.6, 0.7]))
+    assert _drift(board, tmp_path) == {"heads": [], "rows": []}
+
+
+def test_the_parties_profiles_are_on_the_page_of_a_grid(tmp_path) -> None:
+    made = [*seeds("fedavg", [0.6, 0.7]), *seeds("fedyogi", [0.6, 0.7], TWO[1])]
+    for run in made[1:]:
+        rows = [{**client, "index": 0.25, "weight": 0.075} for client in run["manifest"]["clients"]]
+        run["heterogeneity"] = {"epsilon": None, "clients": rows}
+        run["result_sha256"] = result_digest(run)
+    found, problems = load_results([write(tmp_path / "runs", made)])
+    assert problems == []
+    ((board,), _) = boards(found)
+    cards = _profiles(board, "b0")
+    words = ["aligned-a0.5, FedAvg, seed 1", "missing-b0.5, FedYogi, seed 0"]  # who sent any
+    assert [card["label"] for card in cards] == words
+    assert all("h 0.25  w 0.075" in card["svg"] for card in cards)
+    names = [file.name for file in write_figures(found, tmp_path / "svg")]
+    assert names[-2:] == ["memes-profiles-aligned-a0.5.svg", "memes-profiles-missing-b0.5.svg"]
+    text = write_grid_report(found, tmp_path / "runs" / "r.html").read_text()
+    assert all(label in text for label in words)
 
 
 def test_forms_by_suffix(page, tmp_path) -> None:
