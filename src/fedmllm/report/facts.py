@@ -250,7 +250,7 @@ def drift(result: Result) -> dict[str, float]:
     rounds, and how near masked test samples are to whole ones in the final adapter. Empty where it
     was off."""
     lines = [lookup(line, "measured") for line in history(result)]
-    found = {}
+    found: dict[str, float] = {}
     for name, words in DRIFT.items():
         values = [value for line in lines if _is_finite(value := lookup(line or {}, name))]
         found |= {words: math.fsum(values) / len(values)} if values else {}
