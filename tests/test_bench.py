@@ -584,6 +584,18 @@ def test_paper_has_the_papers_hyper_parameters_and_plans_without_data(real_datas
     assert (one.training.lr, one.training.batch_size, one.training.micro_batch) == (2e-5, 4, 1)
     assert (one.partition.clients, one.training.clients_per_round) == (10, 2)
     assert (one.lora.rank, one.lora.alpha, one.lora.dropout) == (8, 8, 0.05)
+    forms = {
+        c.config.algorithm["name"]: c.config.algorithm.get("form", "paper")
+        for c in found.cells
+        if c.config.topology == "federated"
+    }
+    servers = ("fedavgm", "fedadagrad", "fedadam", "fedyogi")
+    assert forms == {
+        **dict.fromkeys(("fedavg", "fedprox"), "paper"),
+        **dict.fromkeys(servers, "reference"),
+    }
+    held = {c.config.strategy.edge_layers for c in found.cells if c.config.strategy.mu}
+    assert held == {4}
     lines = list(plan_lines(found, out=Path("nowhere"), measured=[], processes=1))
     assert any(line.startswith("to be given: --set data=") for line in lines)
     given = ["data=/d", "minicpm_v_2_6=/a", "minicpm_v_2_5=/b"]

@@ -43,19 +43,22 @@ def test_the_best_has_the_best_mean_over_settings() -> None:
         ("Best federated", "0.730", "FedYogi"),
         ("All data pooled", "0.850", "Centralised"),
     ]
-    assert [c["half"] for c in cards] == ["", "0.000", ""]
+    assert [c["half"] for c in cards] == ["", "", ""]  # no interval of two seeds
     assert glance.by_setting(board, table) == {}
 
 
 def test_an_interval_is_over_seeds_of_their_means_over_settings() -> None:
-    """Seed 0: .8 and .6; seed 1: .7 and .5."""
-    board, _ = told(runs("fedavg", [0.8, 0.7], [0.6, 0.5]))
+    """Seed 0: .8 and .6; seed 1: .7 and .5; and so on."""
+    first, second = [0.8, 0.7, 0.8, 0.7, 0.75], [0.6, 0.5, 0.6, 0.5, 0.55]
+    board, _ = told(runs("fedavg", first, second))
     (found,) = glance.overall(board, "both", "federated")
     assert (found.mean, found.half, found.seeds) == (
         pytest.approx(0.65),
-        pytest.approx(mean_and_half([0.7, 0.6])[1]),
-        2,
+        pytest.approx(mean_and_half([0.7, 0.6, 0.7, 0.6, 0.65])[1]),
+        5,
     )
+    board, _ = told(runs("fedavg", first[:4], second[:4]))
+    assert glance.overall(board, "both", "federated")[0].half is None
 
 
 def test_an_arm_that_lacks_the_hard_setting_is_not_called_the_best() -> None:

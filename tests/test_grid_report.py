@@ -34,10 +34,11 @@ from fedmllm.report.grid_figures import (
     _rings,
     band,
     draw_bands,
+    draw_cost,
     drops,
     shown,
 )
-from fedmllm.report.grid_page import _parties, _payload
+from fedmllm.report.grid_page import _drift, _parties, _payload, _profiles
 from fedmllm.report.grid_tables import (
     csv_grid,
     grid_tables,
@@ -50,7 +51,7 @@ from fedmllm.report.grid_tables import (
 from fedmllm.report.loading import result_digest
 from fedmllm.report.parties import over_seeds, own_key, worst
 from fedmllm.report.split import summaries_of
-from fedmllm.report.statistics import holm, mean_and_half, paired_p
+from fedmllm.report.statistics import holm, interval, mean_and_half, paired_p
 from fedmllm.scenarios import SETTINGS
 
 TWO = ("aligned-a0.5", "missing-b0.5")
@@ -78,6 +79,8 @@ def test_the_interval_by_hand() -> None:
     assert mean == 2.0
     assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert mean_and_half([0.5]) == (0.5, None)
+    assert interval([1.0, 2.0, 3.0, 4.0]) == (2.5, None)  # four: too few to print one
+    assert interval([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, mean_and_half([1.0, 2.0, 3.0, 4.0, 5.0])[1])
 
 
 def test_the_paired_test_against_scipy_and_its_edges() -> None:
@@ -120,11 +123,24 @@ def test_no_claim_with_fewer_than_five_seeds() -> None:
     found = table([*seeds("fedavg", [0.5] * 4), *seeds("fedyogi", [0.9, 0.91, 0.9, 0.91])])
     cell = found.cells["FedYogi"]["aligned-a0.5"]
     assert cell.best
-    assert cell.half is not None
+    assert cell.half is None
     assert cell.p is None
     assert not cell.significant
+    assert "mean over 4 seeds (no interval of fewer than 5)" in note(found)
     assert "Fewer than 5 seeds: no difference is called significant" in note(found)
     assert "\\*" not in markdown_grid([found])
+    assert "±" not in markdown_grid([found])
+    assert "pm" not in latex_grid([found])
+    (row, *_) = csv.DictReader(io.StringIO(csv_grid([found])))
+    assert (row["seeds"], row["ci95_half"]) == ("4", "")
+
+
+def test_only_means_of_enough_seeds_have_an_interval() -> None:
+    found = table([*seeds("fedavg", [0.5, 0.6] * 2), *seeds("fedyogi", [0.9, 0.91] * 3)])
+    assert [row["aligned-a0.5"].half is None for row in found.cells.values()] == [True, False]
+    assert "over 4 to 6 seeds ± half of the 95 % interval, from 5 seeds up." in note(found)
+    whole = table(seeds("fedyogi", [0.9, 0.91] * 3))
+    assert "over 6 seeds ± half of the 95 % interval. Bold" in note(whole)
 
 
 def test_many_comparisons_take_a_star_away() -> None:
@@ -177,6 +193,44 @@ def test_what_a_run_stands_for() -> None:
     apart["config"]["partition"]["name"] = "even"
     assert stands_for(apart, "aligned-a0.5")
     assert [setting_of(result("fedavg", s, 0)) for s in SETTINGS] == list(SETTINGS)
+
+
+def holding_out(share: float, runs):
+    """The runs with this share of each party's samples kept from training."""
+    for run in runs:
+        run["config"]["evaluation"]["held_out"] = share
+    return runs
+
+
+def test_what_is_held_out_of_training_makes_another_arm() -> None:
+    """But not of zero-shot, which mini runs once without it; and no arm is named after what all
+    have."""
+    every = [*seeds("fedavg", [0.6, 0.6]), *holding_out(0.1, seeds("fedavg", [0.7, 0.7]))]
+    found = table(every)
+    assert list(found.cells) == ["FedAvg (held_out none)", "FedAvg (held_out 0.1)"]
+    assert [row["aligned-a0.5"].mean for row in found.cells.values()] == pytest.approx([0.6, 0.7])
+    held = holding_out(0.1, [*seeds("local", [0.6]), *seeds("fedavg", [0.7])])
+    still = [*holding_out(0.0, [result("zero-shot", "aligned-a0.5", 0)])]
+    still += holding_out(0.1, [result("zero-shot", "aligned-a0.5", 1)])
+    assert list(table([*still, *held]).cells) == ["Zero-shot", "Local", "FedAvg"]
+    stated = holding_out(0.0, seeds("fedavg", [0.6], "missing-b0.5"))  # as is one that says nothing
+    assert list(table([*seeds("fedavg", [0.6]), *stated]).cells) == ["FedAvg"]
+
+
+def test_pooled_samples_of_which_parties_held_some_out_stand_for_no_other_setting() -> None:
+    (pooled,) = holding_out(0.1, [result("centralised", "aligned-a5.0", 0)])
+    assert stands_for(pooled, "aligned-a5.0")
+    assert not stands_for(pooled, "aligned-a0.5")
+    pooled["config"]["partition"]["name"] = "even"  # then alpha is not read
+    assert stands_for(pooled, "aligned-a0.5")
+
+
+def test_a_share_that_is_no_number_is_a_fault(tmp_path) -> None:
+    (made,) = holding_out("much", seeds("fedavg", [0.6]))
+    made["config_sha256"] = None
+    made["result_sha256"] = result_digest(made)
+    with pytest.raises(UserError, match="held_out is 'much', not a number from zero up"):
+        load_results([write(tmp_path, [made])])
 
 
 def test_few_runs_are_read_one_by_one() -> None:
@@ -375,16 +429,68 @@ def test_centralised_runs_have_curves_with_bands() -> None:
 
 def test_the_cost_curve_is_bytes_so_far_by_round() -> None:
     run = result("fedavg", "aligned-a0.5", 0, value=0.9)
-    found = _over_bytes(run, "both")  # 0.4 MB up and down a round, measured every second one
-    assert {number: x for number, (x, _) in found.items()} == pytest.approx(
-        {2: 1.6, 4: 3.2, 6: 4.8}
-    )
-    assert found[6][1] == pytest.approx(0.9)
+    way, end = _over_bytes(run, "both")  # 0.4 MB up and down a round, measured every second one
+    assert {n: x for n, (x, _) in way.items()} == pytest.approx({2: 1.6, 4: 3.2})
+    assert end == {6: (pytest.approx(4.8), pytest.approx(0.9))}  # of other samples
+    found = way | end
     other = {2: (2.6, 0.5), 6: (5.8, 0.7)}
     assert _mean_by_round([found, other]) == [
         (pytest.approx(2.1), pytest.approx(((found[2][1] + 0.5) / 2,) * 3)),
         (pytest.approx(5.3), pytest.approx((0.8,) * 3)),
     ]
+
+
+def test_the_cost_curve_of_a_run_that_was_measured_only_at_its_end() -> None:
+    run = result("fedavg", "aligned-a0.5", 0, value=0.9)
+    for line in run["history"]:
+        line["metrics"] = None
+    assert _over_bytes(run, "both") == ({6: (pytest.approx(4.8), 0.9)}, {})
+
+
+ONCE = {"up": {"profiles": 100_000, "mixtures": 200_000}, "down": {"mixtures": 700_000}}
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"bytes": {"up": 2_700_000, "down": 3_100_000, "once": ONCE}},
+        {  # of before
+            "heterogeneity": {"bytes": {"up": 100_000, "down": 0}},
+            "mixtures": {"bytes": {"up": 200_000, "down": 700_000}},
+        },
+    ],
+)
+def test_what_crossed_before_the_first_round_is_a_cost(stated) -> None:
+    """1 MB."""
+    run = result("fedavg", "aligned-a0.5", 0, value=0.9) | stated
+    way, end = _over_bytes(run, "both")
+    assert {n: x for n, (x, _) in (way | end).items()} == pytest.approx({2: 2.6, 4: 4.2, 6: 5.8})
+    ((board,), _) = boards([run])
+    run["bytes"]["per_client_round"] = {"up": {"lora": 200_000}, "down": {"lora": 200_000}}
+    payload = _payload(board, Path())
+    assert payload["heads"][-1] == "once, all parties"
+    assert payload["rows"]["FedAvg"]["numbers"][-1] == "1.00"
+
+
+def test_the_test_at_the_end_is_no_point_of_the_cost_line() -> None:
+    ((board,), _) = boards(seeds("fedavg", [0.6, 0.8]))
+    figure = figures.draw_panels([(draw_cost, (board, "both", ""))])
+    line, mark, *_ = figure.axes[0].get_lines()
+    assert line.get_xdata().tolist() == pytest.approx([1.6, 3.2])
+    assert (mark.get_xdata(), mark.get_ydata()) == ([pytest.approx(4.8)], [pytest.approx(0.7)])
+    assert (mark.get_linestyle(), mark.get_markerfacecolor()) == ("None", figures.PAPER)
+
+
+def test_bytes_of_a_party_where_some_did_not_deliver() -> None:
+    """Nobody in the first round; one of four in the second: all four received."""
+    run = result("fedavg", "aligned-a0.5", 0)
+    names = [f"client-{i:02d}" for i in range(4)]
+    run["history"][0] |= {"clients": [], "missing": names, "bytes_up": 0, "bytes_down": 800_000}
+    run["history"][1] |= {"clients": names[:1], "missing": names[1:]}
+    run["history"][1] |= {"bytes_up": 200_000, "bytes_down": 800_000}
+    assert facts.per_party(run, "bytes_up") == 200_000
+    assert facts.per_party(run, "bytes_down") == 200_000
+    assert facts.per_party({**run, "history": run["history"][:1]}, "bytes_down") is None
 
 
 @pytest.fixture(scope="module")
@@ -502,7 +608,7 @@ def test_own_samples_of_all_runs_are_measured_alike() -> None:
         pytest.approx(0.625),
         pytest.approx(0.55),  # of .4 and .7
     )
-    assert found.half == pytest.approx(mean_and_half([0.4, 0.7])[1])
+    assert found.half is None  # of two seeds
     assert over_seeds([one, two], "common", "both", "accuracy") is None
     one["task"]["higher_is_better"] = False
     assert worst(one, "own", "both", "auc") == 1.0
@@ -544,8 +650,7 @@ def test_the_worst_party_in_every_form(with_parties, tmp_path) -> None:
     assert list(common.cells) == ["Local"]
     assert list(own.cells) == ["Local", "FedAvg"]
     assert own.title == "memes, worst party on its own held-out samples"
-    half = mean_and_half([0.52, 0.53])[1]
-    assert f"| FedAvg | 0.525 ± {half:.3f} |" in markdown_grid([own])
+    assert "| FedAvg | 0.525 |" in markdown_grid([own])
     assert "worst party on the test set, image + text: mean over 2 seeds" in note(common)
     for name in ("t.md", "t.tex"):
         text = write_tables(found, tmp_path / name, title="t").read_text()
@@ -677,6 +782,52 @@ def test_bytes_that_cannot_be_are_a_fault(harm, tmp_path) -> None:
     made["result_sha256"] = result_digest(made)
     with pytest.raises(UserError, match=r"bytes\.per_client_round\..* not a number from zero up"):
         load_results([write(tmp_path, [made])])
+
+
+def test_what_drift_measured_is_on_the_page(tmp_path) -> None:
+    """Of two rounds the mean, then of two seeds: (.2 + .4) / 2 and (.4 + .6) / 2 make .4."""
+    made = seeds("fedavg", [0.6, 0.7])
+    for i, run in enumerate(made):
+        for number, line in enumerate(run["history"][:2]):
+            line["measured"] = {"drift_cosine": 0.2 + 0.2 * (i + number), "loss": 3.0}
+        run["history"][1]["measured"]["drift_dispersion"] = 1.5
+        near = {"cosine": 0.8, "distance": 0.25 + 0.5 * i}
+        run["modality_alignment"] = {"image_withheld": near, "neither": {"cosine": None}}
+        run["result_sha256"] = result_digest(run)
+    found, problems = load_results([write(tmp_path / "runs", made)])
+    assert problems == []
+    ((board,), _) = boards(found)
+    drift = _drift(board, tmp_path / "runs")
+    assert dict(zip(drift["heads"], drift["rows"][0]["numbers"], strict=True)) == {
+        "cosine of updates": "0.400",
+        "dispersion of updates": "1.500",
+        "cosine to whole, image withheld": "0.800",
+        "distance to whole, image withheld": "0.500",
+    }
+    assert len(drift["rows"][0]["files"]) == 2
+    text = write_grid_report(found, tmp_path / "runs" / "r.html").read_text()
+    assert "distance to whole, image withheld" in text
+    ((board,), _) = boards(seeds("fedavg", [0.6, 0.7]))
+    assert _drift(board, tmp_path) == {"heads": [], "rows": []}
+
+
+def test_the_parties_profiles_are_on_the_page_of_a_grid(tmp_path) -> None:
+    made = [*seeds("fedavg", [0.6, 0.7]), *seeds("fedyogi", [0.6, 0.7], TWO[1])]
+    for run in made[1:]:
+        rows = [{**client, "index": 0.25, "weight": 0.075} for client in run["manifest"]["clients"]]
+        run["heterogeneity"] = {"epsilon": None, "clients": rows}
+        run["result_sha256"] = result_digest(run)
+    found, problems = load_results([write(tmp_path / "runs", made)])
+    assert problems == []
+    ((board,), _) = boards(found)
+    cards = _profiles(board, "b0")
+    words = ["aligned-a0.5, FedAvg, seed 1", "missing-b0.5, FedYogi, seed 0"]  # who sent any
+    assert [card["label"] for card in cards] == words
+    assert all("h 0.25  w 0.075" in card["svg"] for card in cards)
+    names = [file.name for file in write_figures(found, tmp_path / "svg")]
+    assert names[-2:] == ["memes-profiles-aligned-a0.5.svg", "memes-profiles-missing-b0.5.svg"]
+    text = write_grid_report(found, tmp_path / "runs" / "r.html").read_text()
+    assert all(label in text for label in words)
 
 
 def test_forms_by_suffix(page, tmp_path) -> None:

@@ -33,7 +33,8 @@ PARTS = {
     "mixtures": "mixtures",
     "fusion": "fusion",
 }
-# Keys that say where a run stands and not what was done; evaluation costs, but changes nothing.
+# Keys that say where a run stands and not what was done, and evaluation, which changes nothing but
+# for what is held out of training (`_held_out`).
 _PLACE = (*NO_NUMBERS[""], "seed", "scenario", "data", "model", "evaluation")
 
 
@@ -133,14 +134,16 @@ def stands_for(result: Result, setting: str) -> bool:
     """Whether a run's result is that of another setting too.
 
     An untrained model is the same in all of them. Aligned settings differ in who holds the
-    samples, which is nothing where they are pooled or split evenly.
+    samples, which is nothing where they are split evenly, or pooled with nothing held out: each
+    party draws what it holds out.
     """
     own = setting_of(result)
     if own == setting or facts.topology(result) == "zero-shot":
         return True
     even = facts.lookup(result, "config", "partition", "name") == "even"
     aligned = own.startswith("aligned") and setting.startswith("aligned")
-    return aligned and (even or facts.topology(result) == "centralised")
+    pooled = facts.topology(result) == "centralised" and not _held_out(result)
+    return aligned and (even or pooled)
 
 
 # -- grouping ----------------------------------------------------------------------------------
@@ -221,7 +224,14 @@ def _arm_name(result: Result) -> str:
 def _arm_facts(result: Result) -> dict[str, str]:
     config = {k: v for k, v in result["config"].items() if k not in _PLACE}
     partition = {k: v for k, v in (config.get("partition") or {}).items() if k != "alpha"}
-    return _without_nothing(facts.flatten({**config, "partition": partition}))
+    held_out = {"held_out": _held_out(result)} if _held_out(result) else {}
+    return _without_nothing(facts.flatten({**config, "partition": partition, **held_out}))
+
+
+def _held_out(result: Result) -> float:
+    """The share of each party's samples that was not trained on; of what trains nothing, none."""
+    share = facts.lookup(result, "config", "evaluation", "held_out") or 0.0
+    return 0.0 if facts.topology(result) == "zero-shot" else float(share)
 
 
 def _arm_key(result: Result) -> str:

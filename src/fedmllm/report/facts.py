@@ -33,6 +33,11 @@ ALGORITHMS = {
     "fedadagrad": "FedAdagrad",
     "scaffold": "SCAFFOLD",
 }
+DRIFT = {  # what a round measures -> in words
+    "drift_cosine": "cosine of updates",
+    "drift_dispersion": "dispersion of updates",
+    "drift_prototype_cosine": "cosine of prototypes",
+}
 AGGREGATIONS = {  # in place of the mean of the updates
     "median": "median",
     "trimmed-mean": "trimmed mean",
@@ -204,11 +209,26 @@ def _range(counts: Iterable[int]) -> str:
 
 
 def per_party(result: Result, key: str) -> float | None:
-    """``bytes_up`` or ``bytes_down`` of one party in one round, from the first round."""
-    first = next(iter(history(result)), {})
+    """``bytes_up`` or ``bytes_down`` of one party in one round, from the first round in which some
+    party delivered: all that were asked received, who delivered sent."""
+    first = next((line for line in history(result) if line.get("clients")), {})
     count = len(first.get("clients") or [])
+    count += len(first.get("missing") or []) if key == "bytes_down" else 0
     amount = first.get(key)
     return amount / count if count and isinstance(amount, int | float) else None
+
+
+def once(result: Result) -> dict[str, dict[str, float]]:
+    """Bytes of all parties before the first round, up and down, by part. Results of before name
+    them only where they say what was exchanged."""
+    older = {"profiles": ("heterogeneity", "bytes"), "mixtures": ("mixtures", "bytes")}
+    found = {}
+    for way in WAYS:
+        parts = lookup(result, "bytes", "once", way)
+        if parts is None:
+            parts = {name: lookup(result, *place, way) for name, place in older.items()}
+        found[way] = {name: n for name, n in parts.items() if isinstance(n, int | float)}
+    return found
 
 
 def message_parts(result: Result) -> dict[str, dict[str, float]]:
@@ -223,6 +243,27 @@ def message_parts(result: Result) -> dict[str, dict[str, float]]:
         for way in WAYS
         if way in stated
     }
+
+
+def drift(result: Result) -> dict[str, float]:
+    """What `evaluation.drift` measured, by name: of updates and class prototypes the mean over the
+    rounds, and how near masked test samples are to whole ones in the final adapter. Empty where it
+    was off."""
+    lines = [lookup(line, "measured") for line in history(result)]
+    found: dict[str, float] = {}
+    for name, words in DRIFT.items():
+        values = [value for line in lines if _is_finite(value := lookup(line or {}, name))]
+        found |= {words: math.fsum(values) / len(values)} if values else {}
+    for condition, measured in (lookup(result, "modality_alignment") or {}).items():
+        for name in ("cosine", "distance"):
+            if _is_finite(value := lookup({"": measured}, "", name)):
+                found[f"{name} to whole, {condition_name(condition)}"] = value
+    return found
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def losses(result: Result) -> list[tuple[int, float]]:

@@ -15,7 +15,7 @@ from fedmllm.report import facts
 from fedmllm.report.arms import Arm, Board
 from fedmllm.report.grid_figures import method, over, strategy
 from fedmllm.report.grid_tables import STAR, GridTable
-from fedmllm.report.statistics import ENOUGH, mean_and_half
+from fedmllm.report.statistics import ENOUGH, interval
 
 KINDS = {
     "zero-shot": ("Untrained", "the untrained model"),
@@ -28,7 +28,7 @@ FEW = 4  # settings or arms that a sentence can name
 
 @dataclass(frozen=True)
 class Overall:
-    """An arm over all settings. half: of the 95 % interval over seeds, None for one."""
+    """An arm over all settings. half: of the 95 % interval over seeds, None of few."""
 
     arm: Arm
     mean: float
@@ -42,7 +42,7 @@ def overall(board: Board, condition: str, kind: str) -> list[Overall]:
     for arm in board.arms:
         by_seed = over(arm, board.settings, condition) if arm.topology == kind else {}
         if by_seed:
-            found.append(Overall(arm, *mean_and_half(list(by_seed.values())), len(by_seed)))
+            found.append(Overall(arm, *interval(list(by_seed.values())), len(by_seed)))
     return sorted(found, key=lambda o: o.mean, reverse=facts.higher_is_better(board.results[0]))
 
 

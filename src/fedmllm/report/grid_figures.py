@@ -33,7 +33,7 @@ from fedmllm.report.figures import (
     whole_numbers,
 )
 from fedmllm.report.loading import Result
-from fedmllm.report.statistics import ENOUGH, mean_and_half
+from fedmllm.report.statistics import interval, mean_and_half
 from fedmllm.scenarios import SETTINGS
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ Points = list[tuple[float, Band]]
 def band(values: Sequence[float]) -> Band:
     """The mean over seeds and its 95 % interval; of fewer than five seeds, their range, since an
     interval from two or three would cover the whole figure."""
-    mean, half = mean_and_half(values)
-    if half is None or len(values) < ENOUGH:
+    mean, half = interval(values)
+    if half is None:
         return mean, min(values), max(values)
     return mean, mean - half, mean + half
 
@@ -284,9 +284,6 @@ def _line_or_level(ax: Axes, points: Points, final: Mapping[int, float], style: 
         look: dict[str, Any] = line_of(style) | {"linewidth": 1.2, **_SMALL, "zorder": 1}
         across: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "markevery": [1]}
         ax.plot([0, 0.97, 1], [level] * 3, **look, **across)
-    elif points:
-        (x, (mean, _, _)) = points[0]
-        ax.plot([x], [mean], **line_of(style) | {"markersize": 6})
 
 
 def _last_test(ax: Axes, points: Points, style: Style) -> None:
@@ -355,18 +352,20 @@ def draw_drop(ax: Axes, board: Board, condition: str) -> None:
 
 def draw_cost(ax: Axes, board: Board, condition: str, chosen: str) -> None:
     """The metric against the bytes that all parties have sent and received so far, for the arms of
-    a strategy, mean over seeds and over the settings that all of them have; what sends nothing is
-    a level line."""
+    a strategy, mean over seeds and over the settings that all of them have; the test at the end is
+    a mark of its own where it is on other samples; what sends nothing is a level line."""
     styles = arm_styles(board)
     arms = drawn(board, condition, chosen)
     settings = common_settings(board, arms)
     for arm in arms:
         runs = [run for setting in settings for run in arm.runs[setting].values()]
-        points = _mean_by_round([_over_bytes(run, condition) for run in runs])
+        curves = [_over_bytes(run, condition) for run in runs]
+        way, end = (_mean_by_round([curve[i] for curve in curves]) for i in (0, 1))
         scores = [facts.score(run, condition) for run in runs]
         final = {i: score for i, score in enumerate(scores) if score is not None}
         sent = arm.topology == "federated"
-        _line_or_level(ax, points if sent else [], {} if sent else final, styles[arm.label])
+        _line_or_level(ax, way if sent else [], {} if sent else final, styles[arm.label])
+        _last_test(ax, end if sent else [], styles[arm.label])
     words = [*textwrap.wrap(chosen or "plain", 26), _how_many(settings, board)]
     _finish(ax, "\n".join(words).rstrip(), "MB up and down", board.metric)
 
@@ -394,17 +393,21 @@ def _mean_by_round(found: Sequence[Mapping[int, tuple[float, float]]]) -> Points
     return points
 
 
-def _over_bytes(run: Result, condition: str) -> dict[int, tuple[float, float]]:
-    """Round -> (megabytes so far, metric) wherever it was measured; the end, of a run that was
-    measured only there."""
-    total, at = 0.0, {}
+Costs = dict[int, tuple[float, float]]
+"""round -> (megabytes so far, metric)"""
+
+
+def _over_bytes(run: Result, condition: str) -> tuple[Costs, Costs]:
+    """Where it was measured, in two as `facts.followed`; the end, of a run that was measured only
+    there. What crossed before the first round counts from the start."""
+    total, at = sum(sum(parts.values()) for parts in facts.once(run).values()), {}
     for line in facts.history(run):
         total += (line.get("bytes_up") or 0) + (line.get("bytes_down") or 0)
         at[line["round"]] = total / 1e6
-    curve, final = facts.curve(run, condition), facts.score(run, condition)
-    if not curve and at and final is not None:
-        curve = [(max(at), final)]
-    return {number: (at[number], value) for number, value in curve}
+    (way, end), final = facts.followed(run, condition), facts.score(run, condition)
+    if not way and at and final is not None:
+        way = [(max(at), final)]
+    return {n: (at[n], value) for n, value in way}, {n: (at[n], value) for n, value in end}
 
 
 def _finish(ax: Axes, title: str, xlabel: str, ylabel: str, *, grid: str = "y") -> None:

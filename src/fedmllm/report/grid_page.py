@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from fedmllm.report.page import (
     template,
     write_page,
 )
+from fedmllm.report.statistics import mean_and_half
 from fedmllm.scenarios import SCENARIOS
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ def _every_figure(results: Sequence[Result]) -> Iterator[tuple[str, Figure]]:
             yield f"{board.label}-{drawing.name}", drawing.figure
         for setting, figure, _ in _holdings_figures(board):
             yield f"{board.label}-held-{setting}", figure
+        for setting, figure, *_ in _profile_figures(board):
+            yield f"{board.label}-profiles-{setting}", figure
 
 
 def _add_legend(figure: Figure, styles: Mapping[str, figures.Style]) -> None:
@@ -249,6 +252,8 @@ def _board(board: Board, tables: Sequence[GridTable], key: str, folder: Path) ->
         "followed": facts.followed_words(board.results, facts.headline(board.results)),
         "payload": _payload(board, folder),
         "holdings": _holdings(board, key),
+        "profiles": _profiles(board, key),
+        "drift": _drift(board, folder),
     }
 
 
@@ -316,8 +321,8 @@ def _title(table: GridTable) -> str:
 
 def _payload(board: Board, folder: Path) -> dict[str, Any]:
     """What one party sends and receives in one round, in MB, of each federated arm: by part, and
-    all of it as it was counted; the least and the most where its runs differ. A part that no arm
-    exchanges has no column."""
+    all of it as it was counted, and what crossed once, of all parties; the least and the most where
+    its runs differ. A part that no arm exchanges has no column."""
     found: dict[str, list[tuple[str, dict[str, float | None]]]] = {}
     for arm in board.arms:
         runs = {id(run): run for by_seed in arm.runs.values() for run in by_seed.values()}
@@ -345,6 +350,7 @@ def _messages(run: Result) -> dict[str, float | None]:
     for way, parts in facts.message_parts(run).items():
         found |= {f"{name}, {way}": count for name, count in parts.items()}
         found[f"all, {way}"] = facts.per_party(run, f"bytes_{way}")
+    found["once, all parties"] = sum(sum(parts.values()) for parts in facts.once(run).values())
     return found
 
 
@@ -383,6 +389,57 @@ def _holdings_figures(board: Board) -> Iterator[tuple[str, Figure, Result]]:
             summaries = split.summaries_of(run)
             drawn = split.split_figure(summaries) if summaries else figures.holdings(run)
             yield setting, drawn, run
+
+
+def _profiles(board: Board, key: str) -> list[dict[str, Any]]:
+    """What the server made of the parties' profiles, of one run a setting: a picture a setting."""
+    return [
+        {
+            "label": f"{setting}, {label}, seed {run.get('seed')}",
+            "legend": {},
+            "svg": figures.inline(drawn, f"{key}-profiles-{setting}", f"Profiles: {setting}"),
+            **_pixels(drawn),
+        }
+        for setting, drawn, label, run in _profile_figures(board)
+    ]
+
+
+def _profile_figures(board: Board) -> Iterator[tuple[str, Figure, str, Result]]:
+    """Of the first arm and seed whose parties sent profiles: setting, figure, arm, run."""
+    for setting in board.settings:
+        found = (
+            (arm.label, runs[seed], rows)
+            for arm in board.arms
+            for runs in [arm.runs.get(setting, {})]
+            for seed in sorted(runs)
+            if (rows := facts.lookup(runs[seed], "heterogeneity", "clients"))
+        )
+        for label, run, rows in islice(found, 1):
+            size = (figures.HALF[0], figures.holdings_height(run))
+            drawn = figures.draw_panels([(figures.draw_profiles, (rows,))], size=size)
+            yield setting, drawn, label, run
+
+
+def _drift(board: Board, folder: Path) -> dict[str, Any]:
+    """What `evaluation.drift` measured of each arm and setting, a mean over seeds; what no run
+    states has no column."""
+    found = {
+        (arm.label, setting): [
+            run for run in arm.runs.get(setting, {}).values() if facts.drift(run)
+        ]
+        for arm in board.arms
+        for setting in board.settings
+    }
+    heads = list(dict.fromkeys(n for runs in found.values() for r in runs for n in facts.drift(r)))
+    rows = []
+    for (label, setting), runs in found.items():
+        if runs:
+            stated = [facts.drift(run) for run in runs]
+            values = [[each[head] for each in stated if head in each] for head in heads]
+            numbers = [facts.format_score(mean_and_half(v)[0] if v else None) for v in values]
+            files = shown_files([str(run.get("_path", "")) for run in runs], folder)
+            rows.append({"arm": label, "setting": setting, "numbers": numbers, "files": files})
+    return {"heads": heads, "rows": rows}
 
 
 def _a_run(arm: Arm, setting: str) -> Result | None:

@@ -1,6 +1,7 @@
 """Tables over seeds: a row an arm, a column a setting, in Markdown, LaTeX and CSV.
 
-A cell is the mean over seeds ± half of its 95 % confidence interval (Student's t). The best
+A cell is the mean over seeds ± half of its 95 % confidence interval (Student's t), which fewer than
+five seeds do not have. The best
 federated arm of a column is bold. A star: it is better than the next best, by a paired t-test over
 seeds at the 5 % level, with Holm's correction for all comparisons of a best arm with another in
 the table. With fewer than five seeds nothing is called significant. Where runs state what each of
@@ -20,7 +21,7 @@ from fedmllm.report import facts, parties, published
 from fedmllm.report.arms import Arm, Board, boards
 from fedmllm.report.loading import Result
 from fedmllm.report.parties import Parties
-from fedmllm.report.statistics import ENOUGH, LEVEL, holm, mean_and_half, paired_p
+from fedmllm.report.statistics import ENOUGH, LEVEL, holm, interval, paired_p
 from fedmllm.scenarios import SETTINGS
 
 STAR = "*"
@@ -29,7 +30,7 @@ NARROW = 6  # columns of a LaTeX table that leave room for the intervals beside 
 
 @dataclass(frozen=True)
 class Mean:
-    """One cell. half: of the 95 % interval, None for a single seed. p: of the difference to the
+    """One cell. half: of the 95 % interval, None of few seeds. p: of the difference to the
     next best, corrected; only for the best, and None where there are too few seeds.
     files: the results that were averaged. parties: what is known of the parties, by test
     (`parties.TESTS`)."""
@@ -166,7 +167,7 @@ def _worst_table(table: GridTable, test: str) -> GridTable:
 
 def _cells_of(row: published.Row) -> dict[str, Mean]:
     return {
-        setting: Mean(*mean_and_half(values), len(values), files=files)
+        setting: Mean(*interval(values), len(values), files=files)
         for setting, (values, files) in row.items()
     }
 
@@ -191,7 +192,7 @@ def _mean(arm: Arm, setting: str, condition: str, judge: str = "") -> Mean | Non
     scores = arm.scores(setting, condition, judge)
     if not scores:
         return None
-    mean, half = mean_and_half(list(scores.values()))
+    mean, half = interval(list(scores.values()))
     runs = [arm.runs[setting][seed] for seed in scores]
     files = [facts.judged_file(run) if judge else str(run.get("_path", "")) for run in runs]
     return Mean(mean, half, len(scores), files=tuple(files))
@@ -249,12 +250,12 @@ def note(table: GridTable) -> str:
     if table.judge:
         words = f"Accuracy judged by {table.judge}, {facts.condition_name(table.condition)}: "
         words += f"mean over {seeds}"
-    words += " ± half of the 95 % interval" if high > 1 else ""
+    words += _interval_words(low, high)
     if table.worst:
         words = (
             f"{table.metric[0].upper()}{table.metric[1:]} of the {table.worst}: mean over {seeds}"
         )
-        return words + (" ± half of the 95 % interval." if high > 1 else ".")
+        return f"{words}{_interval_words(low, high)}."
     words += " (what trains nothing has no seed)." if table.seedless and high > 1 else "."
     if table.judge:
         words += f" Verdicts that could not be read, and do not count: {table.lost:,}."
@@ -267,6 +268,13 @@ def note(table: GridTable) -> str:
         f"{words} {STAR}: better than the next best, paired t-test over seeds, 5 % level, Holm's "
         f"correction for {table.comparisons} comparisons."
     )
+
+
+def _interval_words(low: int, high: int) -> str:
+    """What stands behind the means of so many seeds."""
+    if high < ENOUGH:
+        return f" (no interval of fewer than {ENOUGH})" if high > 1 else ""
+    return " ± half of the 95 % interval" + (f", from {ENOUGH} seeds up" if low < ENOUGH else "")
 
 
 # -- Markdown ----------------------------------------------------------------------------------

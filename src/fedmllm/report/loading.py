@@ -83,6 +83,7 @@ _LOADED = ("_path", "_judged")  # what `load_results` adds
 _BOUNDED = ("auc", "macro_f1", "accuracy")
 _TASK = ("name", "metric")
 _CONFIG_SECTIONS = ("data", "model", "partition", "scenario", "algorithm", "training", "evaluation")
+_OTHERS = ("hardware", "manifest", "heterogeneity", "mixtures", "fusion", "modality_alignment")
 _SECTIONS = ("metrics", "spread", "per_client", "bytes", "parameters", "time", "versions")
 
 
@@ -230,7 +231,7 @@ def _shape_faults(data: Result) -> Iterator[str]:
     yield from _task_faults(data.get("task"))
     if not isinstance(data.get("metrics"), dict):
         yield "has no metrics"
-    for key in (*_SECTIONS, "hardware", "manifest", "heterogeneity", "mixtures", "fusion"):
+    for key in (*_SECTIONS, *_OTHERS):
         if data.get(key) is not None and not isinstance(data[key], dict):
             yield f"{key} is {_kind(data[key])}, not an object"
     if not isinstance(data.get("history") or [], list):
@@ -260,6 +261,9 @@ def _config_faults(config: Any) -> Iterator[str]:
     alpha = _object(config.get("partition")).get("alpha")
     if alpha is not None and not _is_number(alpha):
         yield f"config.partition.alpha is {alpha!r}, not a number"
+    share = _object(config.get("evaluation")).get("held_out")
+    if share is not None and not _is_amount(share):
+        yield f"config.evaluation.held_out is {share!r}, not a number from zero up"
 
 
 def _quantity_faults(data: Result) -> Iterator[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fedmllm.report import facts
 from fedmllm.report.loading import Result
-from fedmllm.report.statistics import mean_and_half
+from fedmllm.report.statistics import interval, mean_and_half
 
 TESTS = {"common": "the test set", "own": "its own held-out samples"}
 _SPREAD = ("mean", "std", "min", "max")
@@ -21,7 +21,7 @@ _SPREAD = ("mean", "std", "min", "max")
 @dataclass(frozen=True)
 class Parties:
     """Over parties, each number a mean over seeds. worst: the least, or the greatest where less is
-    better; half: of its 95 % interval, None for one seed. files: the results."""
+    better; half: of its 95 % interval, None of few seeds. files: the results."""
 
     metric: str
     mean: float
@@ -70,7 +70,7 @@ def over_seeds(runs: Sequence[Result], test: str, condition: str, key: str) -> P
     least = [value for r in known if (value := worst(r, test, condition, key)) is not None]
     metric = facts.metric_key(known[0]) if test == "common" else key
     files = tuple(str(run.get("_path", "")) for run in known)
-    return Parties(metric, mean, std, *mean_and_half(least), len(known), files)
+    return Parties(metric, mean, std, *interval(least), len(known), files)
 
 
 def occurring(results: Sequence[Result], condition: str, key: str) -> list[str]:

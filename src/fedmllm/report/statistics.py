@@ -21,6 +21,13 @@ def mean_and_half(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     return mean, quantile * deviation / math.sqrt(len(values))
 
 
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """`mean_and_half` as it may be printed: no interval of fewer than `ENOUGH` values, since one
+    from two or three would hold the whole table."""
+    mean, half = mean_and_half(values)
+    return mean, half if len(values) >= ENOUGH else None
+
+
 def paired_p(a: Mapping[int, float], b: Mapping[int, float]) -> float | None:
     """Two-sided p of the paired t-test over the seeds that both have; None with less than
     `ENOUGH` of them.
