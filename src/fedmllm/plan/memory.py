@@ -249,8 +249,7 @@ def testing(shapes: Shapes, load: Load) -> dict[str, int]:
         terms["logits"] = load.test_batch * shapes.V * (b + 4)
         terms["key-value cache"] = 2 * b * shapes.L * shapes.K * shapes.d * kept
     else:
-        places = min(load.tokens, load.test_batch)
-        terms["logits"] = b * load.test_batch * (places + 1) * shapes.V
+        terms["logits"] = 2 * b * load.test_batch * shapes.V
     return terms
 
 
