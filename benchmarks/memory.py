@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def high_water() -> int:
 def make_model(name: str, folder: Path) -> Path:
     """A folder with the embedded model's processor and a language model of another size."""
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     from fedmllm.models import model_path
 
@@ -112,14 +112,76 @@ def make_model(name: str, folder: Path) -> Path:
     for file in source.iterdir():
         if file.name not in ("config.json", "model.safetensors"):
             shutil.copy(file, folder)
-    config = AutoConfig.from_pretrained(source)
+    torch.manual_seed(SEED)
+    made = AutoModelForImageTextToText.from_config(model_config(name), dtype=torch.float32)
+    made.save_pretrained(folder)
+    return folder
+
+
+def model_config(name: str) -> Any:
+    """The embedded model's configuration, with a language model of another size."""
+    from transformers import AutoConfig
+
+    from fedmllm.models import model_path
+
+    config = AutoConfig.from_pretrained(model_path("embedded"))
     for key, value in MODELS[name].items():
         setattr(config.text_config, key, value)
-    if "head_dim" not in MODELS[name]:
+    if MODELS[name] and "head_dim" not in MODELS[name]:
         config.text_config.head_dim = config.text_config.hidden_size // 2
-    torch.manual_seed(SEED)
-    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
+    return config
+
+
+def run_config(case: Case) -> Any:
+    """The experiment of a whole run."""
+    from fedmllm.config import make_config
+
+    return make_config(
+        {
+            "name": "memory",
+            "seed": SEED,
+            "data": {"name": "memes", "train": 400, "test": 128},
+            "partition": {"clients": 2},
+            "training": {"rounds": 1, "batch_size": case.batch, "micro_batch": case.batch},
+            "evaluation": {"every": 0, "conditions": ["both"]},
+        }
+    )
+
+
+def plan_of(case: Case, folder: Path, runtime: int) -> tuple[int, dict[str, Any]]:
+    """Parameters of a case's model, and the planned bytes by term. folder: of the model's
+    config.json. runtime: bytes of the libraries. A run's tokens are those of its longest sample."""
+    from fedmllm.plan import make_plan
+    from fedmllm.plan.memory import Load, estimate
+    from fedmllm.plan.structure import build_skeleton
+
+    if case.phase == "run":
+        made = make_plan(run_config(case), tokens=case.tokens)
+        found = estimate(made.skeleton, made.load, runtime=runtime)
+        terms = found.phases[found.phase]
+        return made.skeleton.total, {"runtime": runtime, "resident": found.resident, **terms}
+    skeleton = build_skeleton(folder, dtype=case.dtype, rank=8, alpha=8, dropout=case.dropout)
+    load = Load(
+        tokens=case.tokens,
+        slices=1,
+        batch=case.batch,
+        test_batch=case.batch,
+        rank=8,
+        dropout=case.dropout,
+        itemsize=2 if case.dtype == "bfloat16" else 4,
+        images=0,
+        generates=False,
+        answer=ANSWER,
+    )
+    found = estimate(skeleton, load, runtime=runtime)
+    terms = found.phases[case.phase]
+    return skeleton.total, {"runtime": runtime, "resident": found.resident, **terms}
+
+
+def total(terms: dict[str, Any]) -> int:
+    """Bytes of all terms."""
+    rest = sum(count for name, count in terms.items() if name != "resident")
+    return rest + sum(terms["resident"].values())
 
 
 def samples(case: Case) -> list[Any]:
@@ -142,86 +204,52 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 
     import fedmllm.experiment
     from fedmllm.plan.capacity import resident_now
-    from fedmllm.plan.memory import Load, estimate
-    from fedmllm.plan.structure import build_skeleton
 
     torch.set_num_threads(1)
     runtime = resident_now()
     if case.phase == "run":
         return measure_run(case, folder, runtime)
+    parameters, planned = plan_of(case, folder, runtime)
     options = {"rank": 8, "alpha": 8, "dropout": case.dropout}
-    skeleton = build_skeleton(folder, dtype=case.dtype, **options)
-    load = Load(
-        tokens=case.tokens,
-        slices=1,
-        batch=case.batch,
-        test_batch=case.batch,
-        rank=8,
-        dropout=case.dropout,
-        itemsize=2 if case.dtype == "bfloat16" else 4,
-        images=0,
-        generates=False,
-        answer=ANSWER,
-    )
-    planned = estimate(skeleton, load, runtime=runtime)
-    peak = planned.runtime + sum(planned.resident.values())
-    peak += sum(planned.phases[case.phase].values())
     dtype = getattr(torch, case.dtype)
     mllm = fedmllm.experiment.Mllm.load(case.model, folder, dtype=dtype, **options)
     loaded = high_water()
     work(mllm, case)
-    measured = high_water()
-    return {
-        **asdict(case),
-        "name": case.name,
-        "commit": fedmllm.results.commit(),
-        "parameters": skeleton.total,
-        "planned": {"runtime": runtime, "resident": planned.resident, **planned.phases[case.phase]},
-        "planned_bytes": peak,
-        "measured_bytes": measured,
-        "measured_after_loading_bytes": loaded,
-    }
+    return measured(case, parameters, planned, loaded, high_water())
 
 
 def measure_run(case: Case, folder: Path, runtime: int) -> dict[str, Any]:
     """A whole experiment: the plan's phases and their largest are compared, not one of them."""
-    from fedmllm import results
-    from fedmllm.config import make_config
     from fedmllm.data import load_dataset
     from fedmllm.experiment import load_model, run
-    from fedmllm.plan import make_plan
-    from fedmllm.plan.memory import estimate
     from fedmllm.prompts import render
 
-    config = make_config(
-        {
-            "name": "memory",
-            "seed": SEED,
-            "data": {"name": "memes", "train": 400, "test": 128},
-            "partition": {"clients": 2},
-            "training": {"rounds": 1, "batch_size": case.batch, "micro_batch": case.batch},
-            "evaluation": {"every": 0, "conditions": ["both"]},
-        }
-    )
+    config = run_config(case)
     mllm = load_model(config)
     loaded = high_water()
     with tempfile.TemporaryDirectory() as out:
         run(config, out=Path(out) / "run", mllm=mllm)
-    measured = high_water()
+    peak = high_water()
     dataset = load_dataset(**config.data)
     encoded = [mllm.encode(render(one, dataset.task, config.prompt)) for one in dataset.train]
-    made = make_plan(config, tokens=max(map(len, encoded)))
-    planned = estimate(made.skeleton, made.load, runtime=runtime)
-    terms = {"runtime": runtime, "resident": planned.resident, **planned.phases[planned.phase]}
+    case = replace(case, tokens=max(map(len, encoded)))
+    return measured(case, *plan_of(case, folder, runtime), loaded, peak)
+
+
+def measured(
+    case: Case, parameters: int, planned: dict[str, Any], loaded: int, peak: int
+) -> dict[str, Any]:
+    """A case's row; loaded and peak: high-water marks."""
+    from fedmllm import results
+
     return {
         **asdict(case),
-        "tokens": made.load.tokens,
         "name": case.name,
         "commit": results.commit(),
-        "parameters": made.skeleton.total,
-        "planned": terms,
-        "planned_bytes": planned.peak,
-        "measured_bytes": measured,
+        "parameters": parameters,
+        "planned": planned,
+        "planned_bytes": total(planned),
+        "measured_bytes": peak,
         "measured_after_loading_bytes": loaded,
     }
 

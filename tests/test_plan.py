@@ -20,8 +20,8 @@ from fedmllm.config import make_config
 from fedmllm.data.images import ImageFile
 from fedmllm.errors import UserError
 from fedmllm.experiment import run
+from fedmllm.models.mllm import Encoded
 from fedmllm.plan import make_plan, parse_size
-from fedmllm.plan.build import TOLERANCE
 from fedmllm.plan.memory import (
     Load,
     Shapes,
@@ -29,11 +29,17 @@ from fedmllm.plan.memory import (
     feature_cache,
     saved_per_token,
     seen_in_training,
+    shapes_of,
+    tower,
 )
+from fedmllm.plan.memory import testing as terms_of_testing
 from fedmllm.plan.structure import build_skeleton, weight_bytes
 from fedmllm.plan.timing import tested_samples as count_tested
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import memory as memory_benchmark  # noqa: E402
+
 NOTHING = dict.fromkeys(("lora", "connector", "embeddings", "vision_lora"), 0)
 SMALL = {
     "name": "small",
@@ -169,11 +175,13 @@ def planned(folder, *overrides: str, **options: Any):
     return make_plan(make_config(raw, overrides), **options)
 
 
+@pytest.mark.parametrize("policy", ["paper", "reference"])
 @pytest.mark.parametrize("name", REAL)
-def test_real_models_are_counted_to_the_parameter(name, folder) -> None:
+def test_real_models_are_counted_to_the_parameter(name, policy, folder) -> None:
     real = REAL[name]
     decoder = real.decoder
-    found = planned(folder(real.config), "training.rounds=25", "training.clients_per_round=2")
+    options = (f"trained.name={policy}", "training.rounds=25", "training.clients_per_round=2")
+    found = planned(folder(real.config), *options)
     words = decoder.vocab * decoder.width
     expected = {
         **real.parts,
@@ -187,15 +195,21 @@ def test_real_models_are_counted_to_the_parameter(name, folder) -> None:
     assert real.published in (None, sum(expected.values()))
     adapter = decoder.adapter(8)
     modules = facts["parameters"]["trainable_modules"]
-    assert {module.rsplit(".", 1)[1]: count for module, count in modules.items()} == adapter
-    total = sum(adapter.values())
+    lora = {name.rsplit(".", 1)[1]: n for name, n in modules.items() if ".self_attn." in name}
+    assert lora == adapter
+    trained = {**NOTHING, "lora": sum(adapter.values())}
+    if policy == "reference":  # the embeddings once, whether or not the head shares them
+        trained |= {"connector": real.parts["connector"], "embeddings": words}
+    total = sum(trained.values())
+    each = {component: 4 * count for component, count in trained.items()}
+    assert sum(modules.values()) == total
     assert facts["parameters"]["trainable"] == total
-    assert facts["parameters"]["trainable_components"] == {**NOTHING, "lora": total}
+    assert facts["parameters"]["trainable_components"] == trained
     assert facts["bytes"] == {
         "up": 200 * total,
         "down": 200 * total,
         "per_round": {"up": 8 * total, "down": 8 * total},
-        "per_client_round": {way: {**NOTHING, "lora": 4 * total} for way in ("up", "down")},
+        "per_client_round": {"up": each, "down": each},
         "clients_per_round": 2,
         "rounds": 25,
     }
@@ -208,6 +222,16 @@ def test_the_papers_setting(folder) -> None:
         assert found.skeleton.trainable == round(millions * 1e6)
         assert len(found.skeleton.adapter) == REAL[name].decoder.layers * 4 * 2
         assert found.load.slices == 10  # nine cells and the source view
+
+
+def test_the_authors_policy_sends_the_vocabulary(folder) -> None:
+    """2.2 GB of embeddings, 0.3 GB of resampler and 20 MB of LoRA, a client each way."""
+    found = planned(folder(REAL["MiniCPM-V-2.6"].config), "trained.name=reference")
+    assert found.traffic.parts["up"]["embeddings"] == 151_666 * 3584 * 4 == 2_174_283_776
+    assert found.traffic.client_up == found.traffic.client_down
+    resampler = minicpm(64, 3584)["connector"]
+    assert found.traffic.client_up == 2_174_283_776 + 4 * (resampler + 5_046_272)
+    assert found.memory.resident["adapter"] == found.traffic.client_up
 
 
 # -- bytes are those of a run ----------------------------------------------------------------
@@ -325,7 +349,10 @@ def test_a_checkpoint_in_four_bit_says_so_itself(folder) -> None:
     assert (found["nf4"], found["scales"]) == nf4(every, nested=True)
 
 
-SHAPES = Shapes(D=96, F=320, L=3, H=6, K=2, d=16, V=500, E=8, G=16, N=4, M=2, image_tokens=4)
+SHAPES = Shapes(
+    **{"D": 96, "F": 320, "L": 3, "H": 6, "K": 2, "d": 16, "V": 500},
+    **{"E": 8, "G": 16, "N": 4, "M": 2, "p": 1200, "image_tokens": 4},
+)
 
 
 def saved_bytes(kind: str, layers: int, load: Load) -> int:
@@ -423,7 +450,7 @@ def test_features_stay_within_the_caches_budget() -> None:
     tower = replace(few, connector=True)  # its output
     assert feature_cache(SHAPES, tower) == patches * SHAPES.E * 4
     assert feature_cache(SHAPES, replace(tower, itemsize=2)) == patches * SHAPES.E * 2
-    assert feature_cache(SHAPES, replace(tower, vision=True)) == patches * 3 * 14 * 14 * 4
+    assert feature_cache(SHAPES, replace(tower, vision=True)) == patches * 1200
 
 
 def test_a_trained_connector_pays_for_itself_and_a_trained_tower_for_all() -> None:
@@ -433,18 +460,82 @@ def test_a_trained_connector_pays_for_itself_and_a_trained_tower_for_all() -> No
     assert seen_in_training(SHAPES, replace(load, vision=True)) > 2 * seen_in_training(SHAPES, load)
 
 
-def test_the_committed_measurements_are_within_the_tolerance() -> None:
-    """Peaks within 25 % of the measured ones; the arithmetic alone, too, where lengths are known
-    and a case takes more than 100 MB beside the libraries."""
+def test_the_plan_is_within_a_fifth_of_the_committed_measurements(tmp_path) -> None:
+    """Peaks as planned by this code against the measured ones; the arithmetic alone, too, where
+    lengths are known and a case takes more than 100 MB beside the libraries."""
     facts = json.loads((ROOT / "results" / "memory.json").read_text())
     assert {case["model"] for case in facts["cases"]} == {"embedded", "tiny", "100M"}
     assert len(facts["cases"]) >= 12
-    for case in facts["cases"]:
-        ratio = case["planned_bytes"] / case["measured_bytes"]
-        assert abs(ratio - 1) < TOLERANCE, case["name"]
-        beside = case["measured_live_bytes"] - case["planned"]["runtime"]
-        if case["phase"] != "run" and beside > 100e6:
-            assert abs(case["ratio_live"] - 1) < 0.25, case["name"]
+    folders = {name: folder_of(name, tmp_path) for name in memory_benchmark.MODELS}
+    for row in facts["cases"]:
+        names = ("model", "phase", "batch", "tokens", "dtype", "dropout")
+        case = memory_benchmark.Case(**{name: row[name] for name in names})
+        runtime = row["planned"]["runtime"]
+        parameters, terms = memory_benchmark.plan_of(case, folders[case.model], runtime)
+        assert parameters == row["parameters"]
+        peak = memory_benchmark.total(terms)
+        assert abs(peak / row["measured_bytes"] - 1) < 0.2, row["name"]
+        planned = memory_benchmark.total(row["planned"]) - row["planned"].get("allocator", 0)
+        floor = runtime + row["planned_live_bytes"] - planned  # libraries, second measurement
+        beside = row["measured_live_bytes"] - floor
+        live = peak - terms.get("allocator", 0) - runtime
+        if case.phase != "run" and beside > 100e6:
+            assert abs(live / beside - 1) < 0.2, row["name"]
+
+
+def folder_of(name: str, folder: Path) -> Path:
+    """The benchmark's model without weights."""
+    made = folder / name
+    memory_benchmark.model_config(name).save_pretrained(made)
+    return made
+
+
+def test_terms_of_a_real_model_by_hand(folder) -> None:
+    """MiniCPM-V-2.6 in 4 bit and bfloat16: 151,666 words, images of 10 x 1,024 patches."""
+    options = ("model.device=cuda", "model.dtype=bfloat16", "model.quantization=nf4")
+    sizes = ("training.micro_batch=1", "evaluation.batch_size=8", "training.max_length=1200")
+    found = planned(folder(REAL["MiniCPM-V-2.6"].config), *options, *sizes)
+    training, tests = (found.memory.phases[name] for name in ("training", "testing"))
+    assert training["logits"] == 32 * 151_666 * (3 * 2 + 8)
+    assert training["backward"] == 1200 * 2 * (3 * 18_944 + 2 * 3584)
+    assert training["unpacked 4-bit matrix"] == 2 * 3584 * 18_944
+    assert tests["logits"] == 2 * 2 * 8 * 151_666
+    assert tests["activations"] == 8 * 1200 * 2 * (3 * 18_944 + 2 * 3584 + 1200)
+    patch = 2 * (1152 + 5 * 3584) + 4 * 3 * 14 * 14  # the connector is the widest
+    assert found.memory.phases["image encoding"] == {"tower": 10_240 * patch}
+    assert feature_cache(shapes_of(found.skeleton, tokens=1200), found.load) == 28 * (
+        10 * 64 * 3584 * 2
+    )
+
+
+def test_the_tower_by_hand() -> None:
+    """Two slices of four patches; each of the three parts is once the widest."""
+    load = Load(tokens=1, slices=2, batch=3, test_batch=1, rank=1, dropout=0.0)
+    assert tower(SHAPES, load) == 8 * (4 * (8 + 5 * 96) + 1200)
+    assert tower(replace(SHAPES, D=1), load) == 8 * (4 * 7 * 8 + 1200)
+    assert tower(replace(SHAPES, D=1, G=100), load) == 8 * (4 * (2 * 8 + 2 * 100) + 1200)
+    assert tower(SHAPES, replace(load, itemsize=2)) == 8 * (2 * (8 + 5 * 96) + 1200)
+
+
+def test_choices_are_read_at_one_token_of_a_sample(mllm) -> None:
+    """What the head gives is B V, whatever B and T; planned is twice that."""
+    sizes = []
+    head = mllm.base.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, args, made: sizes.append(made.nbytes))
+    options = ((20, 21), (20, 22))
+    items = [Encoded(str(i), (10,) * (5 + i), (20, 21), None, options) for i in range(6)]
+    try:
+        mllm.score_options(items, batch_size=6)
+    finally:
+        hook.remove()
+    width = mllm.base.config.get_text_config().vocab_size
+    assert sizes == [6 * width * 4]
+    load = Load(
+        tokens=12, slices=1, batch=1, test_batch=6, rank=1, dropout=0.0, generates=False, images=0
+    )
+    assert terms_of_testing(replace(SHAPES, V=width), load)["logits"] == 2 * sizes[0]
+    more = replace(load, tokens=100)
+    assert terms_of_testing(SHAPES, more)["logits"] == 2 * 4 * 6 * SHAPES.V
 
 
 def test_on_a_gpu_main_memory_holds_the_rest(folder) -> None:

@@ -5,7 +5,7 @@
 
 Exact: parameters, adapter and bytes, which are those of a run's result. Estimated: peak memory
 (`plan.memory`, docs/memory.md). Measured or absent: time (`plan.timing`). The model's folder
-needs no more than its config.json.
+needs no more than its config.json; its image processor's settings say how images are cut.
 """
 
 from __future__ import annotations

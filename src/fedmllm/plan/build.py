@@ -23,7 +23,8 @@ from fedmllm.heterogeneity import traffic as profile_traffic
 from fedmllm.models import model_path
 from fedmllm.models.components import make_policy
 from fedmllm.plan.capacity import Capacity, find_capacity, resident_now
-from fedmllm.plan.memory import Estimate, Load, default_slices, estimate, shapes_of
+from fedmllm.plan.images import largest_image
+from fedmllm.plan.memory import Estimate, Load, estimate, shapes_of
 from fedmllm.plan.structure import Skeleton, build_skeleton
 from fedmllm.plan.timing import Duration, estimate_time
 from fedmllm.plan.traffic import Traffic, count_traffic
@@ -168,6 +169,7 @@ def make_plan(
             *_strategy_notes(config, parties),
             *_disk_notes(config, 4 * skeleton.trainable * traffic.cohort),
             *_unknown_quantisation(skeleton),
+            *_image_notes(skeleton, load),
             *_notes(config, load, estimated, capacity, time),
         ),
     )
@@ -235,7 +237,7 @@ def _load(
     )
     return Load(
         tokens=longest,
-        slices=slices or default_slices(skeleton.config),
+        slices=slices or largest_image(skeleton.config, skeleton.images, limit=longest).slices,
         batch=training.micro_batch * _at_once(config),
         test_batch=config.evaluation.batch_size,
         rank=config.lora.rank,
@@ -301,7 +303,7 @@ def _warnings(
             f"may not fit: about {size(found.peak)} are needed and {capacity} is there, and the "
             f"estimate may be {TOLERANCE:.0%} short: {_advice(found, load)}"
         )
-    pictures = load.slices * shapes_of(skeleton).image_tokens
+    pictures = load.slices * shapes_of(skeleton, tokens=load.tokens).image_tokens
     if pictures >= load.tokens:
         lines.append(
             f"an image of {load.slices} slices takes {pictures:,} tokens, and a sample may have "
@@ -345,6 +347,12 @@ def _notes(
     if time is None:
         lines.append("time: no measured run of this model and data on this machine was found")
     return lines
+
+
+def _image_notes(skeleton: Skeleton, load: Load) -> list[str]:
+    """What was assumed of images, unless somebody said how they are cut."""
+    cut = largest_image(skeleton.config, skeleton.images, limit=load.tokens)
+    return [cut.note] if cut.note and cut.slices == load.slices else []
 
 
 def _strategy_notes(config: Config, parties: Parties | None) -> list[str]:

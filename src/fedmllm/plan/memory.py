@@ -2,8 +2,8 @@
 
 Legend: B samples of a forward pass, T tokens of a sample, L layers, D width, F inner width of the
 MLP, H heads of width d, K key-value heads, V vocabulary, r LoRA rank, b bytes of the model's
-dtype (4 or 2), S slices of an image, N patches of a slice, E, G and M width, inner width and
-layers of the tower. All results are bytes.
+dtype (4 or 2), S slices of an image, N patches of a slice, p bytes of a patch's pixels in float32,
+E, G and M width, inner width and layers of the tower. All results are bytes.
 
 Exact are the weights, the adapter and its optimiser; `saved_per_token` is what autograd keeps of
 a Llama or Qwen2 layer on a CPU, to the byte (tested against autograd). The rest are bounds or
@@ -17,19 +17,19 @@ trained, pixels are kept and all of it runs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedmllm.errors import UserError
 from fedmllm.models.features import MEMORY_BYTES
+from fedmllm.plan.images import largest_image
 from fedmllm.plan.structure import Skeleton, weight_bytes
 
 CUDA_RUNTIME = 800 * 2**20  # context, kernels, cuBLAS workspace: an assumption, not measured here
 HEAP_HOLES = 0.6  # of training: holes that freed tensors leave in glibc's heap, where tensors are
 # below its 32 MB; one allowance for all, chosen on the embedded model (results/memory.json)
-UNKNOWN_PATCHES = 1024  # of a slice, where the config names no image size: 448 x 448 at 14
 ANSWER_TOKENS = 32  # of a sample, where nothing else is said
-PIXELS = 4 * 3 * 14 * 14  # bytes of a patch in float32
 NEW_TOKENS = 16  # that are generated for an open question
 
 
@@ -37,7 +37,8 @@ NEW_TOKENS = 16  # that are generated for an open question
 class Shapes:
     """Sizes of the language model and the tower, from the config; see the module's legend.
 
-    image_tokens: of one slice, in the language model.
+    image_tokens: of one slice, in the language model. levels: features of each, more than one
+    where layers of the decoder are given their own (Qwen3-VL).
     """
 
     D: int
@@ -51,7 +52,9 @@ class Shapes:
     G: int
     N: int
     M: int
+    p: int
     image_tokens: int
+    levels: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,19 +119,18 @@ class Estimate:
         return self.runtime + sum(self.resident.values()) + most
 
 
-def shapes_of(skeleton: Skeleton) -> Shapes:
-    """Read the sizes. Raises `UserError` if the config lacks one."""
+def shapes_of(skeleton: Skeleton, *, tokens: int) -> Shapes:
+    """Read the sizes. tokens: of a sample, which bounds images of any size.
+
+    Raises `UserError` if the config lacks one.
+    """
     config = skeleton.config
     text = config.get_text_config()
-    sliced = config.model_type == "minicpmv"  # its image_size is that of the position table
+    cut = largest_image(config, skeleton.images, limit=tokens)
     try:
         vision = config.vision_config
-        side = _side(getattr(vision, "image_size", None))
         tower = getattr(vision, "embed_dim", None) or vision.hidden_size
         inner = getattr(vision, "intermediate_size", None) or getattr(vision, "mlp_dim", None)
-        inner = inner or int(tower * vision.mlp_ratio)
-        known = side and not sliced
-        patches = (side // _side(vision.patch_size)) ** 2 if known else UNKNOWN_PATCHES
         heads = text.num_attention_heads
         shapes = Shapes(
             D=text.hidden_size,
@@ -139,10 +141,12 @@ def shapes_of(skeleton: Skeleton) -> Shapes:
             d=getattr(text, "head_dim", None) or text.hidden_size // heads,
             V=text.vocab_size,
             E=tower,
-            G=inner,
-            N=patches,
+            G=inner or int(tower * vision.mlp_ratio),
+            N=cut.patches,
             M=getattr(vision, "num_hidden_layers", None) or vision.depth,
-            image_tokens=_image_tokens(config, patches),
+            p=_pixel_bytes(vision),
+            image_tokens=cut.tokens,
+            levels=1 + len(getattr(vision, "deepstack_visual_indexes", None) or ()),
         )
     except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"the config of a {config.model_type!r} lacks a size: {error}") from error
@@ -154,25 +158,11 @@ def shapes_of(skeleton: Skeleton) -> Shapes:
     return shapes
 
 
-def _side(size: Any) -> Any:
-    """The longer side of a size that may be a number or a pair."""
-    return max(size) if isinstance(size, list | tuple) else size
-
-
-def _image_tokens(config: Any, patches: int) -> int:
-    """Tokens of a slice: the family's number, or the patches less what the connector merges."""
-    for name in ("query_num", "mm_tokens_per_image", "image_seq_length"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
-    merge: Any = getattr(config, "scale_factor", None)
-    merge = merge or getattr(config.vision_config, "spatial_merge_size", 1)
-    return max(1, patches // (merge * merge))
-
-
-def default_slices(config: Any) -> int:
-    """The most slices that the config admits: MiniCPM-V's cells and the source view; else 1."""
-    limits = getattr(config, "slice_config", None)
-    return limits["max_slice_nums"] + 1 if isinstance(limits, dict) else 1
+def _pixel_bytes(vision: Any) -> int:
+    """A patch in float32; the Qwen families repeat an image to fill a patch of several frames."""
+    side = vision.patch_size
+    area = math.prod(side) if isinstance(side, list | tuple) else side**2
+    return 4 * 3 * area * (getattr(vision, "temporal_patch_size", None) or 1)
 
 
 # -- terms -----------------------------------------------------------------------------------
@@ -227,7 +217,7 @@ def tower(shapes: Shapes, load: Load) -> int:
     pixels in float32."""
     patches = load.slices * shapes.N
     widest = max(2 * shapes.E + 2 * shapes.G, 7 * shapes.E, shapes.E + 5 * shapes.D)
-    return patches * (load.itemsize * widest + PIXELS)
+    return patches * (load.itemsize * widest + shapes.p)
 
 
 def seen_in_training(shapes: Shapes, load: Load) -> int:
@@ -244,13 +234,13 @@ def seen_in_training(shapes: Shapes, load: Load) -> int:
     layer += (4 + mask) * 4 * shapes.E if load.dropout else 16 * shapes.E
     inputs = load.itemsize * shapes.E * shapes.M
     kept += inputs + layer if load.checkpointing else shapes.M * layer
-    return patches * (kept + PIXELS) + tower(shapes, load)
+    return patches * (kept + shapes.p) + tower(shapes, load)
 
 
 def testing(shapes: Shapes, load: Load) -> dict[str, int]:
     """A test batch, without gradient: one MLP and the mask, b (3 F + 2 D + T) a token; the logits
-    of each sample's last token, b B P V at P = min(T, B) places and b B V picked from them; or,
-    where answers are generated, (b + 4) B V and the key-value cache, 2 b L K d a token.
+    of each sample's last token, at which alone the head runs, and as much again, 2 b B V; or, where
+    answers are generated, (b + 4) B V and the key-value cache, 2 b L K d a token.
     """
     b, tokens = load.itemsize, load.test_batch * load.tokens
     terms = {"activations": tokens * b * (3 * shapes.F + 2 * shapes.D + load.tokens)}
@@ -259,27 +249,26 @@ def testing(shapes: Shapes, load: Load) -> dict[str, int]:
         terms["logits"] = load.test_batch * shapes.V * (b + 4)
         terms["key-value cache"] = 2 * b * shapes.L * shapes.K * shapes.d * kept
     else:
-        places = min(load.tokens, load.test_batch)
-        terms["logits"] = b * load.test_batch * (places + 1) * shapes.V
+        terms["logits"] = 2 * b * load.test_batch * shapes.V
     return terms
 
 
 def feature_cache(shapes: Shapes, load: Load) -> int:
-    """Of all images features in float32, the tower's output, b E a patch, where the connector is
-    trained, or pixels where the tower is; at most the cache's budget."""
+    """Of all images features, b D a token and level; the tower's output, b E a patch, where the
+    connector is trained; or pixels where the tower is; at most the cache's budget."""
     if load.images is None:
         return load.feature_memory
-    one = 4 * load.slices * shapes.image_tokens * shapes.D
+    one = load.itemsize * load.slices * shapes.image_tokens * shapes.levels * shapes.D
     if load.connector:
         one = load.slices * shapes.N * load.itemsize * shapes.E
     if load.vision:
-        one = load.slices * shapes.N * PIXELS
+        one = load.slices * shapes.N * shapes.p
     return min(max(load.feature_memory, one), load.images * one)
 
 
 def estimate(skeleton: Skeleton, load: Load, *, runtime: int) -> Estimate:
     """Peak memory of a run. runtime: main memory of the interpreter with its libraries loaded."""
-    shapes = shapes_of(skeleton)
+    shapes = shapes_of(skeleton, tokens=load.tokens)
     weights = weight_bytes(skeleton, four_bit=load.four_bit)
     trainable = skeleton.trainable
     resident = {"weights": sum(weights.values()), "adapter": 4 * trainable}

@@ -35,6 +35,7 @@ from fedmllm.models.components import (
 )
 from fedmllm.models.families import Family, family_of
 from fedmllm.models.lora import adapter_parameters, decoder_of
+from fedmllm.plan.images import read_settings
 
 PARTS = ("vision tower", "connector", "embeddings", "language model", "output head")
 _BAD_CONFIG = (
@@ -61,7 +62,8 @@ class Skeleton:
     parameters by part, in the order of `PARTS`. adapter: what clients and server exchange,
     under PEFT's names, as meta tensors. component_of: the trained component of each. layer_targets:
     adapter parameters by adapted or copied module, with ``*`` for the layer. quantization: the
-    checkpoint's own `quantization_config`, if config.json has one.
+    checkpoint's own `quantization_config`, if config.json has one. images: settings of its image
+    processor, if the folder has them.
     """
 
     config: Any
@@ -71,6 +73,7 @@ class Skeleton:
     component_of: dict[str, str]
     layer_targets: dict[str, int]
     quantization: Mapping[str, Any]
+    images: Mapping[str, Any]
 
     @property
     def total(self) -> int:
@@ -141,6 +144,7 @@ def build_skeleton(
         component_of=components_of(adapted, trained),
         layer_targets=_by_target(adapter),
         quantization=quantization,
+        images=read_settings(path),
     )
 
 
