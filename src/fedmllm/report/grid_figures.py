@@ -95,8 +95,10 @@ def _stands(arm: Arm, there: set[str], plain: Sequence[str]) -> bool:
 
 
 def strategies(board: Board) -> list[str]:
-    """The strategies of a board's arms, none (empty) first if there is such an arm."""
-    return list(dict.fromkeys(map(strategy, board.arms)))
+    """The strategies of a board's federated arms, or of all if nothing is federated; none (empty)
+    first if there is such an arm."""
+    federated = [arm for arm in board.arms if arm.topology == "federated"]
+    return list(dict.fromkeys(map(strategy, federated or board.arms)))
 
 
 def method(arm: Arm) -> str:
