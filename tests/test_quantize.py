@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from PIL import Image
 from tiny_models import TINY, make_model
 from torch import nn
@@ -33,12 +33,22 @@ SAMPLES = [
 ]
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
 @pytest.fixture(scope="module", params=sorted(TINY))
-def pair(request, tmp_path_factory) -> tuple[Mllm, Mllm]:
-    """A family's tiny model in float32 and in 4 bit."""
-    folder = make_model(request.param, tmp_path_factory.mktemp(request.param))
+def folder(request, tmp_path_factory) -> tuple[str, Path]:
+    """A family and its tiny model's folder."""
+    return request.param, make_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module", params=sorted(DTYPES))
+def pair(request, folder) -> tuple[Mllm, Mllm]:
+    """A family's tiny model whole and in 4 bit, with the same arithmetic."""
+    name, path = folder
     whole, packed = (
-        Mllm.load(request.param, folder, rank=2, quantization=how) for how in ("none", "nf4")
+        Mllm.load(name, path, rank=2, dtype=DTYPES[request.param], quantization=how)
+        for how in ("none", "nf4")
     )
     return whole, packed
 
@@ -53,6 +63,22 @@ def test_linear_layers_of_the_decoder_and_no_others_are_packed(pair):
         assert isinstance(module, Linear4bit) == (module in inside), module
     assert packed.parameter_counts() == whole.parameter_counts()
     assert packed.lora_modules() == whole.lora_modules()
+
+
+def test_what_is_not_packed_is_that_of_the_whole_model(pair):
+    """To the last bit; rotary frequencies stay in float32 beside bfloat16 weights."""
+    whole, packed = pair
+    plain, found = dict(whole.base.named_buffers()), dict(packed.base.named_buffers())
+    assert plain.keys() == found.keys()
+    assert any("inv_freq" in name and b.dtype == torch.float32 for name, b in plain.items())
+    for name, buffer in plain.items():
+        assert found[name].dtype == buffer.dtype, name
+        assert torch.equal(found[name], buffer), name
+    parameters = dict(packed.base.named_parameters())
+    for name, parameter in whole.base.named_parameters():
+        if ".lora_" not in name and not isinstance(parameters[name], Params4bit):
+            assert parameters[name].dtype == parameter.dtype, name
+            assert torch.equal(parameters[name], parameter), name
 
 
 def test_it_reads_nearly_as_the_whole_model_and_sees_the_same(pair):

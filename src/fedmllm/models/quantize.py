@@ -98,15 +98,18 @@ def pack(base: Any, dtype: torch.dtype) -> None:
 def settle(model: nn.Module, dtype: torch.dtype) -> None:
     """Make a model that was read in 4 bit fit to train, in place.
 
-    What is not packed takes one `dtype`, whatever mixture the checkpoint had. And bitsandbytes is
-    kept from packing weights once more when a model is first evaluated on some CPUs: those have
-    no backward pass, and training goes on after a test.
+    Parameters that are not packed take one `dtype`, whatever mixture the checkpoint had. Buffers
+    stay as they are, as in a model that is not packed: rotary frequencies in bfloat16 would be
+    off by a radian at distant tokens. And bitsandbytes is kept from packing weights once more
+    when a model is first evaluated on some CPUs: those have no backward pass, and training goes
+    on after a test.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+    for parameter in model.parameters():
+        # packed weights may be stored under a floating dtype: their bytes are codes, not values
+        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
+            parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
