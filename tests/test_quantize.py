@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -135,6 +136,47 @@ def test_a_checkpoint_quantised_already_is_read_as_it_is(tmp_path):
     assert all(value.grad is not None for value in mllm.trainable.values())
 
 
+OTHERS = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("asked", ["none", "nf4"])
+@pytest.mark.parametrize("how", OTHERS)
+def test_a_checkpoint_quantised_otherwise_is_refused(tmp_path, how, asked):
+    """Before a weight is read: there is none."""
+    folder = Path(model_path("embedded"))
+    settings = json.loads((folder / "config.json").read_text())
+    for place in (settings, settings["text_config"]):
+        place["quantization_config"] = OTHERS[how]
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=f"is quantised by {how}, not to 4 bit by bitsandb"):
+            Mllm.load("x", tmp_path, quantization=asked)
+        del place["quantization_config"]
+
+
+def test_codes_that_are_stored_as_floats_stay_codes(tmp_path):
+    """bitsandbytes can keep its bytes under a floating dtype (`bnb_4bit_quant_storage`)."""
+    folder = make_model("qwen2_vl", tmp_path / "whole")
+    made = []
+    for storage in (torch.uint8, torch.bfloat16):
+        how = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_storage=storage,
+            llm_int8_skip_modules=["lm_head", "model.visual"],
+        )
+        packed = AutoModelForImageTextToText.from_pretrained(
+            folder, quantization_config=how, device_map={"": "cpu"}, dtype=torch.float32
+        )
+        settle(packed, torch.float32)
+        with torch.no_grad():
+            made.append(packed(input_ids=torch.arange(3, 30)[None]).logits)
+    assert torch.equal(*made)
+
+
 def test_a_plan_counts_the_bytes_of_packed_weights():
     path = model_path("embedded")
     base = Mllm.load("embedded", path, quantization="nf4").base
@@ -154,13 +196,18 @@ def test_what_is_kept_is_named_by_its_largest_modules():
     assert kept_modules(mllm.base) == kept
 
 
-def test_without_the_package_the_message_says_what_to_install(monkeypatch):
+def test_without_the_package_the_message_says_what_to_install(monkeypatch, tmp_path):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
     )
     with pytest.raises(UserError, match=r"pip install 'fedmllm\[4bit\]'"):
         Mllm.load("embedded", Path(model_path("embedded")), quantization="nf4")
+    settings = json.loads((Path(model_path("embedded")) / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"in 4 bit, needs .* pip install 'fedmllm\[4bit\]'"):
+        Mllm.load("x", tmp_path)
 
 
 def test_packing_in_memory_is_reading_in_4_bit(tmp_path) -> None:
