@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_plan import BAD
 from tiny_models import TINY, make_model
 from transformers import AutoModelForImageTextToText, PaliGemmaProcessor
+from transformers.models.auto import image_processing_auto
 
 from fedmllm.data.images import ImageFile, MemoryImage
 from fedmllm.data.sample import Sample, Task
@@ -165,7 +166,7 @@ def test_a_sample_is_checked_as_it_is_encoded_but_not_seen(
     longest = [tiny.encode(card).longest for card in cards]
     monkeypatch.setattr(tiny, "image_features", lambda source: source.features)
     for card, length in zip(cards, longest, strict=True):
-        assert tiny._at_most(card) > length
+        assert card.sample.image is not None or tiny._at_most(card) > length
         tiny.check(card, max_length=length)
         with pytest.raises(UserError, match=f"is {length} tokens long"):
             tiny.check(card, max_length=length - 1)
@@ -186,6 +187,21 @@ def test_cached_features_give_the_logits_of_pixels(tiny: Mllm) -> None:
         plain = tiny.model(**plain_inputs(tiny, sample)).logits
         cached = tiny.model(**tiny._inputs([item], [item.prompt])).logits
         assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("name", ["minicpmv 2.6", "minicpmv 2.5"])
+@torch.no_grad()
+def test_slices_are_read_as_by_the_processor_and_as_their_pixels(load, name) -> None:
+    """900 x 700: the whole, and 2 x 2 cells."""
+    picture = MemoryImage("cut", lambda: WIDE.open().resize((900, 700)))
+    sample = Sample(id="cut", question="what is it?", answer="red", image=picture)
+    mllm = load(name)
+    item, given = mllm.encode(render(sample, OPEN)), plain_inputs(mllm, sample)
+    assert list(item.prompt) == given["input_ids"][0].tolist()
+    image = mllm.base.config.image_token_id
+    assert item.prompt.count(image) == 5 * mllm.base.config.query_num
+    cached = mllm.model(**mllm._inputs([item], [item.prompt])).logits
+    assert torch.equal(cached, mllm.model(**given).logits)
 
 
 def test_an_image_is_seen_once_and_alike_in_training(tiny: Mllm, monkeypatch) -> None:
@@ -482,6 +498,28 @@ def test_processors_of_video_models_stay_as_they_are(load) -> None:
     assert type(processor).__mro__[1] is transformers.Qwen2VLProcessor
     with pytest.raises(TypeError):
         processor.check_argument_for_proper_class("tokenizer", "no tokeniser")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "idefics3", "smolvlm", "qwen2_vl", "llava_next"])
+def test_pictures_are_prepared_by_pillow_where_torchvision_is(
+    name, folders, tmp_path, monkeypatch
+) -> None:
+    """The class named as on the hub, without a library's name."""
+    shutil.copytree(folders[name], tmp_path / "model")
+    for file in (tmp_path / "model").glob("*processor_config.json"):
+        file.write_text(file.read_text().replace("ImageProcessorPil", "ImageProcessor"))
+    asked = []
+
+    def resolve(backend, *_):
+        asked.append(backend)
+        return "pil"  # torchvision is not installed for the tests
+
+    monkeypatch.setattr(image_processing_auto, "_resolve_backend", resolve)
+    for module in (image_processing_auto, loading):
+        monkeypatch.setattr(module, "is_torchvision_available", lambda: True)
+    _, processor = loading._described(tmp_path / "model", False)
+    assert asked[-1] == "pil"
+    assert type(processor.image_processor).__name__.endswith("Pil")
 
 
 def test_lfm2_vl_prefers_its_own_image_processor(folders, monkeypatch) -> None:

@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer, Idefics3Processor, Lfm2VlProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    Idefics3Processor,
+    Lfm2VlProcessor,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import is_torchvision_available
 
@@ -95,7 +101,11 @@ def _smolvlm(path: str | Path, trust: bool) -> Any:
 
     Its treatment of images is that of Idefics3, which it descends from.
     """
-    return Idefics3Processor.from_pretrained(path, trust_remote_code=trust)
+    processor = Idefics3Processor.from_pretrained(path, trust_remote_code=trust)
+    processor.image_processor = AutoImageProcessor.from_pretrained(
+        path, trust_remote_code=trust, backend="pil"
+    )
+    return processor
 
 
 def _lfm2_vl(path: str | Path, trust: bool) -> Any:

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import PushToHubMixin, logging
+from transformers.utils import PushToHubMixin, is_torchvision_available, logging
 
 from fedmllm.errors import UserError
 from fedmllm.models import minicpmv
@@ -303,6 +303,9 @@ def _processor(path: str | Path, config: Any, trust: bool) -> Any:
         processor = _without_video(known, path, trust)
     else:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust)
+        if is_torchvision_available() and getattr(processor, "image_processor", None) is not None:
+            # it takes torchvision's where that is installed, whose pixels differ from Pillow's
+            processor.image_processor = _on_pillow(path, trust)
     if not getattr(processor, "chat_template", None):
         processor.chat_template = entry.chat_template
     return processor
@@ -325,6 +328,12 @@ class _NoVideo(PushToHubMixin):
             raise AttributeError(name)
 
 
+def _on_pillow(path: str | Path, trust: bool) -> Any:
+    """A checkpoint's image processor on Pillow, so that pictures become the same numbers with and
+    without torchvision; another only where it has none on Pillow."""
+    return AutoImageProcessor.from_pretrained(path, trust_remote_code=trust, backend="pil")
+
+
 def _without_video(known: type[ProcessorMixin], path: str | Path, trust: bool) -> Any:
     """A processor of the class `known` that never loads a video processor.
 
@@ -338,7 +347,7 @@ def _without_video(known: type[ProcessorMixin], path: str | Path, trust: bool) -
             return super().check_argument_for_proper_class(argument_name, argument)
 
     parts: dict[str, Callable[..., Any]] = {
-        "image_processor": partial(AutoImageProcessor.from_pretrained, trust_remote_code=trust),
+        "image_processor": partial(_on_pillow, trust=trust),
         "tokenizer": partial(AutoTokenizer.from_pretrained, trust_remote_code=trust),
         "video_processor": lambda _: _NoVideo(),
     }
