@@ -349,7 +349,7 @@ class Mllm:
         option = max((len(word.encode()) for word in prompted.options), default=0)
         return said + option + len(prompted.turns) * self._around
 
-    def _drawn_tokens(self, image: MemoryImage) -> int:
+    def _drawn_tokens(self, image: ImageSource) -> int:
         """Tokens of the first drawn image that was asked for."""
         if self._drawn == 0:
             words = self._unseen(image.open()).words
