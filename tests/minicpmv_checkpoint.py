@@ -9,11 +9,13 @@ control tokens.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from fedmllm.models.minicpmv import MiniCPMVConfig, MiniCPMVForConditionalGeneration
 
@@ -162,6 +164,46 @@ def tiny_config(version: str, *, queries: int) -> dict[str, Any]:
         },
         **own[version],
     }
+
+
+# what transformers 4 wrote beside 4-bit weights
+INT4 = {
+    "_load_in_4bit": True,
+    "_load_in_8bit": False,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8",
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False,
+    "llm_int8_skip_modules": ["out_proj", "kv_proj", "lm_head"],
+    "llm_int8_threshold": 6.0,
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "quant_method": "bitsandbytes",
+}
+
+
+def int4_folder(folder: Path, whole: Path, version: str) -> Path:
+    """The published folder `whole` as its 4-bit edition: nf4 with double quantisation, tower packed
+    too, and the flat config.json with one more section."""
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=INT4["llm_int8_skip_modules"],
+    )
+    packed = AutoModelForImageTextToText.from_pretrained(
+        whole, quantization_config=how, device_map={"": "cpu"}, dtype=torch.bfloat16
+    )
+    packed.save_pretrained(folder)
+    for file in whole.glob("*.json"):
+        shutil.copy(file, folder / file.name)
+    config = json.loads((whole / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": INT4}))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return folder
 
 
 PUBLISHED_SIZES: dict[str, dict[str, Any]] = {

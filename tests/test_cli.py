@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from minicpmv_checkpoint import published_folder
+from bitsandbytes.nn import Linear4bit
+from minicpmv_checkpoint import int4_folder, published_folder
 from PIL import Image
+from safetensors.torch import load_file
 from synthetic_grid import result, write
 
 from fedmllm.cli import main
 from fedmllm.data.memes import SPEC
+from fedmllm.experiment import load_model
+from fedmllm.models.mllm import Mllm
 from fedmllm.parallel import Failure
 
 FAST = ["training.rounds=1", "evaluation.every=0", "evaluation.conditions=[both]"]
@@ -231,25 +235,66 @@ def test_the_installed_command_gives_exit_code_two(tmp_path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("version", ["2.6", "2.5"])
-def test_a_round_on_the_papers_models(cli, experiment, tmp_path, version, quantization):
-    """Tiny MiniCPM-V in the published layout, through the ordinary command."""
+@pytest.fixture
+def loaded(monkeypatch) -> list[Mllm]:
+    """The models that a command loads."""
+    models: list[Mllm] = []
+
+    def load(config):
+        models.append(load_model(config))
+        return models[-1]
+
+    monkeypatch.setattr("fedmllm.experiment.load_model", load)
+    return models
+
+
+def trained(folder: Path) -> float:
+    """The largest absolute value of an adapter's B, which starts at zero."""
+    values = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert all(value.isfinite().all() for value in values.values())
+    return max(float(v.abs().max()) for name, v in values.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("version", "how", "dtype"),
+    [
+        ("2.6", "none", "float32"),
+        ("2.6", "nf4", "bfloat16"),
+        ("2.6", "int4", "bfloat16"),
+        ("2.5", "none", "bfloat16"),
+        ("2.5", "nf4", "float32"),
+        ("2.5", "int4", "float32"),
+    ],
+)
+def test_a_round_on_the_papers_models(cli, experiment, tmp_path, loaded, version, how, dtype):
+    """Tiny MiniCPM-V in the published layout, through the ordinary command; int4: its 4-bit
+    edition, read as it is."""
     folder = published_folder(tmp_path / "model", version)
+    if how == "int4":
+        folder = int4_folder(tmp_path / "int4", folder, version)
+        names = load_file(folder / "model.safetensors")
+        assert any(name.endswith("nested_absmax") for name in names)
     code, out, err = cli(
         "run",
         experiment,
         f"model.path={folder}",
         "model.name=tiny-minicpmv",
-        f"model.quantization={quantization}",
+        f"model.quantization={'nf4' if how == 'nf4' else 'none'}",
+        f"model.dtype={dtype}",
         "setting=missing-b0.3",
         "--out",
         tmp_path / "run",
     )
     assert code == 0, err
+    packed = {n for n, m in loaded[0].base.named_modules() if isinstance(m, Linear4bit)}
+    assert any(name.startswith("llm.model.layers") for name in packed) == (how != "none")
+    assert any(name.startswith("vpm") for name in packed) == (how == "int4")
+    assert "llm.lm_head" not in packed
+    assert trained(tmp_path / "run") > 0
     assert "× llm.model.layers.*.self_attn.q_proj" in out
     assert "vpm" not in out
     result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 0 < result["history"][0]["loss"] < 20
     assert result["bytes"]["up"] > 0
     assert 0 <= result["metrics"]["both"]["auc"] <= 1
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from fedmllm.data.dataset import Dataset
 from fedmllm.data.images import ImageFile
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
-from fedmllm.experiment import data_digest, make_manifest, own_samples, run
+from fedmllm.experiment import Shared, data_digest, make_manifest, own_samples, run
 from fedmllm.models import model_path
 from fedmllm.models.components import COMPONENTS
 from fedmllm.models.mllm import Mllm
@@ -421,17 +423,57 @@ def test_nothing_is_reset_before_cuda_is_used(monkeypatch) -> None:
     results.reset_peak_memory("cuda")
 
 
+def too_long(config, result, mllm: Mllm) -> set[str]:
+    """Of the clients that were drawn, and of the test samples under each condition."""
+    dataset = load_dataset(**config.data)
+    train, _ = own_samples(config, dataset, make_manifest(config, dataset))
+    drawn = {client for line in result["history"] for client in line["clients"]}
+    read = [sample for client in drawn for sample in train[client]]
+    read += [s.masked(keep_image=k, keep_text=True) for s in dataset.test for k in (True, False)]
+    return {
+        sample.id
+        for sample in read
+        if mllm.encode(render(sample, dataset.task, config.prompt)).longest > 87
+    }
+
+
 def test_a_run_says_what_it_shortened(tmp_path, mllm: Mllm) -> None:
     """The embedded memes of this seed have 83 to 89 tokens."""
     config = small(training={**SMALL["training"], "max_length": 87})
     with pytest.raises(UserError, match=r"is .* tokens long"):
         run(config, out=tmp_path / "refused", mllm=mllm)
+    assert not (tmp_path / "refused").exists()
     config = small(training={**SMALL["training"], "max_length": 87, "long_text": "shorten"})
     events = []
     result = run(config, out=tmp_path / "cut", mllm=mllm, listener=events.append)
     assert result["shortened"]["samples"] >= len(result["shortened"]["first"]) > 0
     assert events[-1]["shortened"] == result["shortened"]
+    written = json.loads((tmp_path / "cut" / "shortened.json").read_text())
+    assert written == sorted(too_long(config, result, mllm))
+    assert written[:5] == result["shortened"]["first"]
+    assert len(written) == result["shortened"]["samples"] > 5
     assert "shortened" not in run(small(), out=tmp_path / "plain", mllm=mllm)
+    assert not (tmp_path / "plain" / "shortened.json").exists()
+
+
+@pytest.mark.parametrize("pool", ["train", "test"])
+@pytest.mark.parametrize("broken", ["text", "image"])
+def test_a_sample_that_would_stop_a_run_stops_it_before(tmp_path, mllm: Mllm, pool, broken) -> None:
+    """Of any party, drawn or not, and of the test samples: no folder, no event."""
+    config = small(scenario="aligned", training={"rounds": 1, "clients_per_round": 1})
+    dataset = load_dataset(**config.data)
+    samples = list(getattr(dataset, pool))
+    change = (
+        {"text": "so " * 1300} if broken == "text" else {"image": ImageFile("no.png", tmp_path)}
+    )
+    samples[-1] = replace(samples[-1], **change)
+    shared = Shared(mllm, {Shared.data_key(config): replace(dataset, **{pool: samples})})
+    told: list[Any] = []
+    words = r"no\.png" if broken == "image" else f"{samples[-1].id} is .* tokens long"
+    with pytest.raises(UserError, match=words):
+        run(config, out=tmp_path / "r", shared=shared, listener=told.append)
+    assert told == []
+    assert not (tmp_path / "r").exists()
 
 
 def test_each_party_tests_on_what_it_held_out(tmp_path, mllm: Mllm) -> None:

@@ -18,13 +18,15 @@ import transformers
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_plan import BAD
 from tiny_models import TINY, make_model
 from transformers import AutoModelForImageTextToText, PaliGemmaProcessor
+from transformers.models.auto import image_processing_auto
 
-from fedmllm.data.images import MemoryImage
+from fedmllm.data.images import ImageFile, MemoryImage
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
-from fedmllm.models import families, loading
+from fedmllm.models import families, loading, model_path
 from fedmllm.models.families import FAMILIES, Family, by_tokens
 from fedmllm.models.features import FeatureCache, ImageFeatures
 from fedmllm.models.lfm2_images import Lfm2Images, Settings
@@ -151,6 +153,31 @@ def test_an_answer_ends_and_is_read_back(tiny: Mllm) -> None:
     assert tiny.answer_ids("") == ids[-1:]
 
 
+def test_a_sample_is_checked_as_it_is_encoded_but_not_seen(
+    tiny: Mllm, tmp_path, monkeypatch
+) -> None:
+    """To the token; the tower is not run."""
+    TALL.open().save(tmp_path / "tall.png")
+    picture = ImageFile("tall.png", tmp_path)
+    cards = [
+        render(Sample(id="tall", question="and this?", answer="7", image=picture), OPEN),
+        render(Sample(id="text", question="no picture here, what now?", answer="a tree"), OPEN),
+    ]
+    longest = [tiny.encode(card).longest for card in cards]
+    monkeypatch.setattr(tiny, "image_features", lambda source: source.features)
+    for card, length in zip(cards, longest, strict=True):
+        assert card.sample.image is not None or tiny._at_most(card) > length
+        tiny.check(card, max_length=length)
+        with pytest.raises(UserError, match=f"is {length} tokens long"):
+            tiny.check(card, max_length=length - 1)
+        tiny.check(card, max_length=length - 1, long_text="shorten")
+    (tmp_path / "tall.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"tall\.png"):
+        tiny.check(cards[0])
+    with pytest.raises(UserError, match="its text holds"):
+        tiny.check(render(Sample(id="s", question=tiny.specials[0], answer="x"), OPEN))
+
+
 @torch.no_grad()
 def test_cached_features_give_the_logits_of_pixels(tiny: Mllm) -> None:
     """To the last bit, in all families."""
@@ -160,6 +187,21 @@ def test_cached_features_give_the_logits_of_pixels(tiny: Mllm) -> None:
         plain = tiny.model(**plain_inputs(tiny, sample)).logits
         cached = tiny.model(**tiny._inputs([item], [item.prompt])).logits
         assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("name", ["minicpmv 2.6", "minicpmv 2.5"])
+@torch.no_grad()
+def test_slices_are_read_as_by_the_processor_and_as_their_pixels(load, name) -> None:
+    """900 x 700: the whole, and 2 x 2 cells."""
+    picture = MemoryImage("cut", lambda: WIDE.open().resize((900, 700)))
+    sample = Sample(id="cut", question="what is it?", answer="red", image=picture)
+    mllm = load(name)
+    item, given = mllm.encode(render(sample, OPEN)), plain_inputs(mllm, sample)
+    assert list(item.prompt) == given["input_ids"][0].tolist()
+    image = mllm.base.config.image_token_id
+    assert item.prompt.count(image) == 5 * mllm.base.config.query_num
+    cached = mllm.model(**mllm._inputs([item], [item.prompt])).logits
+    assert torch.equal(cached, mllm.model(**given).logits)
 
 
 def test_an_image_is_seen_once_and_alike_in_training(tiny: Mllm, monkeypatch) -> None:
@@ -289,6 +331,35 @@ def test_generation_is_that_of_plain_transformers(tiny: Mllm) -> None:
         )[0, inputs["input_ids"].shape[1] :]
         assert answer == tiny.tokenizer.decode(made, skip_special_tokens=True).strip()
     assert tiny.generate([items[1]], max_new_tokens=4) == [got[1]]
+
+
+def test_answers_are_greedy_whatever_a_checkpoint_prefers(folders, tmp_path) -> None:
+    """Qwen2.5-VL's generation_config.json has a repetition penalty."""
+    wanted = {"repetition_penalty": 1.9, "num_beams": 3, "do_sample": True, "temperature": 1e-6,
+              "no_repeat_ngram_size": 1, "suppress_tokens": list(range(60))}  # fmt: skip
+    shutil.copytree(folders["qwen2_5_vl"], tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(wanted))
+    plain, own = (Mllm.load("x", f, rank=2) for f in (folders["qwen2_5_vl"], tmp_path / "model"))
+    assert own.base.generation_config.num_beams == 3
+    items = encoded(plain)
+    given = plain.generate(items, max_new_tokens=6)
+    assert own.generate(items, max_new_tokens=6) == given
+    assert own.base.generation_config.num_beams == 3  # it is saved with a merged model
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "expected"),
+    [
+        ("minicpmv 2.5", "Yes! Two!!<|eot_id|>!", "Yes! Two!!!"),
+        ("minicpmv 2.6", "Yes! Two<|im_end|><|endoftext|>", "Yes! Two"),
+        ("idefics3", "Yes! <image>Two<|im_end|>", "Yes! Two"),
+    ],
+)
+def test_an_answer_keeps_its_exclamation_marks(load, name, words, expected) -> None:
+    """2.5 pads with one, which makes it a special token."""
+    mllm = load(name)
+    ids = mllm.tokenizer(words, add_special_tokens=False)["input_ids"]
+    assert mllm.decode(ids) == expected
 
 
 def gradients(mllm: Mllm) -> dict[str, torch.Tensor]:
@@ -429,11 +500,35 @@ def test_processors_of_video_models_stay_as_they_are(load) -> None:
         processor.check_argument_for_proper_class("tokenizer", "no tokeniser")
 
 
+@pytest.mark.parametrize("name", ["gemma3", "idefics3", "smolvlm", "qwen2_vl", "llava_next"])
+def test_pictures_are_prepared_by_pillow_where_torchvision_is(
+    name, folders, tmp_path, monkeypatch
+) -> None:
+    """The class named as on the hub, without a library's name."""
+    shutil.copytree(folders[name], tmp_path / "model")
+    for file in (tmp_path / "model").glob("*processor_config.json"):
+        file.write_text(file.read_text().replace("ImageProcessorPil", "ImageProcessor"))
+    asked = []
+
+    def resolve(backend, *_):
+        asked.append(backend)
+        return "pil"  # torchvision is not installed for the tests
+
+    monkeypatch.setattr(image_processing_auto, "_resolve_backend", resolve)
+    for module in (image_processing_auto, loading):
+        monkeypatch.setattr(module, "is_torchvision_available", lambda: True)
+    _, processor = loading._described(tmp_path / "model", False)
+    assert asked[-1] == "pil"
+    assert type(processor.image_processor).__name__.endswith("Pil")
+
+
 def test_lfm2_vl_prefers_its_own_image_processor(folders, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(families, "is_torchvision_available", lambda: True)
-    monkeypatch.setattr(families.AutoProcessor, "from_pretrained", asked.append)
-    families.FAMILIES["lfm2_vl"].processor(folders["lfm2_vl"])
+    monkeypatch.setattr(
+        families.AutoProcessor, "from_pretrained", lambda path, **_: asked.append(path)
+    )
+    families.FAMILIES["lfm2_vl"].processor(folders["lfm2_vl"], False)
     assert asked == [folders["lfm2_vl"]]
 
 
@@ -562,12 +657,73 @@ def test_naming_its_code_does_not_stand_in_for_an_entry(tmp_path) -> None:
         Mllm.load("x", folder)
 
 
-def test_code_beside_a_model_is_run_if_the_model_is_named(remote) -> None:
+PROCESSOR_CODE = """
+from pathlib import Path
+from transformers import {base}
+Path({mark!r}).touch()
+class Own{base}({base}):
+    pass
+"""
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm", "qwen2_vl", "lfm2_vl"])
+def test_code_beside_a_processor_is_not_run(name, folders, tmp_path, monkeypatch) -> None:
+    """Nor is the user asked for it, who may be a script that answers yes."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders[name], folder)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "m"))
+    base = "Idefics3ImageProcessorPil" if name != "lfm2_vl" else "Qwen2Tokenizer"
+    (folder / "own.py").write_text(PROCESSOR_CODE.format(base=base, mark=str(tmp_path / "mark")))
+    if name == "lfm2_vl":  # its pictures are read by what is built here
+        file, own = folder / "tokenizer_config.json", {"tokenizer_class": f"Own{base}"}
+        own["auto_map"] = {"AutoTokenizer": [f"own.Own{base}"] * 2}
+    else:
+        file, own = folder / "preprocessor_config.json", {"image_processor_type": f"Own{base}"}
+        own["auto_map"] = {"AutoImageProcessor": f"own.Own{base}"}
+        (folder / "processor_config.json").unlink(missing_ok=True)
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(settings | own))
+    with pytest.raises(UserError, match=r"^the processor of .* runs code of its own.*remote_code="):
+        Mllm.load(name, folder)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_code_beside_a_model_is_run_if_the_model_is_named(remote, caplog) -> None:
     mllm = Mllm.load("own", remote, rank=2, remote_code=str(remote))
+    warned = [record.getMessage() for record in caplog.records if record.name == "fedmllm"]
+    assert len(warned) == 1
+    assert str(remote) in warned[0]
+    assert "code that lies beside" in warned[0]
     assert (remote.parent / "mark").exists()
     assert type(mllm.base).__name__ == "OwnModel"
     items = encoded(mllm)
     assert len(mllm.generate(items, max_new_tokens=2)) == 3
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_model_files_are_told_in_words(case, tmp_path) -> None:
+    """As a plan tells of them (test_plan.py), where weights are about to be read."""
+    for file in Path(model_path("embedded")).iterdir():
+        if file.is_file() and file.name != "config.json":
+            shutil.copy(file, tmp_path / file.name)
+    (tmp_path / "config.json").write_text(BAD[case][0])
+    with pytest.raises(UserError, match=r"cannot load model|has no vision tower|unknown model"):
+        Mllm.load("mine", tmp_path)
+    with pytest.raises(UserError, match=r"cannot build model|has no vision tower|unknown model"):
+        Mllm.shapes("mine", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["minicpmv 2.6", "idefics3"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_processors_file_that_is_cut_short_is_told_in_words(
+    name, file, folders, tmp_path
+) -> None:
+    shutil.copytree(folders[name], tmp_path / "model")
+    bad = tmp_path / "model" / file
+    bad.write_text(bad.read_text()[:-40])
+    with pytest.raises(UserError, match=r"the processor of model .* cannot be read"):
+        Mllm.load("mine", tmp_path / "model")
 
 
 def test_an_entry_that_leaves_out_what_a_model_needs_is_refused(folders, monkeypatch) -> None:

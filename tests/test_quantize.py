@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from PIL import Image
 from tiny_models import TINY, make_model
 from torch import nn
@@ -33,12 +34,22 @@ SAMPLES = [
 ]
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
 @pytest.fixture(scope="module", params=sorted(TINY))
-def pair(request, tmp_path_factory) -> tuple[Mllm, Mllm]:
-    """A family's tiny model in float32 and in 4 bit."""
-    folder = make_model(request.param, tmp_path_factory.mktemp(request.param))
+def folder(request, tmp_path_factory) -> tuple[str, Path]:
+    """A family and its tiny model's folder."""
+    return request.param, make_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module", params=sorted(DTYPES))
+def pair(request, folder) -> tuple[Mllm, Mllm]:
+    """A family's tiny model whole and in 4 bit, with the same arithmetic."""
+    name, path = folder
     whole, packed = (
-        Mllm.load(request.param, folder, rank=2, quantization=how) for how in ("none", "nf4")
+        Mllm.load(name, path, rank=2, dtype=DTYPES[request.param], quantization=how)
+        for how in ("none", "nf4")
     )
     return whole, packed
 
@@ -53,6 +64,22 @@ def test_linear_layers_of_the_decoder_and_no_others_are_packed(pair):
         assert isinstance(module, Linear4bit) == (module in inside), module
     assert packed.parameter_counts() == whole.parameter_counts()
     assert packed.lora_modules() == whole.lora_modules()
+
+
+def test_what_is_not_packed_is_that_of_the_whole_model(pair):
+    """To the last bit; rotary frequencies stay in float32 beside bfloat16 weights."""
+    whole, packed = pair
+    plain, found = dict(whole.base.named_buffers()), dict(packed.base.named_buffers())
+    assert plain.keys() == found.keys()
+    assert any("inv_freq" in name and b.dtype == torch.float32 for name, b in plain.items())
+    for name, buffer in plain.items():
+        assert found[name].dtype == buffer.dtype, name
+        assert torch.equal(found[name], buffer), name
+    parameters = dict(packed.base.named_parameters())
+    for name, parameter in whole.base.named_parameters():
+        if ".lora_" not in name and not isinstance(parameters[name], Params4bit):
+            assert parameters[name].dtype == parameter.dtype, name
+            assert torch.equal(parameters[name], parameter), name
 
 
 def test_it_reads_nearly_as_the_whole_model_and_sees_the_same(pair):
@@ -109,6 +136,47 @@ def test_a_checkpoint_quantised_already_is_read_as_it_is(tmp_path):
     assert all(value.grad is not None for value in mllm.trainable.values())
 
 
+OTHERS = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("asked", ["none", "nf4"])
+@pytest.mark.parametrize("how", OTHERS)
+def test_a_checkpoint_quantised_otherwise_is_refused(tmp_path, how, asked):
+    """Before a weight is read: there is none."""
+    folder = Path(model_path("embedded"))
+    settings = json.loads((folder / "config.json").read_text())
+    for place in (settings, settings["text_config"]):
+        place["quantization_config"] = OTHERS[how]
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=f"is quantised by {how}, not to 4 bit by bitsandb"):
+            Mllm.load("x", tmp_path, quantization=asked)
+        del place["quantization_config"]
+
+
+def test_codes_that_are_stored_as_floats_stay_codes(tmp_path):
+    """bitsandbytes can keep its bytes under a floating dtype (`bnb_4bit_quant_storage`)."""
+    folder = make_model("qwen2_vl", tmp_path / "whole")
+    made = []
+    for storage in (torch.uint8, torch.bfloat16):
+        how = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_storage=storage,
+            llm_int8_skip_modules=["lm_head", "model.visual"],
+        )
+        packed = AutoModelForImageTextToText.from_pretrained(
+            folder, quantization_config=how, device_map={"": "cpu"}, dtype=torch.float32
+        )
+        settle(packed, torch.float32)
+        with torch.no_grad():
+            made.append(packed(input_ids=torch.arange(3, 30)[None]).logits)
+    assert torch.equal(*made)
+
+
 def test_a_plan_counts_the_bytes_of_packed_weights():
     path = model_path("embedded")
     base = Mllm.load("embedded", path, quantization="nf4").base
@@ -128,13 +196,18 @@ def test_what_is_kept_is_named_by_its_largest_modules():
     assert kept_modules(mllm.base) == kept
 
 
-def test_without_the_package_the_message_says_what_to_install(monkeypatch):
+def test_without_the_package_the_message_says_what_to_install(monkeypatch, tmp_path):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
     )
     with pytest.raises(UserError, match=r"pip install 'fedmllm\[4bit\]'"):
         Mllm.load("embedded", Path(model_path("embedded")), quantization="nf4")
+    settings = json.loads((Path(model_path("embedded")) / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"in 4 bit, needs .* pip install 'fedmllm\[4bit\]'"):
+        Mllm.load("x", tmp_path)
 
 
 def test_packing_in_memory_is_reading_in_4_bit(tmp_path) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -42,7 +43,7 @@ from fedmllm.data.dataset import Dataset
 from fedmllm.data.images import ArchiveImage, EncodedImage, ImageFile
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
-from fedmllm.evaluation import TestSet, mean_over, modality_alignment
+from fedmllm.evaluation import CONDITIONS, TestSet, mean_over, modality_alignment
 from fedmllm.federation import (
     InProcessRunner,
     RoundRecord,
@@ -77,6 +78,7 @@ CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 ANSWERS_FILE = "answers.jsonl"
 GROUPS = "groups"  # in a round's line: of clients that shared a pass, and how many still may
+SHORTENED_FILE = "shortened.json"  # ids of all samples whose text was
 VERDICTS_FILE = "verdicts.jsonl"  # replies of a judge, which may have been paid for
 # what a run writes; a folder with anything else is never overwritten
 WRITTEN = (
@@ -86,6 +88,7 @@ WRITTEN = (
     "state",
     "adapter",
     "answers.jsonl*",
+    f"{SHORTENED_FILE}*",
     "result.json*",
     "judged.json*",
     VERDICTS_FILE,
@@ -120,6 +123,7 @@ class Shared:
     mllm: Mllm
     datasets: dict[str, Dataset] = field(default_factory=dict)
     tests: Recent[str, TestSet] = field(default_factory=lambda: Recent(TEST_SETS, lambda _: 1))
+    checked: set[tuple[Any, ...]] = field(default_factory=set)
     encoded: Recent[tuple[Any, ...], Encoded] = field(
         default_factory=lambda: Recent(
             ENCODED_TOKENS, lambda item: len(item) + sum(map(len, item.options))
@@ -180,6 +184,19 @@ class Shared:
             long_text=config.training.long_text,
         )
         return replace(encoded, complete=heterogeneity.is_complete(sample))
+
+    def check(self, config: Config, task: Task, samples: Iterable[Sample]) -> None:
+        """Raise the `UserError` for the first sample that could not be encoded when its turn
+        comes; each is looked at once."""
+        length, long_text = config.training.max_length, config.training.long_text
+        for sample in samples:
+            held = (sample.id, sample.image is None, sample.text is None)
+            key = (*held, config.prompt, length, long_text, self.data_key(config))
+            if key in self.checked:
+                continue
+            prompted = render(sample, task, config.prompt)
+            self.mllm.check(prompted, max_length=length, long_text=long_text)
+            self.checked.add(key)
 
     def with_views(self, config: Config, task: Task, sample: Sample, whole: Encoded) -> Encoded:
         """With its masked views, where the strategy reads them."""
@@ -260,6 +277,7 @@ def run(
         check_enough(algorithm.aggregation, size, f"a round has {size} of {parties} clients")
     if resume:
         _check_manifest(folder / MANIFEST_FILE, held)
+    check_samples(config, shared, dataset, held)
     make_folder(folder, config, overwrite=overwrite)  # only now: bad input has lost nothing
     manifest.save(held, folder / MANIFEST_FILE)
     session = Session(
@@ -290,6 +308,8 @@ def run(
     result = make_result(session, held, outcomes, time.perf_counter() - began)
     if config.evaluation.held_out:
         result["held_out"] = _held_out(session, own_samples(config, dataset, held)[1], outcomes)
+    if cut := shortened_ids(session):
+        results.write_json(folder / SHORTENED_FILE, cut)
     write_result(folder, result, outcomes, dataset)
     _tell(
         session,
@@ -485,6 +505,21 @@ def own_samples(
         train[client] = [sample for sample in samples if sample.id not in kept]
         out[client] = [sample for sample in samples if sample.id in kept]
     return train, out
+
+
+def check_samples(
+    config: Config, shared: Shared, dataset: Dataset, held: manifest.Manifest
+) -> None:
+    """Refuse a run with a sample that would stop it in the middle: too long, or with an image file
+    that cannot be read. Raises `UserError`, which names it."""
+    train, out = own_samples(config, dataset, held)
+    pools = [*train.values()] if config.topology != "zero-shot" else []
+    pools += out.values()
+    shared.check(config, dataset.task, itertools.chain(*pools))
+    for condition in config.evaluation.conditions:
+        image, text = CONDITIONS[condition]
+        masked = (sample.masked(keep_image=image, keep_text=text) for sample in dataset.test)
+        shared.check(config, dataset.task, masked)
 
 
 def federations(config: Config, dataset: Dataset, held: manifest.Manifest) -> list[Federation]:
@@ -857,6 +892,11 @@ def save_adapter(session: Session, outcomes: list[Outcome]) -> None:
         results.write_json(folder / ADAPTER_FACTS, facts)
 
 
+def shortened_ids(session: Session) -> list[str]:
+    """Ids of the samples that a run has read with shortened text, sorted."""
+    return sorted(session.shortened | session.test.shortened())
+
+
 def make_result(
     session: Session, held: manifest.Manifest | None, outcomes: list[Outcome], seconds: float
 ) -> dict[str, Any]:
@@ -900,8 +940,8 @@ def make_result(
         asked = config.training.clients_at_once
         if found[-1] < asked:  # memory did not suffice
             result["clients_at_once"] = {"asked": asked, "fitted": found[-1]}
-    if cut := session.shortened | session.test.shortened():
-        result["shortened"] = {"samples": len(cut), "first": sorted(cut)[:5]}
+    if cut := shortened_ids(session):
+        result["shortened"] = {"samples": len(cut), "first": cut[:5]}
     if outcomes[0].heterogeneity:
         up, down = outcomes[0].once
         result["heterogeneity"] = {**outcomes[0].heterogeneity, "bytes": {"up": up, "down": down}}

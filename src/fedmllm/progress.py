@@ -77,7 +77,9 @@ class RunProgress:
         elif event["event"] == "done" and event.get("shortened"):
             cut = event["shortened"]
             self.console.print(
-                f"{cut['samples']} samples were too long and shortened, e.g. {cut['first'][0]}"
+                f"{cut['samples']} samples were too long and shortened, e.g. {cut['first'][0]}; "
+                "all ids: shortened.json in the run folder",
+                soft_wrap=True,
             )
 
     def _round(self, event: Mapping[str, Any]) -> None:

@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer, Idefics3Processor, Lfm2VlProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    Idefics3Processor,
+    Lfm2VlProcessor,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import is_torchvision_available
 
@@ -72,7 +78,8 @@ class Family:
     """What a family needs beyond features of its images.
 
     read: how its processor is asked for one image.
-    processor: builds its processor from a folder where `AutoProcessor` cannot.
+    processor: builds its processor from a folder where `AutoProcessor` cannot; its second argument
+    says whether code in that folder may be run.
     image_inputs: what its processor says of an image that its language model must also be given.
     token_types: name of the input that tells token positions apart, and how it is filled.
     chat_template: Jinja; used if the checkpoint's processor has none.
@@ -81,7 +88,7 @@ class Family:
     """
 
     read: Reader = by_replacement
-    processor: Callable[[str | Path], Any] | None = None
+    processor: Callable[[str | Path, bool], Any] | None = None
     image_inputs: tuple[str, ...] = ()
     token_types: tuple[str, TokenTypes] | None = None
     chat_template: str | None = None
@@ -89,23 +96,27 @@ class Family:
     connector: tuple[str, ...] = ()
 
 
-def _smolvlm(path: str | Path) -> Any:
+def _smolvlm(path: str | Path, trust: bool) -> Any:
     """SmolVLM's own processor spells out frame counts of videos, for which it wants num2words.
 
     Its treatment of images is that of Idefics3, which it descends from.
     """
-    return Idefics3Processor.from_pretrained(path)
+    processor = Idefics3Processor.from_pretrained(path, trust_remote_code=trust)
+    processor.image_processor = AutoImageProcessor.from_pretrained(
+        path, trust_remote_code=trust, backend="pil"
+    )
+    return processor
 
 
-def _lfm2_vl(path: str | Path) -> Any:
+def _lfm2_vl(path: str | Path, trust: bool) -> Any:
     """LFM2-VL's own image processor where torchvision is installed, else ours on Pillow."""
     if is_torchvision_available():
-        return AutoProcessor.from_pretrained(path)
+        return AutoProcessor.from_pretrained(path, trust_remote_code=trust)
     settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
     parts, _ = Lfm2VlProcessor.get_processor_dict(path)
     return Lfm2VlProcessor(
         Lfm2Images.of(settings),
-        AutoTokenizer.from_pretrained(path),
+        AutoTokenizer.from_pretrained(path, trust_remote_code=trust),
         chat_template=parts.get("chat_template"),
     )
 

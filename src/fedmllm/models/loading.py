@@ -6,12 +6,16 @@ that lies beside a checkpoint is run unless the model is named for it.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+import logging as python_logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -21,18 +25,35 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     ProcessorMixin,
+    dynamic_module_utils,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import PushToHubMixin, logging
+from transformers.utils import PushToHubMixin, is_torchvision_available, logging
 
 from fedmllm.errors import UserError
 from fedmllm.models import minicpmv
 from fedmllm.models.families import FAMILIES, Family, family_of
-from fedmllm.models.quantize import nf4, settle
+from fedmllm.models.quantize import check_quantised, nf4, packed_already, settle
 
-_UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+_LOG = python_logging.getLogger("fedmllm")
+# what transformers raises for a checkpoint's files that are not as they should be
+BAD_FILES = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    ArithmeticError,
+    IndexError,
+    AssertionError,
+    StopIteration,
+    SafetensorError,
+    StrictDataclassError,
+)
 # inputs of a forward pass that only a family's entry can fill
 _SPECIAL = ("image_grid_thw", "mm_token_type_ids", "token_type_ids")
 
@@ -48,15 +69,15 @@ def load_base(
     """The frozen base and its processor, offline if `path` is a folder.
 
     quantization: ``none``, or ``nf4`` to read the decoder's linear layers in 4 bit; a checkpoint
-    that is quantised already stays as it is. remote_code: the model whose own code may be run; it
-    must be `path`, word for word.
+    that bitsandbytes quantised to 4 bit stays as it is. remote_code: the model whose own code may
+    be run; it must be `path`, word for word, and a warning says so.
     Raises `UserError` if the model cannot be read, takes no images, or has code of its own.
     """
-    trust = remote_code is not None and str(remote_code) == str(path)
+    trust = _trusted(path, remote_code)
     try:
         config, processor = _described(path, trust)
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust}
-        quantised = getattr(config, "quantization_config", None) is not None
+        quantised = bool(packed_already(config))
         if quantization == "nf4" and not quantised:
             options["quantization_config"] = nf4(config, dtype=dtype, trust=trust)
             quantised = True
@@ -65,9 +86,8 @@ def load_base(
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except _UNREADABLE as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"cannot load model {str(path)!r}: {first}") from error
+    except BAD_FILES as error:
+        raise UserError(f"cannot load model {str(path)!r}: {first_line(error)}") from error
     model, found = loaded
     _check_tensors(path, found)
     _check_tokenizer(path, model, processor)
@@ -90,20 +110,38 @@ def shape_base(
 
     Raises `UserError` as `load_base` does, but for what is wrong with the weights.
     """
-    trust = remote_code is not None and str(remote_code) == str(path)
+    trust = _trusted(path, remote_code)
     try:
         config, processor = _described(path, trust)
         with torch.device("meta"):
             model: Any = AutoModelForImageTextToText.from_config(
                 config, dtype=dtype, trust_remote_code=trust
             )
-    except _UNREADABLE as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"cannot build model {str(path)!r}: {first}") from error
+    except BAD_FILES as error:
+        raise UserError(f"cannot build model {str(path)!r}: {first_line(error)}") from error
     _check_tokenizer(path, model, processor)
     _check_class(path, type(model), family(config))
     model.requires_grad_(False)
     return model.eval(), processor
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, with its kind where the words alone say too little."""
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else repr(error)
+    return first if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first}"
+
+
+def _trusted(path: str | Path, remote_code: str | None) -> bool:
+    """Whether the code beside a checkpoint may be run, with a warning where it may."""
+    if remote_code is None or str(remote_code) != str(path):
+        return False
+    _LOG.warning(
+        "remote_code: code that lies beside model %r is run with all rights of this process; it "
+        "can read your data",
+        str(path),
+    )
+    return True
 
 
 def _described(path: str | Path, trust: bool) -> tuple[Any, Any]:
@@ -114,7 +152,17 @@ def _described(path: str | Path, trust: bool) -> tuple[Any, Any]:
     _check_code(path, settings, trust)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     _check_config(path, config)
-    processor = _processor(path, config, trust)
+    try:
+        with _never_asked():
+            processor = _processor(path, config, trust)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises plain `Exception` for a file that is cut short
+        if "custom code" in str(error):
+            raise UserError(_runs_code(path, f"the processor of {str(path)!r}")) from error
+        raise UserError(
+            f"the processor of model {str(path)!r} cannot be read: {first_line(error)}"
+        ) from error
     _check_processor(path, processor)
     return config, processor
 
@@ -135,15 +183,32 @@ def _check_code(path: str | Path, settings: dict[str, Any], trust: bool) -> None
     """Refuse a model that can only be built by running code from its own folder."""
     kind = settings.get("model_type")
     if "auto_map" in settings and kind not in CONFIG_MAPPING and not trust:
-        raise UserError(
-            f"model {str(path)!r} (type {kind!r}) runs code of its own, which could read your "
-            "data: use a model that transformers knows, or, if you trust that code, name the "
-            f"model in remote_code: remote_code={str(path)!r}"
-        )
+        raise UserError(_runs_code(path, f"model {str(path)!r} (type {kind!r})"))
+
+
+def _runs_code(path: str | Path, what: str) -> str:
+    return (
+        f"{what} runs code of its own, which could read your data: use a model that transformers "
+        "knows, or, if you trust that code, name the model in remote_code: "
+        f"remote_code={str(path)!r}"
+    )
+
+
+@contextlib.contextmanager
+def _never_asked() -> Iterator[None]:
+    """Where transformers is not told whether to run code, it asks at the terminal, as the last
+    resort of `AutoProcessor` does even where it is told: with no time to answer, it refuses."""
+    given = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = given
 
 
 def _check_config(path: str | Path, config: Any) -> None:
     """Refuse a model without images, or without an entry; its own code is judged when loaded."""
+    check_quantised(path, config)
     if _own_code(config):
         return
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -233,11 +298,14 @@ def _processor(path: str | Path, config: Any, trust: bool) -> Any:
     entry = family(config)
     known: Any = PROCESSOR_MAPPING.get(type(config), None)
     if entry.processor is not None:
-        processor = entry.processor(path)
+        processor = entry.processor(path, trust)
     elif known is not None and "video_processor" in known.get_attributes():
-        processor = _without_video(known, path)
+        processor = _without_video(known, path, trust)
     else:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust)
+        if is_torchvision_available() and getattr(processor, "image_processor", None) is not None:
+            # it takes torchvision's where that is installed, whose pixels differ from Pillow's
+            processor.image_processor = _on_pillow(path, trust)
     if not getattr(processor, "chat_template", None):
         processor.chat_template = entry.chat_template
     return processor
@@ -260,7 +328,13 @@ class _NoVideo(PushToHubMixin):
             raise AttributeError(name)
 
 
-def _without_video(known: type[ProcessorMixin], path: str | Path) -> Any:
+def _on_pillow(path: str | Path, trust: bool) -> Any:
+    """A checkpoint's image processor on Pillow, so that pictures become the same numbers with and
+    without torchvision; another only where it has none on Pillow."""
+    return AutoImageProcessor.from_pretrained(path, trust_remote_code=trust, backend="pil")
+
+
+def _without_video(known: type[ProcessorMixin], path: str | Path, trust: bool) -> Any:
     """A processor of the class `known` that never loads a video processor.
 
     Built alike with and without torchvision; the class itself is left as it is.
@@ -273,8 +347,8 @@ def _without_video(known: type[ProcessorMixin], path: str | Path) -> Any:
             return super().check_argument_for_proper_class(argument_name, argument)
 
     parts: dict[str, Callable[..., Any]] = {
-        "image_processor": AutoImageProcessor.from_pretrained,
-        "tokenizer": AutoTokenizer.from_pretrained,
+        "image_processor": partial(_on_pillow, trust=trust),
+        "tokenizer": partial(AutoTokenizer.from_pretrained, trust_remote_code=trust),
         "video_processor": lambda _: _NoVideo(),
     }
     ImagesOnly.__name__ = known.__name__

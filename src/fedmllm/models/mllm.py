@@ -19,11 +19,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from fedmllm.data.images import MemoryImage
 from fedmllm.data.sample import ImageSource, Sample
 from fedmllm.errors import UserError, unknown
 from fedmllm.models.components import (
@@ -137,6 +140,9 @@ class Mllm:
         self.component_of = components_of(model, self.trainable)
         self.layer_of, self.num_layers = layers_of(self.base, self.trainable)
         self.specials = sorted(_special_words(processor) - {*self.family.ordinary})
+        self._hidden = {*self.tokenizer.convert_tokens_to_ids(self.specials)}
+        self._around = self._drawn = 0
+        self._unseen_sizes: dict[tuple[int, int], ImageFeatures] = {}
         self._answers: dict[str, tuple[int, ...]] = {}
         self._image_id: int = self.base.config.image_token_id
         self._lead = _lead(self.tokenizer)
@@ -310,6 +316,55 @@ class Mllm:
             raise UserError(self._too_long(encoded, max_length, long_text))
         return encoded
 
+    def check(
+        self, prompted: Prompted, *, max_length: int = 1200, long_text: str = "refuse"
+    ) -> None:
+        """Raise the `UserError` that `encode` would for a sample's text, length or image file,
+        without the vision tower: what a round would stumble on is known before the first.
+
+        What is surely short is not tokenised. How many tokens an image becomes is asked of the
+        processor once for each size in pixels; of drawn images the first stands for all where
+        text is short.
+        """
+        self._check_words(prompted)
+        sample = prompted.sample
+        if not sample.image or isinstance(sample.image, MemoryImage):
+            drawn = self._drawn_tokens(sample.image) if sample.image else 0
+            if self._at_most(prompted) + drawn <= max_length:
+                return
+        if sample.image is not None:
+            with self._named(sample.id):
+                given = GivenFeatures("unseen", self._unseen(sample.image.open()))
+            prompted = replace(prompted, sample=replace(sample, image=given))
+        self.encode(prompted, max_length=max_length, long_text=long_text)
+
+    def _at_most(self, prompted: Prompted) -> int:
+        """A bound on the tokens of a conversation without an image: one for each byte of its words,
+        and for each turn what the chat template writes around an empty one."""
+        if self._around == 0:
+            whole = self._render(_messages((("?", _MARK),), closed=True))
+            opening = self._render(_messages((("?", ""),)), add_generation_prompt=True)
+            self._around = len(whole.encode()) + len(opening.encode())
+        said = sum(len(word.encode()) for word in itertools.chain(*prompted.turns))
+        option = max((len(word.encode()) for word in prompted.options), default=0)
+        return said + option + len(prompted.turns) * self._around
+
+    def _drawn_tokens(self, image: ImageSource) -> int:
+        """Tokens of the first drawn image that was asked for."""
+        if self._drawn == 0:
+            words = self._unseen(image.open()).words
+            self._drawn = len(self.tokenizer(words, add_special_tokens=False)["input_ids"])
+        return self._drawn
+
+    def _unseen(self, picture: Image.Image) -> ImageFeatures:
+        """The words of an image as the processor writes them, with features of width 0."""
+        if picture.size not in self._unseen_sizes:
+            words, _ = self.family.read(self.processor, picture)
+            ids = self.tokenizer(words, add_special_tokens=False)["input_ids"]
+            rows = torch.empty(ids.count(self._image_id), 0)
+            self._unseen_sizes[picture.size] = ImageFeatures(words, rows)
+        return self._unseen_sizes[picture.size]
+
     def _encoded(self, prompted: Prompted) -> Encoded:
         sample = prompted.sample
         text = self._render(_messages(prompted.turns), add_generation_prompt=True)
@@ -324,8 +379,13 @@ class Mllm:
 
     def _image_of(self, sample: str, source: ImageSource) -> ImageFeatures:
         """An image's features; what its processor refuses (a strip of 1 x 1000) is named."""
-        try:
+        with self._named(sample):
             return self.image_features(source)
+
+    @contextlib.contextmanager
+    def _named(self, sample: str) -> Iterator[None]:
+        try:
+            yield
         except (ValueError, ZeroDivisionError) as error:
             first = str(error).strip().splitlines()[0]
             raise UserError(
@@ -602,7 +662,7 @@ class Mllm:
         self, items: Sequence[Encoded], *, max_new_tokens: int = 16, batch_size: int = 64
     ) -> list[str]:
         """Greedy answers, each distinct question once. Batches are padded on the left, as
-        generation needs."""
+        generation needs. What a checkpoint's generation_config.json prefers is not asked."""
         self.model.eval()
         asked, place = _distinct(items)
         answers = [""] * len(asked)
@@ -610,18 +670,23 @@ class Mllm:
         for chunk in by_length(asked, batch_size):
             batch = [asked[i] for i in chunk]
             inputs = self._inputs(batch, [item.prompt for item in batch], left=True)
-            made = self.base.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=stop,
-                pad_token_id=self._pad_id,
-            )
-            new = made[:, inputs["input_ids"].shape[1] :]
-            texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-            for index, text in zip(chunk, texts, strict=True):
-                answers[index] = text.strip()
+            with _without_preferences(self.base):
+                made = self.base.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=stop,
+                    pad_token_id=self._pad_id,
+                )
+            new = made[:, inputs["input_ids"].shape[1] :].tolist()
+            for index, row in zip(chunk, new, strict=True):
+                answers[index] = self.decode(row)
         return [answers[i] for i in place]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The words of an answer, without special tokens but those that are ordinary words to the
+        family (MiniCPM-V-2.5 pads with an exclamation mark)."""
+        return self.tokenizer.decode([i for i in ids if i not in self._hidden]).strip()
 
     def _logits(
         self,
@@ -725,6 +790,17 @@ class Mllm:
                 yield
             finally:
                 self.model.eval()
+
+
+@contextlib.contextmanager
+def _without_preferences(base: Any) -> Iterator[None]:
+    """Generation asks for nothing but what it is told: a checkpoint may prefer a penalty on
+    repeated words or several beams, and its answers would not be greedy."""
+    given, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = given
 
 
 def by_length(items: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:

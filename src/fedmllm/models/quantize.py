@@ -9,6 +9,8 @@ Dettmers et al., "QLoRA", NeurIPS 2023: normal float 4, double quantisation.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +26,7 @@ def nf4(config: Any, *, dtype: torch.dtype, trust: bool = False) -> BitsAndBytes
 
     Raises `UserError` if bitsandbytes is not installed or the model has nothing to quantise.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "model.quantization nf4 needs the package bitsandbytes: pip install 'fedmllm[4bit]'"
-        )
+    _need_package("model.quantization nf4")
     with torch.device("meta"):
         skeleton = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust)
     return BitsAndBytesConfig(
@@ -37,6 +36,39 @@ def nf4(config: Any, *, dtype: torch.dtype, trust: bool = False) -> BitsAndBytes
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=kept_modules(skeleton),
     )
+
+
+def packed_already(config: Any) -> dict[str, Any]:
+    """How a checkpoint says that it is quantised; empty if it is not."""
+    for each in (config, config.get_text_config(decoder=True)):
+        found = getattr(each, "quantization_config", None)
+        if found is not None:
+            return dict(found if isinstance(found, Mapping) else found.to_dict())
+    return {}
+
+
+def check_quantised(path: str | Path, config: Any) -> None:
+    """Refuse a checkpoint that is quantised in another way than to 4 bit by bitsandbytes.
+
+    Adapters are trained on those and on whole weights only: in other ways of packing, scales lie
+    beside the weights, and without them a model says nothing.
+    """
+    found = packed_already(config)
+    if not found:
+        return
+    if not found.get("load_in_4bit"):
+        how = found.get("quant_method") or "an unnamed method"
+        raise UserError(
+            f"model {str(path)!r} is quantised by {getattr(how, 'value', how)}, not to 4 bit by "
+            "bitsandbytes, which alone can be trained on: use the weights that are not "
+            "quantised, with model.quantization=nf4 for 4 bit"
+        )
+    _need_package(f"model {str(path)!r}, which is in 4 bit,")
+
+
+def _need_package(what: str) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{what} needs the package bitsandbytes: pip install 'fedmllm[4bit]'")
 
 
 def kept_modules(base: Any) -> list[str]:
@@ -98,15 +130,18 @@ def pack(base: Any, dtype: torch.dtype) -> None:
 def settle(model: nn.Module, dtype: torch.dtype) -> None:
     """Make a model that was read in 4 bit fit to train, in place.
 
-    What is not packed takes one `dtype`, whatever mixture the checkpoint had. And bitsandbytes is
-    kept from packing weights once more when a model is first evaluated on some CPUs: those have
-    no backward pass, and training goes on after a test.
+    Parameters that are not packed take one `dtype`, whatever mixture the checkpoint had. Buffers
+    stay as they are, as in a model that is not packed: rotary frequencies in bfloat16 would be
+    off by a radian at distant tokens. And bitsandbytes is kept from packing weights once more
+    when a model is first evaluated on some CPUs: those have no backward pass, and training goes
+    on after a test.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+    for parameter in model.parameters():
+        # packed weights may be stored under a floating dtype: their bytes are codes, not values
+        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
+            parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -34,24 +33,11 @@ from fedmllm.models.components import (
     tower_of,
 )
 from fedmllm.models.families import Family, family_of
+from fedmllm.models.loading import BAD_FILES, first_line
 from fedmllm.models.lora import adapter_parameters, decoder_of
 from fedmllm.plan.images import read_settings
 
 PARTS = ("vision tower", "connector", "embeddings", "language model", "output head")
-_BAD_CONFIG = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    ArithmeticError,
-    IndexError,
-    AssertionError,
-    StopIteration,
-    StrictDataclassError,
-)
 
 
 @dataclass(frozen=True)
@@ -130,9 +116,9 @@ def build_skeleton(
                 alpha=alpha,
                 dropout=dropout,
             )
-    except _BAD_CONFIG as error:
+    except BAD_FILES as error:
         raise UserError(
-            f"no model can be built from {Path(path) / 'config.json'}: {_line(error)}"
+            f"no model can be built from {Path(path) / 'config.json'}: {first_line(error)}"
         ) from error
     trained = adapter_parameters(adapted)
     adapter = {name: torch.empty(p.shape, device="meta") for name, p in trained.items()}
@@ -166,14 +152,9 @@ def _read_config(path: str | Path) -> Any:
     minicpmv.register()
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _BAD_CONFIG as error:
-        raise UserError(f"{file} cannot be read as a model's config: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    first = text.splitlines()[0] if text else repr(error)
-    return first if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first}"
+    except BAD_FILES as error:
+        why = first_line(error)
+        raise UserError(f"{file} cannot be read as a model's config: {why}") from error
 
 
 def _mapping(value: Any) -> dict[str, Any]:
