@@ -49,7 +49,7 @@ def does(config: Config, samples: dict[str, list[Any]], classes: int) -> dict[st
     }
 
 
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("seed", [0, 4])
 @pytest.mark.parametrize("dataset", ["crisis", "medical", "memes"])
 @pytest.mark.parametrize("grid", ["strategies", "strategies-large"])
 def test_shared_cells_are_identities(grid, dataset, seed) -> None:
