@@ -16,18 +16,12 @@ from strategy_tables import (
     sure_ones,
 )
 
+from fedmllm.report import facts
 from fedmllm.report.arms import METHODS
 from fedmllm.report.statistics import ENOUGH
 
-NAMES = METHODS | {
-    "fedavg": "FedAvg",
-    "fedprox": "FedProx",
-    "fedavgm": "FedAvgM",
-    "fedadagrad": "FedAdagrad",
-    "fedadam": "FedAdam",
-    "fedyogi": "FedYogi",
-}
-METRICS = {"memes": "AUC", "crisis": "macro-F1", "medical": "accuracy"}
+NAMES = METHODS | facts.ALGORITHMS
+METRICS = {"memes": "auc", "crisis": "macro_f1", "medical": "accuracy"}
 Place = tuple[str, str, str]  # method, strategy, scenario
 WITH = {"prompt": " + prompt", "paper": " + prompt + regularisation"}
 
@@ -67,7 +61,7 @@ def scenario_table(study: Study) -> str:
 
 def _note(tasks: Sequence[str], found: Mapping[Place, Mapping[int, float]], compared: int) -> str:
     seeds = min(len(values) for values in found.values())
-    metrics = ", ".join(f"{METRICS[task]} of {task}" for task in tasks)
+    metrics = ", ".join(f"{facts.METRICS[METRICS[task]]} of {task}" for task in tasks)
     words = (
         f"Means over tasks ({metrics}) and over the settings of a scenario; seeds: {seeds}"
         f"{', ± half of the 95 % interval' * (seeds > 1)}. "

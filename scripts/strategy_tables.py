@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from fedmllm.bench.grid import load_grid
 from fedmllm.config import config_hash
-from fedmllm.report import load_results
+from fedmllm.report import facts, load_results
 from fedmllm.report.figures import RC, svg
 from fedmllm.report.loading import config_digest
 from fedmllm.report.statistics import ENOUGH, LEVEL, holm, mean_and_half, paired_p
@@ -380,39 +380,25 @@ def drift_table(study: Study) -> str:
     """How far clients drift apart and how alike the modalities are: cosine between updates of
     clients, their dispersion, the cosine between their class prototypes (means over rounds), and
     that of masked to whole representations; means over settings."""
+    heads = ("updates", "dispersion", "prototypes", "no image", "no text")
     lines = []
     for dataset, method in study.arms():
-        masked = [_masked(condition) for condition in tested(study, dataset)[1:]]
-        parts = [*map(_measured, DRIFT), *masked]
+        parts = [*map(_drift, facts.DRIFT.values())]
+        parts += [_drift(facts.nearness(c, "cosine")) for c in tested(study, dataset)[1:]]
         for scenario in SCENARIOS:
             for strategy in study.ran(dataset, method):
                 place = (dataset, study.of(scenario), method, strategy)
                 if study.shared(dataset, scenario, method, strategy):
                     continue
                 cells = [shown([*study.values(*place, p).values()], sign=False) for p in parts]
-                cells += ["–"] * (len(DRIFT) + 2 - len(cells))
+                cells += ["–"] * (len(heads) - len(cells))
                 if set(cells) != {"–"}:
                     lines.append([dataset, method, scenario, strategy, *cells])
-    heads = ("updates", "dispersion", "prototypes", "no image", "no text")
     return markdown(("task", "method", "scenario", "strategy"), heads, lines)
 
 
-DRIFT = ("drift_cosine", "drift_dispersion", "drift_prototype_cosine")
-
-
-def _measured(key: str) -> Part:
-    """The mean over the rounds that have it."""
-
-    def of(result: Mapping[str, Any]) -> float | None:
-        rows = [line.get("measured", {}).get(key) for line in result["history"]]
-        known = [value for value in rows if value is not None]
-        return statistics.fmean(known) if known else None
-
-    return of
-
-
-def _masked(condition: str) -> Part:
-    return lambda r: r.get("modality_alignment", {}).get(condition, {}).get("cosine")
+def _drift(name: str) -> Part:
+    return lambda result: facts.drift(result).get(name)
 
 
 # -- the figure ----------------------------------------------------------------------------------

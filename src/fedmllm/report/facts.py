@@ -257,8 +257,14 @@ def drift(result: Result) -> dict[str, float]:
     for condition, measured in (lookup(result, "modality_alignment") or {}).items():
         for name in ("cosine", "distance"):
             if _is_finite(value := lookup({"": measured}, "", name)):
-                found[f"{name} to whole, {condition_name(condition)}"] = value
+                found[nearness(condition, name)] = value
     return found
+
+
+def nearness(condition: str, measure: str) -> str:
+    """The name in `drift` of how near samples masked by a condition are to whole ones. measure:
+    ``cosine`` or ``distance``."""
+    return f"{measure} to whole, {condition_name(condition)}"
 
 
 def _is_finite(value: Any) -> bool:
