@@ -64,7 +64,7 @@ def _note(tasks: Sequence[str], found: Mapping[Place, Mapping[int, float]], comp
     metrics = ", ".join(f"{facts.METRICS[METRICS[task]]} of {task}" for task in tasks)
     words = (
         f"Means over tasks ({metrics}) and over the settings of a scenario; seeds: {seeds}"
-        f"{', ± half of the 95 % interval' * (seeds > 1)}. "
+        f"{', ± half of the 95 % interval' * (seeds >= ENOUGH)}. "
     )
     if seeds < ENOUGH:
         return words + f"Fewer than {ENOUGH} seeds: no difference is called sure."

@@ -23,7 +23,7 @@ from fedmllm.config import config_hash
 from fedmllm.report import facts, load_results
 from fedmllm.report.figures import RC, svg
 from fedmllm.report.loading import config_digest
-from fedmllm.report.statistics import ENOUGH, LEVEL, holm, mean_and_half, paired_p
+from fedmllm.report.statistics import ENOUGH, LEVEL, holm, interval, mean_and_half, paired_p
 
 ROOT = Path(__file__).resolve().parent.parent
 NONE = "*Not run yet.*"
@@ -174,11 +174,11 @@ def tested(study: Study, dataset: str) -> tuple[str, ...]:
 def shown(
     values: Sequence[float], *, sign: bool = True, sure: bool = False, counted: bool = False
 ) -> str:
-    """Mean and half width; bold where it is sure not to be zero; the number of seeds if it is not
-    five and `counted`."""
+    """Mean and, of five seeds or more, half width; bold where it is sure not to be zero; the number
+    of seeds if it is not five and `counted`."""
     if not values:
         return "–"
-    mean, half = mean_and_half(values)
+    mean, half = interval(values)
     text = f"{mean:+.3f}" if sign else f"{mean:.3f}"
     if half is not None:
         text += f" ± {half:.3f}"
