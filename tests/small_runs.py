@@ -56,6 +56,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "scenario": {"name": "missing", "beta": 0.3},
     },
     "mixtures": {"strategy": {"recombine": 1.0, "mixtures": 2}, "scenario": "cross"},
+    "evidence": {
+        "strategy": {"recombine": 1.0, "evidence": 1.0},
+        "scenario": {"name": "missing", "beta": 0.3},
+        "data": {"name": "crisis", "train": 48, "test": 8, "classes": 4},
+    },
     "fusion": {"strategy": {"fusion": 1.0}, "scenario": {"name": "missing", "beta": 0.3}},
     "crisis": {"data": {"name": "crisis", "train": 16, "test": 8}},
     "median": {"aggregation": "median", "algorithm": {"name": "fedadam", "eta": 0.01}, **FIVE},

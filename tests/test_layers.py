@@ -28,6 +28,7 @@ LAYERS = [
         "cohort",
         "drift",
         "evaluation",
+        "evidence",
         "mixtures",
         "recombination",
         "strategies",

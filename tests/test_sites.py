@@ -944,6 +944,7 @@ def test_settings_of_a_machine(tmp_path) -> None:
     for name, strategy in {
         "fusion": {"fusion": 1.0},
         "mixtures": {"recombine": 1.0, "mixtures": 2},
+        "evidence": {"recombine": 1.0, "evidence": 2.0},
     }.items():
         kit = make_kits(tmp_path / name, experiment(strategy=strategy))[SITES[0]]
         with pytest.raises(UserError, match=f"strategy.{name} works in one process only"):

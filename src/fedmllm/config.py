@@ -133,7 +133,7 @@ _SWITCH = {  # a key of the strategy section that means nothing while another is
     **dict.fromkeys(("w", "weight", "edge_layers"), "mu"),
     **dict.fromkeys(("prototype_loss", "temperature", "momentum"), "prototypes"),
     "distillation_target": "distillation",
-    "mixtures": "recombine",
+    **dict.fromkeys(("mixtures", "evidence"), "recombine"),
 }
 
 
@@ -145,7 +145,8 @@ class StrategySection(_Section):
     sampling (above 0: less of the parties that diverge; 0: off). Alignment: prototypes,
     prototype_loss, temperature, momentum; distillation, distillation_target; views; incomplete.
     Composition of epochs: recombine and resample, shares of samples that lack a modality;
-    mixtures, images in one (0: none). Tests: fusion.
+    mixtures, images in one (0: none); evidence, standard errors above chance at which a modality
+    may be filled in (0: any may). Tests: fusion.
     """
 
     mu: float = Field(0.0, ge=0, le=_HUGE)
@@ -166,6 +167,7 @@ class StrategySection(_Section):
     recombine: float = Field(0.0, ge=0, le=1)
     resample: float = Field(0.0, ge=0, le=1)
     mixtures: int = Field(0, ge=0)
+    evidence: float = Field(0.0, ge=0, le=100)
     fusion: float = Field(0.0, ge=0, le=1)
 
     @property

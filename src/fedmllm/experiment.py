@@ -14,13 +14,15 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -44,6 +46,7 @@ from fedmllm.data.images import ArchiveImage, EncodedImage, ImageFile
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.evaluation import CONDITIONS, TestSet, mean_over, modality_alignment
+from fedmllm.evidence import MODALITIES
 from fedmllm.federation import (
     InProcessRunner,
     RoundRecord,
@@ -58,7 +61,7 @@ from fedmllm.models import model_path, weights_digest
 from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.models.recent import Recent
-from fedmllm.parties import Exchange, Parties, exchange_of, parties_of
+from fedmllm.parties import Evidence, Exchange, Parties, evidence_of, exchange_of, parties_of
 from fedmllm.partition import held_out
 from fedmllm.prompts import render
 from fedmllm.recombination import completions
@@ -542,7 +545,7 @@ class Outcome:
     answered to open test questions.
 
     measured: `modality_alignment` of the final adapter. heterogeneity, once, fusion: see `Parties`.
-    exchange: of mixed features, before the first round.
+    exchange, evidence: of mixed features and of what each modality tells, before the first round.
     """
 
     name: str
@@ -555,6 +558,7 @@ class Outcome:
     heterogeneity: dict[str, Any] | None = None
     once: tuple[int, int] = (0, 0)
     exchange: Exchange | None = None
+    evidence: Evidence | None = None
     fusion: Fusion | None = None
 
 
@@ -575,12 +579,14 @@ def run_federation(
     config = session.config
     if algorithm is None:
         algorithm = algorithm_of(config, len(federation.samples), session.mllm, session.task)
-    known, exchange = Parties({}, {}), None
+    known, exchange, evidence = Parties({}, {}), None, None
     if runner is None:
         known = parties_of(config, session.task, federation.samples)
-        exchange = exchange_of(config, session.mllm, federation.samples)
+        evidence = evidence_of(config, partial(_represent, session), federation.samples)
+        fill = evidence.filled if evidence else MODALITIES
+        exchange = exchange_of(config, session.mllm, federation.samples, fill)
         mixtures = exchange.pool if exchange else None
-        runner = local_runner(session, federation, known.weights, mixtures)
+        runner = local_runner(session, federation, known.weights, mixtures, fill)
     folder = session.folder / "state" / federation.name
     state = algorithm.init(session.mllm.init_adapter(config.seed))
     history: list[dict[str, Any]] = []
@@ -630,6 +636,7 @@ def run_federation(
         heterogeneity=known.facts(config),
         once=known.once,
         exchange=exchange,
+        evidence=evidence,
         fusion=known.fusion,
     )
 
@@ -665,6 +672,11 @@ def apply_strategy(
             "strategy.mixtures: the task has open questions and so no classes to mix images of: "
             "leave it off there"
         )
+    if given.evidence and not classes:
+        raise UserError(
+            "strategy.evidence: the task has open questions and so no classes that a modality "
+            "could tell: leave it off there"
+        )
     # the parties' own weights hold w
     mu = Proximal(given.mu, edge_layers=edge_layers(layers, given.edge_layers))
     return with_strategy(
@@ -683,15 +695,18 @@ def local_runner(
     federation: Federation,
     weights: Mapping[str, float],
     mixtures: Mixtures | None = None,
+    fill: Collection[str] = MODALITIES,
 ) -> InProcessRunner:
     """The runner that trains a federation's clients in this process. weights: by client, of the
-    adaptive regularisation. mixtures: for clients without images."""
+    adaptive regularisation. mixtures: for clients without images. fill: modalities that
+    recombination may fill in."""
     config, training = session.config, session.config.training
     encoded: dict[str, list[Encoded]] = {}
 
     def samples(client: str) -> list[Encoded]:
         if client not in encoded:
-            encoded[client] = _encode_party(session, client, federation.samples[client], mixtures)
+            held = federation.samples[client]
+            encoded[client] = _encode_party(session, client, held, mixtures, fill)
         return encoded[client]
 
     plan = LocalPlan(
@@ -716,7 +731,11 @@ def local_runner(
 
 
 def _encode_party(
-    session: Session, client: str, samples: Sequence[Sample], mixtures: Mixtures | None
+    session: Session,
+    client: str,
+    samples: Sequence[Sample],
+    mixtures: Mixtures | None,
+    fill: Collection[str],
 ) -> list[Encoded]:
     """A party's training samples, with their completions where the strategy recombines."""
     config, task, shared = session.config, session.task, session.shared
@@ -724,11 +743,19 @@ def _encode_party(
     session.shortened.update(item.id for item in made if item.shortened)
     if not config.strategy.recombine:
         return made
-    found = completions(samples, client=client, seed=config.seed, given=mixtures)
+    found = completions(samples, client=client, seed=config.seed, given=mixtures, fill=fill)
     return [
         replace(item, completions=_encode_completions(session, found.get(sample.id, ())))
         for item, sample in zip(made, samples, strict=True)
     ]
+
+
+def _represent(session: Session, samples: Sequence[Sample]) -> np.ndarray:
+    """Representations of samples [n, D] by the adapter of before the first round."""
+    config, task, mllm = session.config, session.task, session.mllm
+    mllm.set_adapter(mllm.init_adapter(config.seed))
+    encoded = [session.shared.encode_whole(config, task, sample) for sample in samples]
+    return mllm.represent(encoded, batch_size=config.evaluation.batch_size).numpy()
 
 
 def _encode_completions(session: Session, made: Sequence[Sample]) -> tuple[Encoded, ...]:
@@ -947,6 +974,8 @@ def make_result(
         result["heterogeneity"] = {**outcomes[0].heterogeneity, "bytes": {"up": up, "down": down}}
     if exchange:
         result["mixtures"] = exchange.facts()
+    if outcomes[0].evidence and len(outcomes) == 1:
+        result["evidence"] = outcomes[0].evidence.facts()
     if outcomes[0].fusion and len(outcomes) == 1:
         result["fusion"] = asdict(outcomes[0].fusion)
     if outcomes[0].measured and len(outcomes) == 1:
@@ -1005,6 +1034,8 @@ def _once(outcome: Outcome) -> dict[str, dict[str, int]]:
     found = {"profiles": outcome.once}
     if outcome.exchange:
         found["mixtures"] = (outcome.exchange.up, outcome.exchange.down)
+    if outcome.evidence:
+        found["evidence"] = (outcome.evidence.up, outcome.evidence.down)
     return {
         way: {name: amount[i] for name, amount in found.items() if any(amount)}
         for i, way in enumerate(WAYS)

@@ -31,6 +31,7 @@ STRATEGIES = {
     "recombine": "such samples are completed by others of their party and answer",
     "fusion": "a whole test sample's answer from its parts as well, by who held what",
     "mixtures": "parties without images complete their texts with means of others' image features",
+    "evidence": "only what tells the class by itself is filled in, by a test of all parties",
     "resample": "whole samples of the party take the place of such samples",
 }
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedmllm import heterogeneity
+from fedmllm import evidence, heterogeneity
 from fedmllm.config import Config
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
@@ -88,6 +88,61 @@ def weighed(config: Config, profiles: Mapping[str, heterogeneity.Profile]) -> Pa
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What all parties found of each modality (`fedmllm.evidence`), and which may be filled in.
+
+    tests: by client and modality. up, down: bytes of all together, once before the first round.
+    """
+
+    threshold: float
+    tests: Mapping[str, Mapping[str, evidence.Hits]]
+    up: int = 0
+    down: int = 0
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Standard errors above chance, by modality."""
+        return evidence.scores(self.tests)
+
+    @property
+    def filled(self) -> tuple[str, ...]:
+        """The modalities that tell the class by themselves."""
+        return tuple(name for name, score in self.scores.items() if score >= self.threshold)
+
+    def facts(self) -> dict[str, Any]:
+        """What a result says of it."""
+        clients = [
+            {"id": client, **{name: asdict(one) for name, one in self.tests[client].items()}}
+            for client in sorted(self.tests)
+        ]
+        return {
+            "threshold": self.threshold,
+            "scores": self.scores,
+            "filled": list(self.filled),
+            "clients": clients,
+            "bytes": {"up": self.up, "down": self.down},
+        }
+
+
+def evidence_of(
+    config: Config, represent: evidence.Represent, samples: Mapping[str, Sequence[Sample]]
+) -> Evidence | None:
+    """The parties' test of what each modality tells, where the strategy asks for it. represent:
+    by the base that is not trained yet. samples: by client."""
+    threshold = config.strategy.evidence
+    if not threshold:
+        return None
+    tests = {
+        client: evidence.evidence_of(held, represent, client=client, seed=config.seed)
+        for client, held in samples.items()
+    }
+    if config.topology != "federated":
+        return Evidence(threshold, tests)
+    numbers = 3 * len(evidence.MODALITIES)  # up: hits, expected, variance; down: the score
+    return Evidence(threshold, tests, 4 * numbers * len(tests), 4 * numbers // 3 * len(tests))
+
+
+@dataclass(frozen=True)
 class Exchange:
     """The parties' mixtures of image features. givers, takers: parties with images and without
     any; up, down: bytes of all together, once before the first round."""
@@ -110,10 +165,14 @@ class Exchange:
 
 
 def exchange_of(
-    config: Config, mllm: Mllm, samples: Mapping[str, Sequence[Sample]]
+    config: Config,
+    mllm: Mllm,
+    samples: Mapping[str, Sequence[Sample]],
+    fill: Collection[str] = evidence.MODALITIES,
 ) -> Exchange | None:
     """Mixtures where the strategy asks for them: every party with images gives, every party
-    without any gets all. samples: by client. Nothing is given where nobody would take it.
+    without any gets all. samples: by client. fill: modalities that may be filled in. Nothing is
+    given where nobody would take it.
 
     Raises `UserError` if somebody would and no class has images enough.
     """
@@ -123,6 +182,7 @@ def exchange_of(
     with_images = {c: [s for s in held if s.image is not None] for c, held in samples.items()}
     givers = [client for client, held in with_images.items() if held]
     takers = len([held for held in samples.values() if held]) - len(givers)
+    takers = takers if "image" in fill else 0
     if not takers:
         return Exchange({}, len(givers), 0, 0, 0)
     pool = gathered(

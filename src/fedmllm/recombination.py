@@ -12,7 +12,7 @@ a text excludes a thing and the picture shows that very thing), it is noise with
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ import numpy as np
 from fedmllm.algorithms.base import Composition
 from fedmllm.data.sample import ImageSource, Sample
 from fedmllm.errors import UserError
+from fedmllm.evidence import MODALITIES
 from fedmllm.models.mllm import Encoded
 from fedmllm.rng import stream, uniform
 
@@ -41,13 +42,15 @@ def completions(
     client: str,
     seed: int,
     given: Mapping[str, Sequence[ImageSource]] | None = None,
+    fill: Collection[str] = MODALITIES,
 ) -> dict[str, list[Sample]]:
     """`DONORS` completions of each sample that lacks a modality, by its id.
 
     samples: of one party, as it holds them. A sample without either modality gets both, of two
     donors. One whose answer no other sample with that modality has is left out. The question of an
     open sample is its text. given: by answer, images from elsewhere (`fedmllm.mixtures`) for a
-    party that has none.
+    party that has none. fill: the modalities that may be filled in; a sample that lacks another
+    is left out.
     """
     images: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     texts: dict[tuple[str, str], list[Sample]] = defaultdict(list)
@@ -63,8 +66,11 @@ def completions(
     for sample in samples:
         lacks_text = sample.text is None and not sample.question
         pools = [
-            pool[_kin(sample)]
-            for pool, lacks in ((images, sample.image is None), (texts, lacks_text))
+            pool[_kin(sample)] if name in fill else []
+            for name, pool, lacks in (
+                ("image", images, sample.image is None),
+                ("text", texts, lacks_text),
+            )
             if lacks
         ]
         if pools and all(pools):

@@ -56,6 +56,7 @@ STRATEGY_PARTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     ),
     "composition": lambda given: given.get("recombine") or given.get("resample"),
     "mixtures": lambda given: given.get("mixtures"),
+    "evidence": lambda given: given.get("evidence"),
     "fusion": lambda given: given.get("fusion"),
 }
 

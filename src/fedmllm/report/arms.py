@@ -31,6 +31,7 @@ PARTS = {
     "recombine": "recombination",
     "resample": "resampling",
     "mixtures": "mixtures",
+    "evidence": "evidence",
     "fusion": "fusion",
 }
 # Keys that say where a run stands and not what was done, and evaluation, which changes nothing but

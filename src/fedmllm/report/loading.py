@@ -60,6 +60,7 @@ _STRATEGY: dict[str, Any] = {
     "recombine": 0.0,
     "resample": 0.0,
     "mixtures": 0,
+    "evidence": 0.0,
     "fusion": 0.0,
 }
 LATER: dict[str, dict[str, Any]] = {
@@ -83,7 +84,15 @@ _LOADED = ("_path", "_judged")  # what `load_results` adds
 _BOUNDED = ("auc", "macro_f1", "accuracy")
 _TASK = ("name", "metric")
 _CONFIG_SECTIONS = ("data", "model", "partition", "scenario", "algorithm", "training", "evaluation")
-_OTHERS = ("hardware", "manifest", "heterogeneity", "mixtures", "fusion", "modality_alignment")
+_OTHERS = (
+    "hardware",
+    "manifest",
+    "heterogeneity",
+    "mixtures",
+    "evidence",
+    "fusion",
+    "modality_alignment",
+)
 _SECTIONS = ("metrics", "spread", "per_client", "bytes", "parameters", "time", "versions")
 
 

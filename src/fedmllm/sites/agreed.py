@@ -92,7 +92,7 @@ def check_kind(config: Config) -> None:
             f"topology {config.topology} has nobody to federate with: several machines run "
             "topology federated"
         )
-    for key in ("mixtures", "fusion"):
+    for key in ("mixtures", "evidence", "fusion"):
         if getattr(config.strategy, key):
             raise UserError(f"strategy.{key} works in one process only: leave it off over sites")
 
