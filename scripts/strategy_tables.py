@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from fedmllm.bench.grid import load_grid
 from fedmllm.config import config_hash
+from fedmllm.evidence import MODALITIES
 from fedmllm.report import facts, load_results
 from fedmllm.report.figures import RC, svg
 from fedmllm.report.loading import config_digest
@@ -117,6 +118,17 @@ def load(name: str) -> Study:
             key = (place["dataset"], place["setting"], place["method"], place["strategy"])
             found[key][int(place["seed"])] = result
     return Study(grid.axes["setting"], grid.axes["strategy"], found)
+
+
+def later(study: Study, first: int = ENOUGH) -> Study:
+    """The part of a study whose seeds are `first` and above."""
+    found = {
+        key: {seed: result for seed, result in runs.items() if seed >= first}
+        for key, runs in study.found.items()
+    }
+    return Study(
+        study.settings, study.strategies, {key: runs for key, runs in found.items() if runs}
+    )
 
 
 # -- numbers -------------------------------------------------------------------------------------
@@ -395,6 +407,26 @@ def drift_table(study: Study) -> str:
                 if set(cells) != {"–"}:
                     lines.append([dataset, method, scenario, strategy, *cells])
     return markdown(("task", "method", "scenario", "strategy"), heads, lines)
+
+
+def evidence_table(study: Study) -> str:
+    """What the parties found of each modality (`evidence` of results): standard errors above
+    chance, the lowest to the highest of the seeds, and in how many it was filled in."""
+    lines = []
+    for dataset, method in study.arms():
+        for setting in study.settings:
+            runs = study.found.get((dataset, setting, method, "evidence"), {})
+            found = [run["evidence"] for run in runs.values() if "evidence" in run]
+            if not found:
+                continue
+            cells = []
+            for name in MODALITIES:
+                scores = sorted(each["scores"][name] for each in found)
+                filled = sum(name in each["filled"] for each in found)
+                cells += [f"{scores[0]:.1f} to {scores[-1]:.1f}", f"{filled} of {len(found)}"]
+            lines.append([dataset, method, setting, *cells])
+    heads = ("image", "filled in", "text", "filled in")
+    return markdown(("task", "method", "setting"), heads, lines)
 
 
 def _drift(name: str) -> Part:

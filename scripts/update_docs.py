@@ -582,6 +582,12 @@ PARTS: dict[str, Callable[[], str]] = {
     "levels": lambda: levels(*EMBEDDED),
     "level-gaps": lambda: level_gaps(*EMBEDDED),
     "pretraining": pretraining,
+    "strategies-later": lambda: strategy_tables.best_table(
+        strategy_tables.later(strategy_tables.load("strategies"))
+    ),
+    "strategies-evidence": lambda: strategy_tables.evidence_table(
+        strategy_tables.load("strategies")
+    ),
     **{f"{grid}-{part}": partial(table, grid) for grid in STUDIES for part, table in STUDY.items()},
 }
 

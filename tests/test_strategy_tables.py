@@ -211,3 +211,26 @@ def test_the_figure(study) -> None:
     assert drawn is not None
     assert drawn == tables.gain_svg(study)
     assert "resample" in drawn
+
+
+def test_later_seeds_alone(study) -> None:
+    place = ("crisis", MISSING, "fedavg", "resample")
+    assert sorted(tables.later(study, 3).found[place]) == [3, 4]
+    prompt = ("crisis", MISSING, "fedavg", "prompt")  # of three seeds
+    assert prompt in study.found
+    assert prompt not in tables.later(study, 3).found
+    assert tables.later(study).found == {}
+
+
+def test_what_the_parties_found_of_each_modality(study) -> None:
+    """Runs that stand in for the arm, such as aligned ones, tested nothing."""
+    found = dict(study.found)
+    asked = runs(0.7, 0.7, 0.7)
+    for seed, (image, filled) in enumerate([(1.25, ["text"]), (-2.0, ["text"]), (3.0, [])]):
+        asked[seed]["evidence"] = {"scores": {"image": image, "text": 4.0}, "filled": filled}
+    found["crisis", MISSING, "fedavg", "evidence"] = asked
+    found["crisis", ALIGNED, "fedavg", "evidence"] = found["crisis", ALIGNED, "fedavg", "plain"]
+    table = tables.evidence_table(tables.Study(study.settings, study.strategies, found))
+    expected = ["-2.0 to 3.0", "0 of 3", "4.0 to 4.0", "2 of 3"]
+    assert row(table, "crisis", "fedavg", MISSING) == expected
+    assert ALIGNED not in table
