@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,7 +30,11 @@ from fedmllm.errors import UserError
 from fedmllm.experiment import Shared, data_digest, make_manifest, own_samples, run
 from fedmllm.models import model_path
 from fedmllm.models.components import COMPONENTS
+from fedmllm.models.loading import resolve_dtype
 from fedmllm.models.mllm import Mllm
+from fedmllm.plan.build import make_plan
+from fedmllm.plan.table import as_json
+from fedmllm.predict import load_adapter
 from fedmllm.prompts import render
 from fedmllm.report import facts
 from fedmllm.report.loading import result_digest
@@ -539,3 +544,31 @@ def test_the_digest_of_data_reads_no_picture(tmp_path, monkeypatch) -> None:
     assert data_digest(swapped) != first
     (tmp_path / "a.png").write_bytes(b"1234")
     assert data_digest(dataset()) != first
+
+
+def test_auto_is_bfloat16_where_the_device_computes_in_it(monkeypatch) -> None:
+    assert resolve_dtype("auto", "cpu") == "float32"
+    assert resolve_dtype("float16", "cuda") == "float16"
+    monkeypatch.setattr(torch.cuda, "device", lambda name: contextlib.nullcontext())
+    for fits, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, f=fits: f)
+        assert resolve_dtype("auto", "cuda:1") == dtype
+
+
+def test_auto_on_a_machine_without_the_device_is_a_plan_for_another() -> None:
+    """This one may have one; no machine has so many."""
+    assert resolve_dtype("auto", "cuda:99") == "bfloat16"
+    config = small(model={"dtype": "auto", "device": "cuda:99"})
+    made = make_plan(config, memory=10**12)
+    assert as_json(made)["model"]["dtype"] == "bfloat16"
+    assert made.load.itemsize == 2
+
+
+def test_a_run_says_what_auto_was(tmp_path, mllm: Mllm) -> None:
+    plain = run(small(), out=tmp_path / "plain", mllm=mllm)
+    made = run(small(model={"dtype": "auto"}), out=tmp_path / "auto", mllm=mllm)
+    assert made["config"]["model"]["dtype"] == "auto"
+    assert made["hardware"]["dtype"] == plain["hardware"]["dtype"] == "float32"
+    assert equal(adapter(tmp_path / "plain"), adapter(tmp_path / "auto"))
+    loaded, _ = load_adapter(tmp_path / "auto" / "adapter")
+    assert loaded.base.dtype == torch.float32

@@ -65,6 +65,8 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """Which multimodal LLM. `name` is a registry name or, with `path`, any label.
 
+    dtype: auto is bfloat16 where a CUDA device computes in it, and float32 elsewhere; a result says
+    which (`hardware`).
     quantization: nf4 reads the decoder's linear layers in 4 bit (QLoRA; package bitsandbytes).
     gradient_checkpointing: less memory for more time, same numbers. remote_code: the path again,
     word for word, of a model whose own code may be run.
@@ -76,7 +78,7 @@ class ModelSection(_Section):
 
     name: str = "embedded"
     path: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     quantization: Literal["none", "nf4"] = "none"
     gradient_checkpointing: bool = False

@@ -59,6 +59,7 @@ from fedmllm.fusion import Fusion
 from fedmllm.mixtures import Mixtures
 from fedmllm.models import model_path, weights_digest
 from fedmllm.models.components import COMPONENTS, make_policy
+from fedmllm.models.loading import resolve_dtype
 from fedmllm.models.mllm import Encoded, Mllm
 from fedmllm.models.recent import Recent
 from fedmllm.parties import Evidence, Exchange, Parties, evidence_of, exchange_of, parties_of
@@ -400,6 +401,12 @@ def _check_manifest(file: Path, held: manifest.Manifest) -> None:
         )
 
 
+def torch_dtype(config: Config) -> torch.dtype:
+    """Of the base's arithmetic on the config's device."""
+    found: torch.dtype = getattr(torch, resolve_dtype(config.model.dtype, config.model.device))
+    return found
+
+
 def load_model(config: Config) -> Mllm:
     """The base of a config with a fresh adapter."""
     return Mllm.load(
@@ -408,7 +415,7 @@ def load_model(config: Config) -> Mllm:
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         dropout=config.lora.dropout,
-        dtype=getattr(torch, config.model.dtype),
+        dtype=torch_dtype(config),
         device=config.model.device,
         quantization=config.model.quantization,
         gradient_checkpointing=config.model.gradient_checkpointing,
@@ -442,7 +449,7 @@ def load_shapes(config: Config) -> Mllm | None:
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         dropout=config.lora.dropout,
-        dtype=getattr(torch, config.model.dtype),
+        dtype=torch_dtype(config),
         remote_code=config.model.remote_code,
         policy=policy,
     )
@@ -955,7 +962,10 @@ def make_result(
         "versions": results.versions(),
         "revisions": revisions_of(config.model_dump(mode="json")),
         "commit": results.commit(),
-        "hardware": results.hardware(config.threads, config.model.device),
+        "hardware": {
+            **results.hardware(config.threads, config.model.device),
+            "dtype": resolve_dtype(config.model.dtype, config.model.device),
+        },
         "started": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds"),
     }
     if (most := results.peak_accelerator_bytes(str(session.mllm.device))) is not None:

@@ -17,6 +17,7 @@ from fedmllm.experiment import ADAPTER_FACTS
 from fedmllm.fusion import Fusion
 from fedmllm.models import model_path
 from fedmllm.models.components import make_policy
+from fedmllm.models.loading import resolve_dtype
 from fedmllm.models.mllm import Mllm
 from fedmllm.prompts import render
 
@@ -30,7 +31,7 @@ def load_adapter(folder: Path, device: str = "cpu") -> tuple[Mllm, dict[str, Any
         facts = json.loads((folder / ADAPTER_FACTS).read_text(encoding="utf-8"))
         model, lora = facts["model"], facts["lora"]
         policy = make_policy(**facts.get("trained", {}))
-        dtype = getattr(torch, model["dtype"])
+        dtype = getattr(torch, resolve_dtype(model["dtype"], device))
         check_fusion(facts)
         (folder / "adapter_model.safetensors").stat()  # before a large base is read
     except FileNotFoundError as error:

@@ -103,6 +103,21 @@ def load_base(
         raise UserError(f"device {device!r} cannot be used: {first}; cpu always can") from error
 
 
+def resolve_dtype(dtype: str, device: str) -> str:
+    """The dtype by name; of ``auto``, bfloat16 on a CUDA device that computes in it and float32
+    elsewhere. A CUDA device that this machine lacks is taken for one that does."""
+    if dtype != "auto":
+        return dtype
+    if not device.startswith("cuda"):
+        return "float32"
+    try:
+        with torch.cuda.device(device):
+            fits = torch.cuda.is_bf16_supported(including_emulation=False)
+    except (RuntimeError, AssertionError, ValueError):  # no such device here: a plan for elsewhere
+        return "bfloat16"
+    return "bfloat16" if fits else "float32"
+
+
 def shape_base(
     path: str | Path, *, dtype: torch.dtype, remote_code: str | None = None
 ) -> tuple[Any, Any]:

@@ -17,11 +17,12 @@ from fedmllm.data import DATASETS, load_dataset
 from fedmllm.data.images import ArchiveImage, ImageFile
 from fedmllm.data.sample import ImageSource
 from fedmllm.errors import UserError
-from fedmllm.experiment import apply_strategy, make_manifest
+from fedmllm.experiment import apply_strategy, make_manifest, torch_dtype
 from fedmllm.heterogeneity import profile_of
 from fedmllm.heterogeneity import traffic as profile_traffic
 from fedmllm.models import model_path
 from fedmllm.models.components import make_policy
+from fedmllm.models.loading import resolve_dtype
 from fedmllm.plan.capacity import Capacity, find_capacity, resident_now
 from fedmllm.plan.images import largest_image
 from fedmllm.plan.memory import Estimate, Load, estimate, shapes_of
@@ -119,7 +120,7 @@ def make_plan(
         rank=lora.rank,
         alpha=lora.alpha,
         dropout=lora.dropout,
-        dtype=config.model.dtype,
+        dtype=resolve_dtype(config.model.dtype, config.model.device),
         policy=make_policy(config.trained["name"], **options_of(config.trained)),
     )
     parties, notes = _parties(config)
@@ -245,7 +246,7 @@ def _load(
         adam=training.optimizer == "adamw",
         checkpointing=config.model.gradient_checkpointing,
         cuda=config.model.device.startswith("cuda"),
-        itemsize=torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size(),
+        itemsize=torch_dtype(config).itemsize,
         images=parties.images if parties else None,
         generates=parties.open if parties else True,
         connector=config.trained["connector"] == "full",

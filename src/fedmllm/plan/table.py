@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.table import Table
 
+from fedmllm.models.loading import resolve_dtype
 from fedmllm.plan.build import SCHEMA, Plan, size
 from fedmllm.plan.structure import weight_bytes
 from fedmllm.plan.traffic import Traffic
@@ -27,7 +28,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model": {
             "name": model.name,
             "type": skeleton.config.model_type,
-            "dtype": model.dtype,
+            "dtype": resolve_dtype(model.dtype, model.device),
             "device": model.device,
         },
         "parameters": {
