@@ -34,6 +34,7 @@ from fedmllm.plan.memory import (
 )
 from fedmllm.plan.memory import testing as terms_of_testing
 from fedmllm.plan.structure import build_skeleton, weight_bytes
+from fedmllm.plan.timing import read_besides, trained_samples
 from fedmllm.plan.timing import tested_samples as count_tested
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -623,6 +624,20 @@ def test_tested_samples() -> None:
     assert count_tested(make_config(raw), 16, clients=4) == 2 * 10 + 2 * 16  # after 2 and 4
     assert count_tested(make_config(raw, ["topology=local"]), 16, clients=4) == 4 * 2 * 16
     assert count_tested(make_config(raw, ["topology=zero-shot"]), 16, clients=4) == 2 * 16
+
+
+def test_samples_that_are_read_besides_the_tests() -> None:
+    """A quarter of 8 and of 4 held out, four readings of 10 for drift, two more of all 16 for
+    fusion."""
+    raw = {**SMALL, "training": {"rounds": 6}}
+    raw["evaluation"] = {"held_out": 0.25, "drift": True, "limit": 10}
+    sizes = {"a": 8, "b": 4}
+    assert read_besides(make_config(raw), sizes, 16) == 3 + 4 * 10
+    assert read_besides(make_config(raw, ["strategy.fusion=1.0"]), sizes, 16) == 3 + 40 + 32
+    raw["evaluation"] = {"held_out": 0.25}
+    assert read_besides(make_config(raw, ["topology=local"]), sizes, 16) == 3
+    raw["topology"] = "centralised"
+    assert trained_samples(make_config(raw), sizes) == 6 * (6 + 3)
 
 
 # -- the command -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmllm.config import Config, make_config
+from fedmllm.config import CONDITION_NAMES, Config, make_config
 from fedmllm.errors import UserError
 from fedmllm.federation import cohort_of
 from fedmllm.report import load_results
@@ -32,10 +32,12 @@ class Duration:
 
 
 def trained_samples(config: Config, sizes: Mapping[str, int]) -> int:
-    """Samples that all clients of all rounds pass through the model. sizes: samples by client."""
-    training = config.training
+    """Samples that all clients of all rounds pass through the model. sizes: samples by client,
+    with those held out."""
+    training, share = config.training, config.evaluation.held_out
     if config.topology == "zero-shot":
         return 0
+    sizes = {client: size - round(share * size) for client, size in sizes.items()}
     if config.topology != "federated":
         return sum(sizes.values()) * training.rounds * training.local_epochs
     cohorts = (
@@ -54,6 +56,19 @@ def tested_samples(config: Config, test: int, clients: int) -> int:
     due = (rounds - 1) // evaluation.every if evaluation.every and rounds else 0
     due = 0 if config.topology == "zero-shot" else due
     return final + due * min(evaluation.limit or test, test)
+
+
+def read_besides(config: Config, sizes: Mapping[str, int], test: int) -> int:
+    """Samples that a run reads beside training and `tested_samples`, about: those that parties
+    hold out, whole and masked test samples for `evaluation.drift`, and the parts of whole questions
+    for late fusion."""
+    evaluation = config.evaluation
+    found = sum(round(evaluation.held_out * size) for size in sizes.values())
+    if evaluation.drift and config.topology != "local":
+        found += len(CONDITION_NAMES) * min(evaluation.limit or test, test)
+    if config.strategy.fusion and "both" in evaluation.conditions:
+        found += 2 * test
+    return found
 
 
 def estimate_time(
@@ -85,9 +100,10 @@ class Rates:
 
     def duration(self, config: Config, sizes: Mapping[str, int], test: int) -> Duration:
         """The time of a run over clients of these sizes and a test set of that size."""
+        tested = tested_samples(config, test, len(sizes)) + read_besides(config, sizes, test)
         return Duration(
             train_seconds=self.train * trained_samples(config, sizes),
-            test_seconds=self.test * tested_samples(config, test, len(sizes)),
+            test_seconds=self.test * tested,
             seconds_per_trained_sample=self.train,
             measured_in=self.measured_in,
         )
