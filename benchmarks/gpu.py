@@ -200,15 +200,15 @@ def measure(case: Case, device: str, work: Path) -> dict[str, Any]:
     )
     before = used(device)
     mllm = build(folder, case, device)
+    loaded = used(device)
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     dataset = load_dataset(**config.data)
     encoded = [
         mllm.encode(render(each, dataset.task), max_length=4096)
         for each in (*dataset.train, *dataset.test)
     ]
-    loaded = used(device)
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     result = run(config, out=work / "run", mllm=mllm)
     seconds = time.perf_counter() - began
@@ -266,30 +266,32 @@ def used(device: str, *, peak: bool = False) -> int:
 
 
 def compare_precisions(device: str) -> dict[str, Any]:
-    """Logits of the MiniCPM-V test vectors' text in float32 and bfloat16 on one device."""
+    """Logits of the MiniCPM-V test vectors in float32 and bfloat16 on one device: a sample with a
+    picture of three slices, a batch with pictures of three and one, and a text."""
     import torch
-    from safetensors.torch import load_file
+    from minicpmv_vectors import VECTORS, build, case_inputs
 
-    from fedmllm.models.minicpmv import MiniCPMVConfig, MiniCPMVForConditionalGeneration
+    from fedmllm.models.quantize import settle
 
-    data = ROOT / "tests" / "data" / "minicpmv"
-    told = json.loads((data / "model_cases.json").read_text())
+    def logits(name: str, case: str, dtype: torch.dtype) -> torch.Tensor:
+        model, inputs = build(name), case_inputs(name, case)
+        settle(model, dtype)  # buffers stay in float32, as they do in a checkpoint that is read
+        pictures = [each.to(device, dtype) for each in inputs.pop("pixel_values", [])]
+        inputs = {key: value.to(device) for key, value in inputs.items()}
+        inputs |= {"pixel_values": pictures} if pictures else {}
+        with torch.no_grad():
+            made = model.to(device)(**inputs).logits.float()
+        return made[inputs["attention_mask"].bool()]
+
     found = {}
-    for name in ("v26", "v25"):
-        weights = {k: v.float() for k, v in load_file(data / f"{name}_weights.safetensors").items()}
-        ids = torch.arange(3, 67, device=device)[None]
-        logits = []
-        for dtype in (torch.float32, torch.bfloat16):
-            model = MiniCPMVForConditionalGeneration(MiniCPMVConfig(**told[name]["config"]))
-            model.load_state_dict(weights)
-            with torch.no_grad():
-                logits.append(model.to(device, dtype).eval()(input_ids=ids).logits.float())
-        whole, half = logits
-        found[name] = {
-            "largest_difference": float((whole - half).abs().max()),
-            "largest_logit": float(whole.abs().max()),
-            "same_argmax": float((whole.argmax(-1) == half.argmax(-1)).float().mean()),
-        }
+    for name in VECTORS:
+        for case in ("single", "batch", "text_only_train"):
+            whole, half = (logits(name, case, t) for t in (torch.float32, torch.bfloat16))
+            found[f"{name} {case}"] = {
+                "largest_difference": float((whole - half).abs().max()),
+                "largest_logit": float(whole.abs().max()),
+                "same_argmax": float((whole.argmax(-1) == half.argmax(-1)).float().mean()),
+            }
     return {"name": "bf16", "device": device, "logits": found}
 
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from fedmllm.config import make_config
 from fedmllm.data.sample import Sample
 from fedmllm.errors import UserError
-from fedmllm.evidence import MOST, Hits, evidence_of, hits, hits_of, score
+from fedmllm.evidence import (
+    MOST,
+    Hits,
+    Seen,
+    hits_of,
+    matches,
+    score,
+    seen_alone,
+    sums_of,
+    total,
+)
 from fedmllm.experiment import Shared, run
 from fedmllm.models.mllm import Mllm
 from fedmllm.recombination import completions
@@ -24,50 +36,109 @@ class Picture:
         raise AssertionError("nothing is opened here")
 
 
-def count(states, labels) -> int:
-    states = np.asarray(states, float)
-    return hits(states @ states.T, np.asarray(labels))
+def seen(states, labels) -> Seen:
+    return Seen(np.asarray(states, float).reshape(len(labels), -1), np.asarray(labels))
 
 
-def plainly(states: np.ndarray, labels: np.ndarray) -> int:
-    """The same in words: leave one out, take the nearest mean."""
-    found = 0
-    for i in range(len(labels)):
-        others = np.arange(len(labels)) != i
-        classes = sorted(set(labels[others]))
-        means = [states[others & (labels == c)].mean(0) for c in classes]
-        nearest = np.argmin([np.linalg.norm(states[i] - mean) for mean in means])
-        found += classes[nearest] == labels[i]
-    return found
+def asked(*parties: Seen, classes: int = 2) -> list[Hits]:
+    """Each party's test against the others."""
+    own = [sums_of(party, classes) for party in parties]
+    return [hits_of(party, one, total(own)) for party, one in zip(parties, own, strict=True)]
 
 
 def test_hits_by_hand() -> None:
-    """0 and 1 against 10 and 11: all hit. A 4 of the second class is nearer to the first, whose
-    mean is 0.5, than to the others of its own, whose mean is 10.5, and is missed."""
-    assert count([[0], [1], [10], [11]], [0, 0, 1, 1]) == 4
-    assert count([[0], [1], [10], [11], [4]], [0, 0, 1, 1, 1]) == 4
-    assert count([[0], [10], [1], [11]], [0, 0, 1, 1]) == 0
+    """The others' means are 1 and 10: of 0, 2, 4 and 11 only the 4 of the second class is missed.
+    Three of four are nearest to the first class and two are of it: by chance (3 * 2 + 1 * 2) / 4
+    hits."""
+    one, other = seen([0, 2, 4, 11], [0, 0, 1, 1]), seen([1, 10], [0, 1])
+    found = asked(one, other)[0]
+    assert (found.samples, found.hits, found.expected) == (4, 3, 2.0)
+    assert found.variance == pytest.approx((8 - (6 * 5 + 2 * 3) / 4 + 4) / 3)
 
 
-def test_the_only_one_of_its_class_is_missed() -> None:
-    assert count([[0], [1], [50]], [0, 0, 1]) == 2
+def test_the_means_are_the_other_parties_alone() -> None:
+    """A party whose classes lie the other way round hits nothing, however many samples it has."""
+    others = [seen([0, 10], [0, 1]), seen([1, 9], [0, 1])]
+    reverse = seen([0, 1, 0, 9, 10, 10], [1, 1, 1, 0, 0, 0])
+    assert asked(*others, reverse)[2].hits == 0
+
+
+def test_a_party_alone_and_classes_of_one_party_test_nothing() -> None:
+    alone = asked(seen([0, 10], [0, 1]))
+    assert alone == [Hits(2)]
+    first, second = asked(seen([0, 1, 9], [0, 0, 1]), seen([0, 1], [0, 0]))
+    assert first.hits == 2  # the 9 has no mean of its class to be near to
+    assert first.variance == 0.0  # whoever finds one class only can find no other
+    assert second.hits == 2
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_hits_are_those_of_a_plain_loop(seed: int) -> None:
     draw = np.random.default_rng(seed)
-    labels = draw.integers(0, 3, 30)
-    states = draw.normal(size=(30, 4)) + labels[:, None] * 0.7
-    assert count(states, labels) == plainly(states, labels)
+    parties = []
+    for _ in range(3):
+        labels = draw.integers(0, 3, 20)
+        parties.append(seen(draw.normal(size=(20, 4)) + labels[:, None] * 0.7, labels))
+    spread = np.concatenate([party.states for party in parties]).std(0)
+    for k, (party, found) in enumerate(zip(parties, asked(*parties, classes=3), strict=True)):
+        others = [p for j, p in enumerate(parties) if j != k]
+        states = np.concatenate([p.states for p in others]) / spread
+        labels = np.concatenate([p.labels for p in others])
+        means = [states[labels == c].mean(0) for c in range(3)]
+        nearest = [
+            np.argmin([np.linalg.norm(x / spread - mean) for mean in means]) for x in party.states
+        ]
+        assert found.hits == (np.array(nearest) == party.labels).sum()
+
+
+@pytest.mark.parametrize(
+    ("found", "held"), [((3, 1, 0), (2, 1, 1)), ((2, 2, 0), (1, 2, 1)), ((4, 0, 0), (1, 2, 1))]
+)
+def test_chance_is_that_of_every_order(found, held) -> None:
+    a, b = (np.repeat([0, 1, 2], counts) for counts in (found, held))
+    every = [(a == np.array(order)).sum() for order in itertools.permutations(b)]
+    mean, variance = matches(np.array(found, float), np.array(held, float))
+    assert mean == pytest.approx(np.mean(every))
+    assert variance == pytest.approx(np.var(every), abs=1e-12)
+
+
+def parties_of(states, labels, count: int = 4) -> list[Seen]:
+    return [seen(states[k::count], labels[k::count]) for k in range(count)]
 
 
 def test_what_tells_stands_above_chance_and_what_does_not_does_not() -> None:
     draw = np.random.default_rng(0)
-    labels = draw.integers(0, 2, 60)
-    noise = draw.normal(size=(60, 8))
-    apart = noise + 3 * labels[:, None]
-    assert score([hits_of(apart, labels, draw)]) > 3.5
-    assert abs(score([hits_of(noise, labels, draw)])) < 2.5
+    labels = draw.integers(0, 2, 80)
+    noise = draw.normal(size=(80, 8))
+    assert score(asked(*parties_of(noise + 3 * labels[:, None], labels))) > 7
+    assert abs(score(asked(*parties_of(noise, labels)))) < 2.5
+
+
+@pytest.mark.parametrize("count", [2, 4, 10])
+def test_under_chance_the_score_is_nought_and_its_variance_at_most_two(count: int) -> None:
+    """400 federations whose labels mean nothing, within four standard errors. Two parties that
+    test each other find much the same twice."""
+    draw = np.random.default_rng(3)
+    found = []
+    for _ in range(400):
+        labels = draw.integers(0, 3, 80)
+        parties = parties_of(draw.normal(size=(80, 3)), labels, count)
+        found.append(score(asked(*parties, classes=3)))
+    variance = np.var(found)
+    assert abs(np.mean(found)) < 4 * (variance / 400) ** 0.5
+    assert 1 - 4 * (2 / 400) ** 0.5 < variance < 2 + 4 * 2 * (2 / 400) ** 0.5
+
+
+def test_who_holds_which_labels_is_no_evidence() -> None:
+    """Two parties with pictures of their own kind, one rich in the first class, one in the second:
+    within a party the picture says nothing."""
+    draw = np.random.default_rng(0)
+    labels = [(draw.random(60) < share).astype(int) for share in (0.1, 0.9) * 2]
+    states = [draw.normal(size=(60, 3)) + 5 * (k % 2) for k in range(4)]
+    found = asked(*(seen(x, y) for x, y in zip(states, labels, strict=True)))
+    pooled = sum(one.hits for one in found) / 240
+    assert pooled > 0.7  # which would look like much
+    assert abs(score(found)) < 2.5
 
 
 def test_an_exclusive_or_tells_nothing() -> None:
@@ -75,19 +146,17 @@ def test_an_exclusive_or_tells_nothing() -> None:
     first = np.repeat([0, 0, 1, 1], 15)
     labels = first ^ np.tile([0, 1], 30)
     states = np.stack([first, 1 - first], 1) * 4 + np.random.default_rng(1).normal(size=(60, 2))
-    assert score([hits_of(states, labels, np.random.default_rng(2))]) < 1
+    assert score(asked(*parties_of(states, labels))) < 1
 
 
 def test_scale_and_constant_directions_do_not_count() -> None:
     draw = np.random.default_rng(0)
-    labels = draw.integers(0, 2, 30)
-    states = np.stack([labels + 0.1 * draw.normal(size=30), draw.normal(size=30)], 1)
-    one = hits_of(states, labels, np.random.default_rng(5))
-    constant = np.full((30, 1), 7.0)
-    other = np.concatenate([states * [1.0, 1000.0], constant], 1)
-    assert hits_of(other, labels, np.random.default_rng(5)) == one
-    nothing = hits_of(np.zeros((30, 3)), labels, draw)
-    assert nothing == Hits(30, int((labels == 0).sum()), float((labels == 0).sum()), 0.0)
+    labels = draw.integers(0, 2, 40)
+    states = np.stack([labels + 0.3 * draw.normal(size=40), draw.normal(size=40)], 1)
+    other = np.concatenate([states * [1.0, 1000.0], np.full((40, 1), 7.0)], 1)
+    assert asked(*parties_of(other, labels)) == asked(*parties_of(states, labels))
+    for nothing in asked(*parties_of(np.zeros((40, 3)), labels)):
+        assert (nothing.hits - nothing.expected, nothing.variance) == (0.0, 0.0)
 
 
 def test_parties_add_up() -> None:
@@ -111,29 +180,37 @@ def sample(name: str, label: int, *, image: bool = True, text: bool = True) -> S
 def test_a_party_reads_one_modality_at_a_time() -> None:
     held = [sample(f"b{k}", k % 2) for k in range(6)]
     held += [sample(f"i{k}", k % 2, text=False) for k in range(4)]
-    seen = []
+    read = []
 
     def represent(views):
-        seen.append([(view.id, view.image is not None, view.text is not None) for view in views])
+        read.append([(view.id, view.image is not None, view.text is not None) for view in views])
         return np.array([[float(view.label)] for view in views])
 
-    found = evidence_of(held, represent, client="c", seed=0)
-    assert [view[1:] for view in seen[0]] == [(True, False)] * 10
-    assert seen[1] == [(f"b{k}", False, True) for k in range(6)]
-    assert (found["image"].samples, found["image"].hits) == (10, 10)
-    assert (found["text"].samples, found["text"].hits) == (6, 6)
-    assert found == evidence_of(held, represent, client="c", seed=0)
+    where = {"client": "c", "seed": 0}
+    image = seen_alone(held, "image", represent, **where)
+    text = seen_alone(held, "text", represent, **where)
+    assert [view[1:] for view in read[0]] == [(True, False)] * 10
+    assert read[1] == [(f"b{k}", False, True) for k in range(6)]
+    assert (
+        image.labels.tolist()
+        == image.states[:, 0].tolist()
+        == [k % 2 for k in range(6)] + [k % 2 for k in range(4)]
+    )
+    assert len(text.labels) == 6
+    assert seen_alone(held[6:], "text", represent, **where) is None
 
 
-def test_one_class_or_none_says_nothing_and_many_samples_are_cut() -> None:
+def test_many_samples_are_cut_the_same_way_each_time() -> None:
     def represent(views):
-        return np.random.default_rng(0).normal(size=(len(views), 3))
+        return np.array([[float(view.id)] for view in views])
 
-    alone = evidence_of([sample("a", 1), sample("b", 1)], represent, client="c", seed=0)
-    assert alone == {"image": Hits(), "text": Hits()}
-    assert evidence_of([], represent, client="c", seed=0) == alone
     many = [sample(str(k), k % 2) for k in range(MOST + 9)]
-    assert evidence_of(many, represent, client="c", seed=0)["text"].samples == MOST
+    one, again, other = (
+        seen_alone(many, "text", represent, client=name, seed=0).states[:, 0].tolist()
+        for name in ("c", "c", "d")
+    )
+    assert len(set(one)) == MOST
+    assert one == again != other
 
 
 def test_only_what_tells_is_filled_in() -> None:
@@ -195,9 +272,11 @@ def test_where_nothing_tells_nothing_is_filled_in_and_where_all_does_all_is(
     assert weights(tmp_path / "plain") == weights(tmp_path / "never")
     assert weights(tmp_path / "recombine") == weights(tmp_path / "always")
     assert weights(tmp_path / "plain") != weights(tmp_path / "recombine")
-    made = found["never"]
-    assert made["bytes"]["once"] == {"up": {"evidence": 4 * 24}, "down": {"evidence": 4 * 8}}
-    assert made["bytes"]["up"] == found["plain"]["bytes"]["up"] + 96
+    made, width = found["never"], shared.mllm.width
+    sums = 4 * (4 * (width + 1) + width)  # by class their number and sum, and squares
+    up, down = 2 * 4 * (sums + 12), 2 * 4 * (sums + 4)  # two modalities, four parties
+    assert made["bytes"]["once"] == {"up": {"evidence": up}, "down": {"evidence": down}}
+    assert made["bytes"]["up"] == found["plain"]["bytes"]["up"] + up
     assert [client["id"] for client in made["evidence"]["clients"]] == sorted(
         client["id"] for client in made["manifest"]["clients"]
     )
@@ -229,22 +308,15 @@ def replace_training(made, lr: float):
     return make_config({**made.model_dump(mode="json"), "training": {"lr": lr, "rounds": 1}})
 
 
-def test_local_training_asks_each_party_alone(shared: Shared, tmp_path) -> None:
-    """No bytes cross."""
-    made = run(
-        config(topology="local", strategy={"recombine": 1.0, "evidence": 1.0}),
-        out=tmp_path / "l",
-        shared=shared,
-    )
-    assert made["bytes"]["up"] == 0
-    assert "evidence" not in made
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"strategy": {"evidence": 2.0}}, "does nothing without strategy.recombine"),
         ({"strategy": {"recombine": 1.0, "evidence": -1.0}}, "strategy.evidence"),
+        (
+            {"strategy": {"recombine": 1.0, "evidence": 1.0}, "topology": "local"},
+            "has no parties that could differ",
+        ),
     ],
 )
 def test_what_cannot_be_is_told_with_the_config(change, words) -> None:

@@ -1,20 +1,19 @@
 """The model against what the published code computed from the same weights (tests/data/minicpmv).
 
-`v26_*` and `v25_*` hold tiny random weights, inputs and outputs of both versions; index.json
-describes them. s0 is three slices, s1 one, so that `batch` pads slices and texts.
+`minicpmv_vectors` reads them.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from minicpmv_vectors import DATA, IMAGE_TOKEN, INPUTS, TOLD, VECTORS, build, case_inputs, pixels
 from safetensors.torch import load_file
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from fedmllm.models.minicpmv import MiniCPMVConfig, MiniCPMVForConditionalGeneration
+from fedmllm.models.minicpmv import MiniCPMVForConditionalGeneration
 from fedmllm.models.minicpmv.modeling import MiniCPMVResampler
 from fedmllm.models.minicpmv.positions import (
     axis_buckets,
@@ -23,11 +22,6 @@ from fedmllm.models.minicpmv.positions import (
     sincos_2d,
 )
 
-DATA = Path(__file__).parent / "data" / "minicpmv"
-TOLD = json.loads((DATA / "model_cases.json").read_text())
-INPUTS = load_file(DATA / "inputs.safetensors")
-VECTORS = {name: load_file(DATA / f"{name}_cases.safetensors") for name in ("v26", "v25")}
-IMAGE_TOKEN = 7  # of the tiny vocabularies
 CASES = [  # all but the mixed batch, which the published code cannot take in 2.5
     (name, case, attention)
     for name in ("v26", "v25")
@@ -36,16 +30,6 @@ CASES = [  # all but the mixed batch, which the published code cannot take in 2.
     for attention in ("eager", "sdpa")
 ]
 BOTH = [(name, attention) for name in ("v26", "v25") for attention in ("eager", "sdpa")]
-
-
-def build(name: str, attention: str) -> MiniCPMVForConditionalGeneration:
-    config = MiniCPMVConfig(
-        **TOLD[name]["config"], image_token_id=IMAGE_TOKEN, attn_implementation=attention
-    )
-    model = MiniCPMVForConditionalGeneration(config)
-    weights = load_file(DATA / f"{name}_weights.safetensors")
-    model.load_state_dict({key: value.float() for key, value in weights.items()}, strict=True)
-    return model.eval()
 
 
 @pytest.fixture(scope="module", params=BOTH, ids=lambda p: "-".join(p))
@@ -60,33 +44,6 @@ def model(request) -> MiniCPMVForConditionalGeneration:
 
 def name_of(model: MiniCPMVForConditionalGeneration) -> str:
     return {"2.6": "v26", "2.5": "v25"}[model.config.spec.name]
-
-
-def pixels(*samples: str) -> dict:
-    """Slices of samples, sample by sample."""
-    sizes = [INPUTS[f"tgt_sizes.{sample}"] for sample in samples]
-    slices = [
-        INPUTS[f"pixels.{sample}.{i}"].float()
-        for sample, rows in zip(samples, sizes, strict=True)
-        for i in range(len(rows))
-    ]
-    return {"pixel_values": slices, "tgt_sizes": torch.cat(sizes)} if samples else {}
-
-
-def case_inputs(name: str, case: str) -> dict:
-    """Ids, a true mask and unshifted labels of a case, with its pixels."""
-    vectors = VECTORS[name]
-    ids = vectors[f"{case}.input_ids"]
-    labels = torch.full_like(ids, -100)
-    labels[:, 1:] = vectors[f"{case}.labels_shifted"][:, :-1]
-    mask = torch.arange(ids.shape[1]) < vectors[f"{case}.lengths"][:, None]
-    samples = [s for s in TOLD[name]["cases"][case]["samples"] if s != "text-only"]
-    return {
-        "input_ids": ids,
-        "attention_mask": mask.long(),
-        "labels": labels,
-        **pixels(*samples),
-    }
 
 
 def prompt(model: MiniCPMVForConditionalGeneration, slices: int, words: int = 6) -> torch.Tensor:

@@ -572,7 +572,7 @@ def _strategy_problems(config: Config) -> list[str]:
             f"strategy.{given[0]}: topology zero-shot trains nothing: leave the strategy out"
         )
         return problems
-    shared = ("mu", "aggregation", "sampling", "mixtures", "fusion")
+    shared = ("mu", "aggregation", "sampling", "mixtures", "evidence", "fusion")
     for key in shared if config.topology != "federated" else ():
         if getattr(strategy, key):
             problems.append(

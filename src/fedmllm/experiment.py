@@ -589,7 +589,9 @@ def run_federation(
     known, exchange, evidence = Parties({}, {}), None, None
     if runner is None:
         known = parties_of(config, session.task, federation.samples)
-        evidence = evidence_of(config, partial(_represent, session), federation.samples)
+        evidence = evidence_of(
+            config, len(session.task.classes), partial(_represent, session), federation.samples
+        )
         fill = evidence.filled if evidence else MODALITIES
         exchange = exchange_of(config, session.mllm, federation.samples, fill)
         mixtures = exchange.pool if exchange else None

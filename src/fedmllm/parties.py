@@ -125,21 +125,40 @@ class Evidence:
 
 
 def evidence_of(
-    config: Config, represent: evidence.Represent, samples: Mapping[str, Sequence[Sample]]
+    config: Config,
+    classes: int,
+    represent: evidence.Represent,
+    samples: Mapping[str, Sequence[Sample]],
 ) -> Evidence | None:
-    """The parties' test of what each modality tells, where the strategy asks for it. represent:
-    by the base that is not trained yet. samples: by client."""
+    """The parties' test of what each modality tells, where the strategy asks for it. classes: of
+    the task. represent: by the base that is not trained yet. samples: by client."""
     threshold = config.strategy.evidence
     if not threshold:
         return None
-    tests = {
-        client: evidence.evidence_of(held, represent, client=client, seed=config.seed)
-        for client, held in samples.items()
-    }
-    if config.topology != "federated":
-        return Evidence(threshold, tests)
-    numbers = 3 * len(evidence.MODALITIES)  # up: hits, expected, variance; down: the score
-    return Evidence(threshold, tests, 4 * numbers * len(tests), 4 * numbers // 3 * len(tests))
+    tests: dict[str, dict[str, evidence.Hits]] = {client: {} for client in samples}
+    up = down = 0
+    for name in evidence.MODALITIES:
+        seen = {
+            client: one
+            for client in sorted(samples)
+            if (
+                one := evidence.seen_alone(
+                    samples[client], name, represent, client=client, seed=config.seed
+                )
+            )
+        }
+        sums = {client: evidence.sums_of(one, classes) for client, one in seen.items()}
+        everybody = evidence.total(sums.values()) if sums else None
+        for client in samples:
+            tests[client][name] = (
+                evidence.hits_of(seen[client], sums[client], everybody)
+                if everybody and client in seen
+                else evidence.Hits()
+            )
+        # up: its sums; hits, expected and variance. down: all sums to who tests, the score to all
+        up += sum(4 * (one.numbers + 3) for one in sums.values())
+        down += sum(4 * one.numbers for one in sums.values()) + 4 * len(samples)
+    return Evidence(threshold, tests, up, down)
 
 
 @dataclass(frozen=True)
