@@ -70,6 +70,12 @@ def test_a_party_alone_and_classes_of_one_party_test_nothing() -> None:
     assert first.hits == 2  # the 9 has no mean of its class to be near to
     assert first.variance == 0.0  # whoever finds one class only can find no other
     assert second.hits == 2
+    first, second = asked(seen([0, 1, 9], [0, 0, 1]), seen([8, 9], [1, 1]))
+    assert (first.hits, second.hits) == (1, 2)
+
+
+def test_one_sample_has_no_chance() -> None:
+    assert asked(seen([0], [0]), seen([0, 10], [0, 1]))[0] == Hits(1)
 
 
 @pytest.mark.parametrize("seed", range(5))

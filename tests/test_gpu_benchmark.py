@@ -20,7 +20,7 @@ def test_a_case_from_its_folder_to_its_row(tmp_path, name) -> None:
     row = gpu.measure_named(name, "cpu")
     assert row["name"] == name
     assert row["largest_image_slices"] >= 1
-    assert row["longest_sample_tokens"] > 100  # a picture of a thousand pixels
+    assert row["longest_sample_tokens"] > 60  # more than the question: a picture
     for key in ("train_samples_per_second", "test_samples_per_second", "planned_bytes"):
         assert row[key] > 0, key
     gpu.keep(row, tmp_path / "gpu.json")
