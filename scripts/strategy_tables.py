@@ -120,7 +120,7 @@ def load(name: str) -> Study:
     return Study(grid.axes["setting"], grid.axes["strategy"], found)
 
 
-def later(study: Study, first: int = ENOUGH) -> Study:
+def later(study: Study, first: int) -> Study:
     """The part of a study whose seeds are `first` and above."""
     found = {
         key: {seed: result for seed, result in runs.items() if seed >= first}
@@ -317,10 +317,11 @@ def best_table(study: Study) -> str:
             if len(tasks) < 2 or not any(strategy in study.ran(task, method) for task in tasks):
                 continue
             alone = {t: gains(study, t, study.of("aligned"), method, strategy) for t in tasks}
+            if not over_tasks([*alone.values()]):
+                continue
             cells = [shown([*over_tasks([*alone.values()]).values()], counted=True)]
-            known = {t: values for t, values in alone.items() if values}
-            least = min(known, key=lambda t: statistics.fmean(known[t].values()), default=None)
-            cells += [f"{shown([*known[least].values()])} ({least})" if least else "–"]
+            least = min(alone, key=lambda t: statistics.fmean(alone[t].values()))
+            cells += [f"{shown([*alone[least].values()])} ({least})"]
             cells += [_recovered_over(study, tasks, c, method, strategy) for c in study.losing()]
             lines.append([method, strategy, *cells])
     return markdown(("method", "strategy"), ("aligned", "least", *study.losing()), lines)
@@ -352,7 +353,8 @@ def _ratio(gain: Mapping[int, float], gap: Mapping[int, float]) -> str:
     if found is None:
         return "no gap"  # none that these seeds can tell from zero
     mean, low, high = found
-    return f"{mean:.0%} ({low:.0%} to {high:.0%})"
+    text = f"{mean:.0%} ({low:.0%} to {high:.0%})"
+    return text if len(seeds) == ENOUGH else f"{text}, {len(seeds)} seeds"
 
 
 def cost_table(study: Study) -> str:
@@ -402,11 +404,13 @@ def drift_table(study: Study) -> str:
                 place = (dataset, study.of(scenario), method, strategy)
                 if study.shared(dataset, scenario, method, strategy):
                     continue
-                cells = [shown([*study.values(*place, p).values()], sign=False) for p in parts]
+                found = [[*study.values(*place, part).values()] for part in parts]
+                cells = [shown(values, sign=False) for values in found]
                 cells += ["–"] * (len(heads) - len(cells))
                 if set(cells) != {"–"}:
-                    lines.append([dataset, method, scenario, strategy, *cells])
-    return markdown(("task", "method", "scenario", "strategy"), heads, lines)
+                    seeds = str(max(map(len, found)))
+                    lines.append([dataset, method, scenario, strategy, seeds, *cells])
+    return markdown(("task", "method", "scenario", "strategy"), ("seeds", *heads), lines)
 
 
 def evidence_table(study: Study) -> str:

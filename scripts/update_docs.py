@@ -583,7 +583,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "level-gaps": lambda: level_gaps(*EMBEDDED),
     "pretraining": pretraining,
     "strategies-later": lambda: strategy_tables.best_table(
-        strategy_tables.later(strategy_tables.load("strategies"))
+        strategy_tables.later(strategy_tables.load("strategies"), 5)
     ),
     "strategies-evidence": lambda: strategy_tables.evidence_table(
         strategy_tables.load("strategies")

@@ -627,17 +627,26 @@ def test_tested_samples() -> None:
 
 
 def test_samples_that_are_read_besides_the_tests() -> None:
-    """A quarter of 8 and of 4 held out, four readings of 10 for drift, two more of all 16 for
-    fusion."""
+    """A quarter, rounded up, of 8 and of 10 held out; four readings of 10 for drift; each sample
+    through either modality for evidence, at most 128 of a party."""
     raw = {**SMALL, "training": {"rounds": 6}}
     raw["evaluation"] = {"held_out": 0.25, "drift": True, "limit": 10}
-    sizes = {"a": 8, "b": 4}
-    assert read_besides(make_config(raw), sizes, 16) == 3 + 4 * 10
-    assert read_besides(make_config(raw, ["strategy.fusion=1.0"]), sizes, 16) == 3 + 40 + 32
+    sizes = {"a": 8, "b": 10}
+    assert read_besides(make_config(raw), sizes, 16) == 2 + 3 + 4 * 10
+    asked = make_config(raw, ["strategy={recombine: 1.0, evidence: 1.0}"])
+    assert read_besides(asked, {**sizes, "c": 500}, 16) == 2 + 3 + 125 + 40 + 2 * (8 + 10 + 128)
     raw["evaluation"] = {"held_out": 0.25}
-    assert read_besides(make_config(raw, ["topology=local"]), sizes, 16) == 3
+    assert read_besides(make_config(raw, ["topology=local"]), sizes, 16) == 2 + 3
     raw["topology"] = "centralised"
-    assert trained_samples(make_config(raw), sizes) == 6 * (6 + 3)
+    assert trained_samples(make_config(raw), sizes) == 6 * (6 + 7)
+
+
+def test_late_fusion_reads_a_whole_question_three_times() -> None:
+    raw = {**SMALL, "training": {"rounds": 6}, "strategy": {"fusion": 1.0}}
+    raw["evaluation"] = {"every": 2, "limit": 10, "conditions": ["both", "neither"]}
+    assert count_tested(make_config(raw), 16, clients=4) == 2 * 30 + 3 * 16 + 16
+    raw["evaluation"]["conditions"] = ["neither"]
+    assert count_tested(make_config(raw), 16, clients=4) == 2 * 30 + 16
 
 
 # -- the command -----------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def does(config: Config, samples: dict[str, list[Any]], classes: int) -> dict[st
         "completed": completed,
         "replaced": replaced,
         "takers": taken if given.mixtures and classes else [],
+        "evidence": given.evidence if classes and (any(completed.values()) or taken) else 0.0,
         "fusion": fusion_of(profiles, strength=given.fusion).share if classes else None,
         "prompt": config.prompt if classes else None,
         "pull": {client: given.mu * weight for client, weight in weights.items()},

@@ -172,7 +172,7 @@ def test_over_tasks(study) -> None:
     assert harsher.startswith(f"{0.3 / 0.4:.0%} (")
     assert missing.startswith(f"{0.25 / 0.325:.0%} (")
     # resampling was not run on medical: no claim over all tasks
-    assert row(table, "fedavg", "resample") == ["–", "+0.000 ± 0.000 (crisis)", *["–"] * 4]
+    assert "resample" not in table
 
 
 def test_costs_leave_out_what_is_the_plain_run_itself(study) -> None:
@@ -188,7 +188,7 @@ def test_costs_leave_out_what_is_the_plain_run_itself(study) -> None:
 def test_drift(study) -> None:
     table = tables.drift_table(study)
     cells = row(table, "crisis", "fedavg", "missing", "plain")
-    assert cells == ["0.500 ± 0.000", "1.500 ± 0.000", "–", "–", "–"]
+    assert cells == ["5", "0.500 ± 0.000", "1.500 ± 0.000", "–", "–", "–"]
     assert not any("resample" in line and "aligned" in line for line in table.splitlines())
 
 
@@ -201,6 +201,7 @@ def test_nothing_run() -> None:
         tables.best_table,
         tables.cost_table,
         tables.drift_table,
+        tables.evidence_table,
     )
     assert {table(nothing) for table in made} == {tables.NONE}
     assert tables.gain_svg(nothing) is None
@@ -219,7 +220,7 @@ def test_later_seeds_alone(study) -> None:
     prompt = ("crisis", MISSING, "fedavg", "prompt")  # of three seeds
     assert prompt in study.found
     assert prompt not in tables.later(study, 3).found
-    assert tables.later(study).found == {}
+    assert tables.later(study, 5).found == {}
 
 
 def test_what_the_parties_found_of_each_modality(study) -> None:

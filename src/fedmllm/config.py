@@ -65,8 +65,8 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """Which multimodal LLM. `name` is a registry name or, with `path`, any label.
 
-    dtype: auto is bfloat16 where a CUDA device computes in it, and float32 elsewhere; a result says
-    which (`hardware`).
+    dtype: auto is bfloat16 where a CUDA device computes in it, and float32 elsewhere; the result of
+    a run in one process says which (`hardware`).
     quantization: nf4 reads the decoder's linear layers in 4 bit (QLoRA; package bitsandbytes).
     gradient_checkpointing: less memory for more time, same numbers. remote_code: the path again,
     word for word, of a model whose own code may be run.

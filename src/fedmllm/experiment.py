@@ -966,7 +966,7 @@ def make_result(
         "commit": results.commit(),
         "hardware": {
             **results.hardware(config.threads, config.model.device),
-            "dtype": resolve_dtype(config.model.dtype, config.model.device),
+            "dtype": session.mllm.dtype,
         },
         "started": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds"),
     }

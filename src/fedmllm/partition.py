@@ -120,12 +120,17 @@ def _positions(order: np.ndarray, owner: np.ndarray, clients: int) -> list[list[
     return [part.tolist() for part in parts]
 
 
+def held_out_count(size: int, share: float) -> int:
+    """How many of a client's samples `held_out` takes."""
+    return min(math.ceil(share * size), size - 1) if size else 0
+
+
 def held_out(ids: Sequence[str], *, share: float, seed: int) -> set[str]:
     """The samples of one client that it tests on and does not train on: `share` of them, rounded
     up, so that one that holds two or more has one; at least one is left to train on.
 
     A function of (seed, sample id): with a greater share, those of a smaller one are among them.
     """
-    count = min(math.ceil(share * len(ids)), len(ids) - 1) if ids else 0
+    count = held_out_count(len(ids), share)
     ranked = sorted(ids, key=lambda name: (uniform(seed, "held-out", name), name))
     return set(ranked[:count])

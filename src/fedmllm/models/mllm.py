@@ -561,6 +561,11 @@ class Mllm:
         return torch.stack(found)
 
     @property
+    def dtype(self) -> str:
+        """In which the base computes, such as ``float32``."""
+        return str(self.base.get_input_embeddings().weight.dtype).removeprefix("torch.")
+
+    @property
     def width(self) -> int:
         """Width of a hidden state, D."""
         return int(self.base.config.get_text_config().hidden_size)

@@ -14,7 +14,9 @@ from typing import Any
 
 from fedmllm.config import CONDITION_NAMES, Config, make_config
 from fedmllm.errors import UserError
+from fedmllm.evidence import MODALITIES, MOST
 from fedmllm.federation import cohort_of
+from fedmllm.partition import held_out_count
 from fedmllm.report import load_results
 from fedmllm.results import hardware
 
@@ -37,7 +39,7 @@ def trained_samples(config: Config, sizes: Mapping[str, int]) -> int:
     training, share = config.training, config.evaluation.held_out
     if config.topology == "zero-shot":
         return 0
-    sizes = {client: size - round(share * size) for client, size in sizes.items()}
+    sizes = {client: size - held_out_count(size, share) for client, size in sizes.items()}
     if config.topology != "federated":
         return sum(sizes.values()) * training.rounds * training.local_epochs
     cohorts = (
@@ -48,26 +50,28 @@ def trained_samples(config: Config, sizes: Mapping[str, int]) -> int:
 
 
 def tested_samples(config: Config, test: int, clients: int) -> int:
-    """Test samples that a run answers, on the way and at its end. test: size of the test set."""
+    """Readings of test samples that a run answers, on the way and at its end. test: size of the
+    test set. Late fusion reads a whole sample's parts too."""
     evaluation, rounds = config.evaluation, config.training.rounds
-    final = len(evaluation.conditions) * test
+    whole = 3 if config.strategy.fusion else 1
+    final = (len(evaluation.conditions) + (whole - 1) * ("both" in evaluation.conditions)) * test
     if config.topology == "local":
         return final * clients
     due = (rounds - 1) // evaluation.every if evaluation.every and rounds else 0
     due = 0 if config.topology == "zero-shot" else due
-    return final + due * min(evaluation.limit or test, test)
+    return final + due * whole * min(evaluation.limit or test, test)
 
 
 def read_besides(config: Config, sizes: Mapping[str, int], test: int) -> int:
-    """Samples that a run reads beside training and `tested_samples`, about: those that parties
-    hold out, whole and masked test samples for `evaluation.drift`, and the parts of whole questions
-    for late fusion."""
+    """Readings of samples of which a result's times say nothing, about: those that parties hold
+    out, whole and masked test samples for `evaluation.drift`, and for `strategy.evidence` each
+    party's through either modality."""
     evaluation = config.evaluation
-    found = sum(round(evaluation.held_out * size) for size in sizes.values())
+    found = sum(held_out_count(size, evaluation.held_out) for size in sizes.values())
     if evaluation.drift and config.topology != "local":
         found += len(CONDITION_NAMES) * min(evaluation.limit or test, test)
-    if config.strategy.fusion and "both" in evaluation.conditions:
-        found += 2 * test
+    if config.strategy.evidence:
+        found += len(MODALITIES) * sum(min(size, MOST) for size in sizes.values())
     return found
 
 

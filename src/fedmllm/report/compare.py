@@ -50,6 +50,7 @@ def environment(result: Result) -> dict[str, str]:
     """Where and of what a result was made."""
     sections = {key: result.get(key) or {} for key in ("versions", "hardware", "revisions")}
     flat = facts.flatten(sections)
+    flat.setdefault("hardware.dtype", str(facts.lookup(result, "config", "model", "dtype")))
     for key in ("commit", "base_sha256", "data_sha256"):
         flat[key] = str(result.get(key))[:12]
     flat["who holds what"] = str(facts.lookup(result, "manifest", "sha256"))[:12]
