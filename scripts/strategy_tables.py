@@ -471,7 +471,7 @@ def _draw_gains(ax: Any, study: Study, dataset: str) -> None:
         if points:
             xs, means, halves = zip(*points, strict=True)
             k = study.strategies.index(strategy)
-            style = {"fmt": "osD^vP*Xd<>h"[k % 12], "color": f"C{k % 10}", "label": strategy}
+            style = {"fmt": "osD^vP*Xd<>x"[k % 12], "color": f"C{k % 10}", "label": strategy}
             spread = [half or 0.0 for half in halves]
             ax.errorbar(xs, means, spread, markersize=4, linewidth=1, capsize=2, **style)
     ax.axhline(0, color="0.4", linewidth=0.8)
