@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from synthetic_grid import result, write
 
 from fedmllm.cli import main
+from fedmllm.data.images import ImageFile
 from fedmllm.data.memes import SPEC
 from fedmllm.experiment import load_model
 from fedmllm.models.mllm import Mllm
@@ -298,6 +299,27 @@ def test_a_round_on_the_papers_models(cli, experiment, tmp_path, loaded, version
     assert result["bytes"]["up"] > 0
     assert 0 <= result["metrics"]["both"]["auc"] <= 1
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("version", ["2.6", "2.5"])
+def test_a_picture_that_is_cut_goes_through_a_round(
+    cli, own, own_experiment, tmp_path, loaded, version
+) -> None:
+    """One of three pictures is larger than a view of 448 x 448, and is read as a thumbnail and
+    slices."""
+    Image.new("RGB", (900, 500), "red").save(own / "pictures" / "0.png")
+    folder = published_folder(tmp_path / "model", version)
+    code, _, err = cli(
+        "run", own_experiment, f"model.path={folder}", "model.name=tiny", "--out", tmp_path / "run"
+    )
+    assert code == 0, err
+    (mllm,) = loaded
+    rows = [len(mllm.image_features(ImageFile(f"pictures/{i}.png", own)).features) for i in (0, 1)]
+    views = rows[0] / mllm.base.config.query_num
+    assert (views, rows[1]) == (3, mllm.base.config.query_num)
+    assert trained(tmp_path / "run") > 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 0 < result["history"][0]["loss"] < 20
 
 
 GRID = """
