@@ -501,7 +501,7 @@ def test_terms_of_a_real_model_by_hand(folder) -> None:
     assert training["backward"] == 1200 * 2 * (3 * 18_944 + 2 * 3584)
     assert training["unpacked 4-bit matrix"] == 2 * 3584 * 18_944
     assert tests["logits"] == 2 * 2 * 8 * 151_666
-    assert tests["activations"] == 8 * 1200 * 2 * (3 * 18_944 + 2 * 3584 + 1200)
+    assert tests["activations"] == 8 * 1200 * 2 * (3 * 18_944 + 4 * 3584 + 1200)
     patch = 2 * (1152 + 5 * 3584) + 4 * 3 * 14 * 14  # the connector is the widest
     assert found.memory.phases["image encoding"] == {"tower": 10_240 * patch}
     assert feature_cache(shapes_of(found.skeleton, tokens=1200), found.load) == 28 * (
