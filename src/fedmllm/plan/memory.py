@@ -240,8 +240,8 @@ def seen_in_training(shapes: Shapes, load: Load) -> int:
 def testing(shapes: Shapes, load: Load) -> dict[str, int]:
     """A test batch, without gradient, in the MLP of a layer: the embeddings, the layer's input, the
     residual, the MLP's input and its three products, and the mask, b (3 F + 4 D + T) a token; the
-    logits of each sample's last token, at which alone the head runs, and as much again, 2 b B V; or, where
-    answers are generated, (b + 4) B V and the key-value cache, 2 b L K d a token.
+    logits of each sample's last token, at which alone the head runs, and as much again, 2 b B V;
+    or, where answers are generated, (b + 4) B V and the key-value cache, 2 b L K d a token.
     """
     b, tokens = load.itemsize, load.test_batch * load.tokens
     terms = {"activations": tokens * b * (3 * shapes.F + 4 * shapes.D + load.tokens)}
