@@ -138,23 +138,18 @@ def evidence_of(
     tests: dict[str, dict[str, evidence.Hits]] = {client: {} for client in samples}
     up = down = 0
     for name in evidence.MODALITIES:
-        seen = {
-            client: one
-            for client in sorted(samples)
-            if (
-                one := evidence.seen_alone(
-                    samples[client], name, represent, client=client, seed=config.seed
-                )
-            )
+        alone = {
+            client: evidence.seen_alone(held, name, represent, client=client, seed=config.seed)
+            for client, held in sorted(samples.items())
         }
+        seen = {client: one for client, one in alone.items() if one}
         sums = {client: evidence.sums_of(one, classes) for client, one in seen.items()}
-        everybody = evidence.total(sums.values()) if sums else None
+        found: dict[str, evidence.Hits] = {}
+        if sums:
+            everybody = evidence.total(sums.values())
+            found = {c: evidence.hits_of(one, sums[c], everybody) for c, one in seen.items()}
         for client in samples:
-            tests[client][name] = (
-                evidence.hits_of(seen[client], sums[client], everybody)
-                if everybody and client in seen
-                else evidence.Hits()
-            )
+            tests[client][name] = found.get(client, evidence.Hits())
         # up: its sums; hits, expected and variance. down: all sums to who tests, the score to all
         up += sum(4 * (one.numbers + 3) for one in sums.values())
         down += sum(4 * one.numbers for one in sums.values()) + 4 * len(samples)

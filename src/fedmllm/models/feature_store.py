@@ -32,7 +32,7 @@ import fedmllm
 from fedmllm.models import feature_files as files
 from fedmllm.models.components import tower_of
 from fedmllm.models.families import Family
-from fedmllm.models.features import ImageFeatures, device_of
+from fedmllm.models.features import ImageFeatures, device_of, dtype_of
 from fedmllm.models.lora import decoder_of
 from fedmllm.models.replay import Blank, NotRecordedError
 
@@ -184,7 +184,7 @@ def identity(base: Any, processor: Any, entry: Family, keeps: str) -> dict[str, 
         "config": _digest(_json(_config(base))),
         "weights": weights_of_vision(base, entry, keeps),
         "processor": _digest(_json(_processor(processor))),
-        "dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "dtype": dtype_of(base),
         "device": _device_name(device),
         "code": _own_code(),
         **{name: _version(name) for name in _PACKAGES},

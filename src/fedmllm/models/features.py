@@ -201,6 +201,11 @@ def look(base: Any, image: ImageFeatures, parts: Parts = ()) -> ImageFeatures:
     )
 
 
+def dtype_of(base: Any) -> str:
+    """In which the base computes, such as ``float32``."""
+    return str(base.get_input_embeddings().weight.dtype).removeprefix("torch.")
+
+
 def device_of(base: Any) -> torch.device:
     """Where the language model lies; the tower may have left."""
     return base.get_input_embeddings().weight.device

@@ -44,6 +44,7 @@ from fedmllm.models.features import (
     FeatureCache,
     GivenFeatures,
     ImageFeatures,
+    dtype_of,
     feature_inputs,
     look,
     see,
@@ -563,7 +564,7 @@ class Mllm:
     @property
     def dtype(self) -> str:
         """In which the base computes, such as ``float32``."""
-        return str(self.base.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        return dtype_of(self.base)
 
     @property
     def width(self) -> int:

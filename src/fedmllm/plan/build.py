@@ -367,8 +367,8 @@ def _strategy_notes(config: Config, parties: Parties | None) -> list[str]:
         lines.append("mixed features: their bytes, once before the first round, are not counted")
     if strategy.evidence:
         lines.append(
-            "evidence: each party reads its samples once before the first round; bytes of that are "
-            "not counted"
+            "evidence: before the first round each party reads its samples through either "
+            "modality; bytes of that are not counted"
         )
     if parties is None and (strategy.prototypes or strategy.uses_profiles):
         lines.append("the classes are not known: prototypes are counted for one, labels for none")
