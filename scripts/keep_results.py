@@ -1,4 +1,5 @@
-"""Copy the result files of finished runs into results/, where they are committed.
+"""Copy the result files of finished runs into results/, where they are committed, and what a
+benchmark says of runs that stand in other places too.
 
 python scripts/keep_results.py runs/demo results/demo
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+
+from fedmllm.report.shared import read_shared, write_shared
 
 
 def keep(run: Path, target: Path) -> Path:
@@ -23,6 +26,11 @@ def main(source: Path, target: Path) -> None:
     """Copy every run below `source`."""
     for file in sorted(source.glob("**/result.json")):
         print(keep(file.parent, target))
+    entries, fault = read_shared(source)
+    if fault:
+        raise SystemExit(fault)
+    kept = {name: entry for name, entry in entries.items() if (target / name).is_dir()}
+    write_shared(target, kept, list(kept))
 
 
 if __name__ == "__main__":

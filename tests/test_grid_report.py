@@ -176,6 +176,38 @@ def test_equal_in_print_is_equally_best() -> None:
     assert [row["aligned-a0.5"].best for row in found.cells.values()] == [True, True]
 
 
+def test_the_best_is_the_best_by_the_seeds_that_all_have() -> None:
+    """FedAvg has five hard seeds more, which FedYogi was spared: .9 to .8 by seeds 0 to 4, though
+    its mean is .7."""
+    spared = seeds("fedyogi", [0.80, 0.81, 0.80, 0.81, 0.80])
+    found = table([*seeds("fedavg", [0.9] * 5 + [0.5] * 5), *spared])
+    cells = {label: row["aligned-a0.5"] for label, row in found.cells.items()}
+    assert cells["FedAvg"].mean == pytest.approx(0.7)
+    assert (cells["FedAvg"].best, cells["FedAvg"].significant) == (True, True)
+    assert not cells["FedYogi"].best
+    assert "Bold: best federated, by the seeds that all federated arms of the column have" in note(
+        found
+    )
+    assert note(table(spared)).count("by the seeds") == 0
+
+
+def test_without_a_seed_in_common_nothing_is_the_best() -> None:
+    found = table([*seeds("fedavg", [0.9]), result("fedyogi", "aligned-a0.5", 1, value=0.8)])
+    assert [row["aligned-a0.5"].best for row in found.cells.values()] == [False, False]
+
+
+def test_the_same_runs_in_two_columns_are_compared_once() -> None:
+    """Evenly split samples are the same in all aligned settings."""
+    runs = [*seeds("fedavg", [0.7] * 5), *seeds("fedyogi", [0.9] * 5)]
+    runs += [result("local", "aligned-a5.0", 0, value=0.5)]
+    for run in runs:
+        run["config"]["partition"]["name"] = "even"
+    found = table(runs)
+    assert found.comparisons == 1
+    both = [found.cells["FedYogi"][setting] for setting in ("aligned-a5.0", "aligned-a0.5")]
+    assert [cell.p for cell in both] == [0.0, 0.0]
+
+
 def test_zero_shot_stands_in_every_column() -> None:
     found = table([result("zero-shot", "hybrid-p0.6", 0), *grid(seeds=2, settings=TWO)[1:]])
     assert found.settings == TWO

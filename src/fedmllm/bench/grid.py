@@ -42,11 +42,13 @@ _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid. places: where in the grid its result stands, at least one."""
+    """One run of the grid. places: where in the grid its result stands, at least one. stands_for:
+    the configs of the places that `share` gives its result, where they are others than its own."""
 
     name: str
     config: Config
     places: tuple[Place, ...]
+    stands_for: tuple[Config, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -338,26 +340,36 @@ def _cells(
     """One cell for each set of numbers; all problems of all configs at once."""
     base = raw.get("base") or {}
     configs: dict[str, tuple[Config, list[Place], list[Place]]] = {}
+    others: dict[str, dict[str, Config]] = {}  # what a run stands for, by digests
     faults: dict[str, list[Place]] = {}
     checked: dict[tuple[str, ...], tuple[Config | None, list[str]]] = {}
+
+    def check(place: Place) -> tuple[Config | None, list[str]]:
+        key = tuple(place.values())
+        if key not in checked:
+            changes = [axes[axis][value] for axis, value in place.items()]
+            checked[key] = _check(base, changes, overrides)
+        return checked[key]
+
     total = 0
     for place, source in _places(axes, rules):
         total += 1
-        key = tuple(source.values())
-        if key not in checked:
-            checked[key] = _check(
-                base, [axes[axis][value] for axis, value in source.items()], overrides
-            )
-        config, problems = checked[key]
+        config, problems = check(source)
         for line in problems:
             faults.setdefault(line, []).append(place)
-        if config is not None:
-            _, places, sources = configs.setdefault(deciding_digest(config), (config, [], []))
-            places.append(place)
-            sources.append(source)
+        if config is None:
+            continue
+        digest = deciding_digest(config)
+        _, places, sources = configs.setdefault(digest, (config, [], []))
+        places.append(place)
+        sources.append(source)
+        # a place may share a run because its own config makes no sense there
+        own = check(place)[0] if place != source else None
+        if own is not None and (other := deciding_digest(own)) != digest:
+            others.setdefault(digest, {})[other] = own
     if faults:
         raise _error(file, [f"{line}{_whose(at, total)}" for line, at in faults.items()])
-    return _named(file, configs, axes)
+    return _named(file, configs, axes, others)
 
 
 def _check(
@@ -378,11 +390,14 @@ def _whose(places: Sequence[Place], total: int) -> str:
 
 
 def _named(
-    file: Path, configs: Mapping[str, tuple[Config, list[Place], list[Place]]], axes: Axes
+    file: Path,
+    configs: Mapping[str, tuple[Config, list[Place], list[Place]]],
+    axes: Axes,
+    others: Mapping[str, Mapping[str, Config]],
 ) -> list[Cell]:
     """Cells named after the values that are the same wherever their result stands."""
     cells: dict[str, Cell] = {}
-    for config, places, sources in configs.values():
+    for digest, (config, places, sources) in configs.items():
         shared = [axis for axis in axes if len({source[axis] for source in sources}) == 1]
         name = "-".join(_part(axis, sources[0][axis]) for axis in shared) or "cell"
         name = re.sub(r"[^A-Za-z0-9._-]", "_", name)
@@ -392,7 +407,9 @@ def _named(
                 f"{file}: {both[0]!r} and {both[1]!r} would both be named {name!r}: "
                 "rename a value of an axis"
             )
-        cells[name] = Cell(name, config.model_copy(update={"name": name}), tuple(places))
+        stands_for = tuple(others.get(digest, {}).values())
+        own = config.model_copy(update={"name": name})
+        cells[name] = Cell(name, own, tuple(places), stands_for)
     return list(cells.values())
 
 

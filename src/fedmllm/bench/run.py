@@ -23,6 +23,8 @@ from fedmllm.bench.timing import estimates, measured_results
 from fedmllm.errors import UserError
 from fedmllm.parallel import Failure, Job, default_processes, rough_work, run_jobs
 from fedmllm.progress import ManyProgress
+from fedmllm.report.loading import config_digest
+from fedmllm.report.shared import Entry, difference, write_shared
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def run_grid(
         lines = [f"  --set {name}=…   {about}" for name, about in grid.open_variables.items()]
         raise UserError(f"{grid.name} needs values for its variables:\n" + "\n".join(lines))
     with locked(folder):
+        write_shared(folder, shared_entries(grid.cells), [cell.name for cell in grid.cells])
         present = Present()
         found = states(grid.cells, folder, present)
         todo = [cell for cell in grid.cells if found[cell.name].kind != "done"]
@@ -69,6 +72,18 @@ def run_grid(
     names = {job.config.name for job in jobs}
     skipped = tuple(cell.name for cell in grid.cells if cell.name not in names)
     return Ended(skipped, tuple(done), failed, time.perf_counter() - began)
+
+
+def shared_entries(cells: Sequence[Cell]) -> dict[str, Entry]:
+    """What `shared.json` says of the cells whose runs stand in other places too."""
+    entries: dict[str, Entry] = {}
+    for cell in cells:
+        own = cell.config.model_dump(mode="json")
+        places = [difference(own, other.model_dump(mode="json")) for other in cell.stands_for]
+        places = [{k: v for k, v in place.items() if k != "name"} for place in places]
+        if places:
+            entries[cell.name] = {"config_sha256": config_digest(own), "stands_for": places}
+    return entries
 
 
 def processes_for(grid: Grid, devices: Sequence[str] = ()) -> int:

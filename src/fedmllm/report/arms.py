@@ -8,6 +8,7 @@ task, one model, one size of data.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,11 +43,16 @@ _PLACE = (*NO_NUMBERS[""], "seed", "scenario", "data", "model", "evaluation")
 @dataclass(frozen=True)
 class Arm:
     """One way to train. runs: setting -> seed -> result. A run that does not depend on the
-    setting (`stands_for`) is under each of them."""
+    setting (`stands_for`) is under each of them, and so is a copy of another arm's run that a grid
+    says has the numbers of this place (`is_shared`)."""
 
     label: str
     topology: str
     runs: Mapping[str, Mapping[int, Result]]
+
+    def own(self, setting: str) -> dict[int, Result]:
+        """Its runs in a setting, without those of other arms: what was spent and measured here."""
+        return {s: run for s, run in self.runs.get(setting, {}).items() if not is_shared(run)}
 
     def scores(self, setting: str, condition: str, judge: str = "") -> dict[int, float]:
         """The headline metric by seed, or the accuracy that a judge (`facts.judge_of`) gives."""
@@ -79,6 +85,9 @@ def boards(results: Sequence[Result]) -> tuple[list[Board], list[str]]:
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(_board_key(result), []).append(result)
+    for result in (stand_in for one in results for stand_in in _stand_ins(one)):
+        if group := groups.get(_board_key(result)):
+            group.append(result)
     problems: list[str] = []
     names = _distinct(
         [_task_name(group[0]) for group in groups.values()],
@@ -131,6 +140,11 @@ def setting_of(result: Result) -> str:
     return words if alpha is None else f"{words}, alpha {alpha:g}"
 
 
+def is_shared(run: Result) -> bool:
+    """Whether it stands for an arm that it was not run for."""
+    return bool(run.get("_shared"))
+
+
 def stands_for(result: Result, setting: str) -> bool:
     """Whether a run's result is that of another setting too.
 
@@ -148,6 +162,14 @@ def stands_for(result: Result, setting: str) -> bool:
 
 
 # -- grouping ----------------------------------------------------------------------------------
+
+
+def _stand_ins(result: Result) -> list[Result]:
+    """A run under the configs that it stands for."""
+    return [
+        {**result, "config": config, "seed": config.get("seed"), "_shared": True}
+        for config in result.get("_stands_for") or []
+    ]
 
 
 def _board_facts(result: Result) -> dict[str, str]:
@@ -191,12 +213,14 @@ def _distinct(names: Sequence[str], details: Sequence[Mapping[str, str]]) -> lis
 
 def _board(name: str, group: Sequence[Result], problems: list[str]) -> Board:
     order = list(SETTINGS)
-    own = {setting_of(r) for r in group if facts.topology(r) != "zero-shot"}
-    own = own or {setting_of(result) for result in group}
+    trained = {setting_of(r) for r in group if facts.topology(r) != "zero-shot"}
+    own = trained or {setting_of(result) for result in group}
     settings = sorted(own, key=lambda s: (order.index(s) if s in order else len(order), s))
     arms: dict[str, list[Result]] = {}
     for result in sorted(group, key=_arm_rank):
         arms.setdefault(_arm_key(result), []).append(result)
+    # an arm that is another's in all places was not run, and says nothing
+    arms = {key: runs for key, runs in arms.items() if not all(map(is_shared, runs))}
     labels = _distinct(
         [_arm_name(runs[0]) for runs in arms.values()],
         [_arm_facts(runs[0]) for runs in arms.values()],
@@ -205,7 +229,8 @@ def _board(name: str, group: Sequence[Result], problems: list[str]) -> Board:
         Arm(label, facts.topology(runs[0]), _by_setting(runs, settings, problems))
         for label, runs in zip(labels, arms.values(), strict=True)
     ]
-    return Board(name, facts.metric_name(group[0]), tuple(settings), tuple(made), tuple(group))
+    ran = tuple(result for result in group if not is_shared(result))
+    return Board(name, facts.metric_name(ran[0]), tuple(settings), tuple(made), ran)
 
 
 def _arm_rank(result: Result) -> tuple[int, int, bool, str]:
@@ -244,15 +269,17 @@ def _by_setting(
     runs: Sequence[Result], settings: Sequence[str], problems: list[str]
 ) -> dict[str, dict[int, Result]]:
     found: dict[str, dict[int, Result]] = {setting: {} for setting in settings}
-    for exact in (True, False):  # a run of the very setting goes before one that stands for it
-        for result in runs:
+    # a run of the very setting goes before one that stands for it, and one of its own before
+    # another arm's
+    for shared, exact in itertools.product((False, True), (True, False)):
+        for result in (run for run in runs if is_shared(run) == shared):
             seed = int(result.get("seed") or 0)
             own = setting_of(result)
             for setting in settings:
                 if (own == setting) != exact or not stands_for(result, setting):
                     continue
                 there = found[setting].setdefault(seed, result)
-                if exact and there is not result:
+                if exact and not shared and there is not result:
                     problems.append(f"{_path(result)}: repeats {_path(there)}: left out")
     return found
 

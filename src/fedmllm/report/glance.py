@@ -37,12 +37,19 @@ class Overall:
 
 
 def overall(board: Board, condition: str, kind: str) -> list[Overall]:
-    """The arms of a topology that were run in all settings, the best first."""
+    """The arms of a topology that were run in all settings, the best first. Federated arms by the
+    seeds that all of them have, and none if there is no such seed; the others by these seeds too,
+    if they have any of them."""
+    every = [(arm, over(arm, board.settings, condition)) for arm in board.arms]
+    federated = [set(scores) for arm, scores in every if arm.topology == "federated" and scores]
+    common = set.intersection(*federated) if federated else set()
     found = []
-    for arm in board.arms:
-        by_seed = over(arm, board.settings, condition) if arm.topology == kind else {}
-        if by_seed:
-            found.append(Overall(arm, *interval(list(by_seed.values())), len(by_seed)))
+    for arm, scores in every:
+        kept = {seed: score for seed, score in scores.items() if seed in common}
+        if kind != "federated":
+            kept = kept or scores
+        if arm.topology == kind and kept:
+            found.append(Overall(arm, *interval(list(kept.values())), len(kept)))
     return sorted(found, key=lambda o: o.mean, reverse=facts.higher_is_better(board.results[0]))
 
 
@@ -84,7 +91,11 @@ def finding(board: Board, table: GridTable) -> str:
         return ""
     leaders = _leaders(table)
     if not _whole(board, table.condition):
-        return "Not every federated arm was run in every setting." + _most(leaders)
+        arms = [arm for arm in board.arms if arm.topology == "federated"]
+        everywhere = all(over(arm, board.settings, table.condition) for arm in arms)
+        words = "Not every federated arm was run in every setting."
+        words = "The federated arms have no seed in common." if everywhere else words
+        return words + _most(leaders)
     ranked = overall(board, table.condition, "federated")
     best, parts = ranked[0], []
     for kind, (_, words) in KINDS.items():

@@ -360,7 +360,7 @@ def draw_cost(ax: Axes, board: Board, condition: str, chosen: str) -> None:
     arms = drawn(board, condition, chosen)
     settings = common_settings(board, arms)
     for arm in arms:
-        runs = [run for setting in settings for run in arm.runs[setting].values()]
+        runs = [run for setting in settings for run in arm.own(setting).values()]
         curves = [_over_bytes(run, condition) for run in runs]
         way, end = (_mean_by_round([curve[i] for curve in curves]) for i in (0, 1))
         scores = [facts.score(run, condition) for run in runs]
@@ -373,8 +373,8 @@ def draw_cost(ax: Axes, board: Board, condition: str, chosen: str) -> None:
 
 
 def common_settings(board: Board, arms: Sequence[Arm]) -> list[str]:
-    """The settings that all of some arms were run in."""
-    return [s for s in board.settings if arms and all(arm.runs.get(s) for arm in arms)]
+    """The settings that all of some arms were run in themselves."""
+    return [s for s in board.settings if arms and all(arm.own(s) for arm in arms)]
 
 
 def _how_many(settings: Sequence[str], board: Board) -> str:

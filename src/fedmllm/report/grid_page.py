@@ -288,7 +288,7 @@ def _table(table: GridTable, swatches: Mapping[str, str], folder: Path) -> dict[
 def _cell(cell: Mean | None, folder: Path) -> dict[str, Any] | None:
     if cell is None:
         return None
-    keys = ("mean", "half", "best", "significant")
+    keys = ("mean", "half", "best", "significant", "shared")
     return {key: getattr(cell, key) for key in keys} | {"files": shown_files(cell.files, folder)}
 
 
@@ -299,7 +299,7 @@ def _parties(board: Board, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for arm in board.arms:
         for setting in board.settings:
-            runs = list(arm.runs.get(setting, {}).values())
+            runs = list(arm.own(setting).values())
             for test, where in parties.TESTS.items():
                 found = parties.over_seeds(runs, test, condition, key)
                 if found:
@@ -325,7 +325,7 @@ def _payload(board: Board, folder: Path) -> dict[str, Any]:
     its runs differ. A part that no arm exchanges has no column."""
     found: dict[str, list[tuple[str, dict[str, float | None]]]] = {}
     for arm in board.arms:
-        runs = {id(run): run for by_seed in arm.runs.values() for run in by_seed.values()}
+        runs = {id(run): run for setting in arm.runs for run in arm.own(setting).values()}
         known = [run for run in runs.values() if facts.message_parts(run)]
         if arm.topology == "federated" and known:
             found[arm.label] = [(str(run.get("_path", "")), _messages(run)) for run in known]
@@ -410,7 +410,7 @@ def _profile_figures(board: Board) -> Iterator[tuple[str, Figure, str, Result]]:
         found = (
             (arm.label, runs[seed], rows)
             for arm in board.arms
-            for runs in [arm.runs.get(setting, {})]
+            for runs in [arm.own(setting)]
             for seed in sorted(runs)
             if (rows := facts.lookup(runs[seed], "heterogeneity", "clients"))
         )
@@ -424,9 +424,7 @@ def _drift(board: Board, folder: Path) -> dict[str, Any]:
     """What `evaluation.drift` measured of each arm and setting, a mean over seeds; what no run
     states has no column."""
     found = {
-        (arm.label, setting): [
-            run for run in arm.runs.get(setting, {}).values() if facts.drift(run)
-        ]
+        (arm.label, setting): [run for run in arm.own(setting).values() if facts.drift(run)]
         for arm in board.arms
         for setting in board.settings
     }
@@ -446,7 +444,7 @@ def _a_run(arm: Arm, setting: str) -> Result | None:
     """A federated run of this very setting."""
     if arm.topology != "federated":
         return None
-    runs = arm.runs.get(setting, {})
+    runs = arm.own(setting)
     return next((runs[seed] for seed in sorted(runs) if facts.clients(runs[seed])), None)
 
 

@@ -1,11 +1,12 @@
 """Tables over seeds: a row an arm, a column a setting, in Markdown, LaTeX and CSV.
 
 A cell is the mean over seeds ± half of its 95 % confidence interval (Student's t), which fewer than
-five seeds do not have. The best
-federated arm of a column is bold. A star: it is better than the next best, by a paired t-test over
-seeds at the 5 % level, with Holm's correction for all comparisons of a best arm with another in
-the table. With fewer than five seeds nothing is called significant. Where runs state what each of
-their parties reaches, another table has the worst party.
+five seeds do not have. The best federated arm of a column, by the seeds that all of its federated
+arms have, is bold. A star: it is better than the next best, by a paired t-test over seeds at the
+5 % level, with Holm's correction for all comparisons of a best arm with another in the table. With
+fewer than five seeds nothing is called significant. A dagger: runs of another arm, which the grid
+says are the same there. Where runs state what each of their parties reaches, another table has the
+worst party.
 """
 
 from __future__ import annotations
@@ -13,33 +14,36 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedmllm.report import facts, parties, published
-from fedmllm.report.arms import Arm, Board, boards
+from fedmllm.report.arms import Arm, Board, boards, is_shared
 from fedmllm.report.loading import Result
 from fedmllm.report.parties import Parties
 from fedmllm.report.statistics import ENOUGH, LEVEL, holm, interval, paired_p
 from fedmllm.scenarios import SETTINGS
 
 STAR = "*"
+DAGGER = "†"
 NARROW = 6  # columns of a LaTeX table that leave room for the intervals beside the means
 
 
 @dataclass(frozen=True)
 class Mean:
     """One cell. half: of the 95 % interval, None of few seeds. p: of the difference to the
-    next best, corrected; only for the best, and None where there are too few seeds.
-    files: the results that were averaged. parties: what is known of the parties, by test
-    (`parties.TESTS`)."""
+    next best, corrected; only for the best, and None where there are too few seeds. shared: some
+    of its runs are another arm's, which the grid says are the same here. files: the results that
+    were averaged. parties: what is known of the parties, by test (`parties.TESTS`)."""
 
     mean: float
     half: float | None
     seeds: int
     best: bool = False
     p: float | None = None
+    shared: bool = False
     files: tuple[str, ...] = ()
     parties: Mapping[str, Parties] = field(default_factory=dict)
 
@@ -195,7 +199,7 @@ def _mean(arm: Arm, setting: str, condition: str, judge: str = "") -> Mean | Non
     mean, half = interval(list(scores.values()))
     runs = [arm.runs[setting][seed] for seed in scores]
     files = [facts.judged_file(run) if judge else str(run.get("_path", "")) for run in runs]
-    return Mean(mean, half, len(scores), files=tuple(files))
+    return Mean(mean, half, len(scores), shared=any(map(is_shared, runs)), files=tuple(files))
 
 
 def _add_parties(board: Board, condition: str, cells: dict[str, dict[str, Mean]]) -> None:
@@ -211,33 +215,54 @@ def _add_parties(board: Board, condition: str, cells: dict[str, dict[str, Mean]]
 
 
 def _mark(board: Board, condition: str, cells: dict[str, dict[str, Mean]], judge: str = "") -> int:
-    """Mark the best federated arm of each column and test it; how many comparisons were made."""
-    up = facts.higher_is_better(board.results[0])
-    pairs: list[tuple[str, str, bool, float]] = []  # setting, best arm, with the next?, p
+    """Mark the best federated arm of each column and test it; how many comparisons were made. The
+    same runs in two columns are compared once."""
+    if condition == "neither":
+        return 0  # shown nothing, no arm can lead
+    found: dict[tuple[str, ...], float] = {}  # the runs that were compared, p
+    to_next: list[tuple[str, str, tuple[str, ...]]] = []  # a best arm, its setting, the runs
     for setting in board.settings:
-        arms = [a for a in board.arms if a.topology == "federated" and setting in cells[a.label]]
-        ranked = sorted(
-            arms,
-            key=lambda a: -cells[a.label][setting].mean if up else cells[a.label][setting].mean,
-        )
-        if condition == "neither" or not ranked:
-            continue  # shown nothing, no arm can lead
-        best = ranked[0]
-        top = facts.format_score(cells[best.label][setting].mean)
-        for arm in ranked:  # equal in print is equal
-            cell = cells[arm.label][setting]
-            if facts.format_score(cell.mean) == top:
-                cells[arm.label][setting] = replace(cell, best=True)
-        for i, other in enumerate(ranked[1:]):
-            one, two = (arm.scores(setting, condition, judge) for arm in (best, other))
+        ranked = _ranked(board, setting, condition, judge)
+        leaders = [arm for arm, mean in ranked if mean == ranked[0][1]]  # equal in print is equal
+        for arm in leaders:
+            cells[arm.label][setting] = replace(cells[arm.label][setting], best=True)
+        files = {arm.label: _files(arm, setting) for arm, _ in ranked}
+        alike = [arm for arm, _ in ranked if files[arm.label] == files[leaders[0].label]]
+        others = [arm for arm, _ in ranked if arm not in alike]
+        for i, other in enumerate(others):
+            one, two = (arm.scores(setting, condition, judge) for arm in (leaders[0], other))
             p = paired_p(one, two)
-            if p is not None:
-                pairs.append((setting, best.label, i == 0, p))
-    adjusted = holm([p for *_, p in pairs])
-    for (setting, label, to_next, _), p in zip(pairs, adjusted, strict=True):
-        if to_next:
-            cells[label][setting] = replace(cells[label][setting], p=p)
-    return len(pairs)
+            if p is None:
+                continue
+            key = (*files[leaders[0].label], "", *files[other.label])
+            found[key] = p
+            if i == 0:
+                to_next += [(arm.label, setting, key) for arm in alike]
+    adjusted = dict(zip(found, holm(list(found.values())), strict=True))
+    for label, setting, key in to_next:
+        cells[label][setting] = replace(cells[label][setting], p=adjusted[key])
+    return len(found)
+
+
+def _files(arm: Arm, setting: str) -> tuple[str, ...]:
+    """The runs that an arm stands on: arms of the same, by a grid's word, are not compared."""
+    runs = arm.runs.get(setting, {})
+    return tuple(str(runs[seed].get("_path") or id(runs[seed])) for seed in sorted(runs))
+
+
+def _ranked(board: Board, setting: str, condition: str, judge: str) -> list[tuple[Arm, str]]:
+    """The federated arms of a setting, the best first, with their means as they are printed: over
+    the seeds that all of them have, since seeds differ more than arms do. None where they have no
+    seed in common."""
+    arms = [arm for arm in board.arms if arm.topology == "federated"]
+    scores = [(arm, arm.scores(setting, condition, judge)) for arm in arms]
+    there = [(arm, found) for arm, found in scores if found]
+    seeds = set.intersection(*(set(found) for _, found in there)) if there else set()
+    if not seeds:
+        return []
+    means = [(arm, math.fsum(found[s] for s in seeds) / len(seeds)) for arm, found in there]
+    means.sort(key=lambda pair: pair[1], reverse=facts.higher_is_better(board.results[0]))
+    return [(arm, facts.format_score(mean)) for arm, mean in means]
 
 
 def note(table: GridTable) -> str:
@@ -261,7 +286,10 @@ def note(table: GridTable) -> str:
         words += f" Verdicts that could not be read, and do not count: {table.lost:,}."
     if table.condition == "neither":
         return f"{words} Shown nothing, no arm can lead."
-    words += " Bold: best federated."
+    words += " Bold: best federated"
+    words += ", by the seeds that all federated arms of the column have." if low < high else "."
+    if any(cell.shared for row in table.cells.values() for cell in row.values()):
+        words += f" {DAGGER}: with runs of another arm, which the grid says are the same there."
     if not table.comparisons:
         return f"{words} Fewer than {ENOUGH} seeds: no difference is called significant."
     return (
@@ -304,7 +332,8 @@ def _markdown_cell(cell: Mean | None) -> str:
     if cell is None:
         return facts.DASH
     text = facts.format_pair(cell.mean, cell.half)
-    return (f"**{text}**" if cell.best else text) + ("\\" + STAR if cell.significant else "")
+    text = f"**{text}**" if cell.best else text
+    return text + ("\\" + STAR if cell.significant else "") + (DAGGER if cell.shared else "")
 
 
 # -- LaTeX -------------------------------------------------------------------------------------
@@ -316,6 +345,7 @@ _TEX = {
     **{c: f"\\{c}" for c in "&%$#_{}"},
     "±": r"$\pm$",
     "–": "--",
+    "†": r"$\dagger$",
 }
 
 
@@ -387,7 +417,7 @@ def _latex_mean(cell: Mean | None) -> str:
         return "--"
     text = facts.format_score(cell.mean)
     text = rf"\textbf{{{text}}}" if cell.best else text
-    return text + (r"$^{*}$" if cell.significant else "")
+    return text + (r"$^{*}$" if cell.significant else "") + (r"$^{\dagger}$" if cell.shared else "")
 
 
 def _latex_half(cell: Mean | None) -> str:
@@ -405,7 +435,7 @@ def csv_grid(tables: Sequence[GridTable]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     heads = ["task", "metric", "condition", "setting", "arm", "seeds", "mean", "ci95_half"]
-    heads += ["best", "p_to_next_holm", "comparisons", "files", "judge"]
+    heads += ["best", "p_to_next_holm", "comparisons", "shared", "files", "judge"]
     writer.writerow([*heads, *PARTY_HEADS])
     for table in tables:
         for label, row in table.cells.items():
@@ -413,7 +443,7 @@ def csv_grid(tables: Sequence[GridTable]) -> str:
                 place = [table.board, table.metric, table.condition, setting, label]
                 numbers = [cell.seeds, cell.mean, cell.half, int(cell.best), cell.p]
                 files = " ".join(cell.files)
-                end = [table.comparisons, files, table.judge]
+                end = [table.comparisons, int(cell.shared), files, table.judge]
                 writer.writerow([*place, *numbers, *end, *_party_cells(cell)])
     return out.getvalue()
 

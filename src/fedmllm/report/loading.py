@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 
 from fedmllm.errors import UserError
 from fedmllm.report.judged import read_judged
+from fedmllm.report.shared import SHARED_FILE, Entry, applied, read_shared
 
 Result = dict[str, Any]
 
@@ -80,7 +81,7 @@ LATER: dict[str, dict[str, Any]] = {
     "training": {"long_text": "refuse", "clients_at_once": 1},
     "data": {"classes": 8},  # of crisis
 }
-_LOADED = ("_path", "_judged")  # what `load_results` adds
+_LOADED = ("_path", "_judged", "_stands_for")  # what `load_results` adds
 _BOUNDED = ("auc", "macro_f1", "accuracy")
 _TASK = ("name", "metric")
 _CONFIG_SECTIONS = ("data", "model", "partition", "scenario", "algorithm", "training", "evaluation")
@@ -100,22 +101,46 @@ def load_results(paths: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
     """Read result files; return the good ones in reading order and a line for each fault.
 
     paths: result files, run folders, or folders with run folders anywhere below.
-    Each result gains the key ``_path``, and ``_judged``: its judged.json or None.
+    Each result gains the key ``_path``; ``_judged``: its judged.json or None; and ``_stands_for``:
+    configs of a grid whose numbers are the run's too (`report.shared`).
     Raises `UserError` if nothing readable remains.
     """
     results: list[Result] = []
     problems: list[str] = []
+    shared: dict[Path, dict[str, Entry]] = {}
     for path in _find(paths, problems):
         data, faults = _read(path)
         problems += [f"{path}: {fault}" for fault in faults]
         if data is not None:
             marks, fault = read_judged(path, result_digest(data))
             problems += [fault] if fault else []
-            results.append({**data, "_path": str(path), "_judged": marks})
+            others = _stands_for(path, data, shared, problems)
+            results.append({**data, "_path": str(path), "_judged": marks, "_stands_for": others})
     if not results:
         seen = "\n  ".join(problems) or "no path was given"
         raise UserError(f"no readable result.json: run an experiment first\n  {seen}")
     return sorted(results, key=_rank), problems
+
+
+def _stands_for(
+    path: Path, data: Result, shared: dict[Path, dict[str, Entry]], problems: list[str]
+) -> list[dict[str, Any]]:
+    """The configs that a run stands for, by the file beside the run folders, which is read once."""
+    folder = path.parent.parent
+    if folder not in shared:
+        shared[folder], fault = read_shared(folder)
+        problems += [fault] if fault else []
+    entry = shared[folder].get(path.parent.name) if path.name == "result.json" else None
+    if entry is None:
+        return []
+    if entry["config_sha256"] != config_digest(data["config"]):
+        problems.append(
+            f"{folder / SHARED_FILE}: what it says of {path.parent.name} is of a run with another "
+            "config: left out; run the benchmark again"
+        )
+        return []
+    configs = [applied(data["config"], changes) for changes in entry["stands_for"]]
+    return [config for config in configs if not list(_config_faults(config))]
 
 
 def _rank(result: Result) -> int:
