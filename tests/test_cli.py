@@ -226,10 +226,12 @@ def test_other_mistakes(cli, experiment, tmp_path) -> None:
     assert code == 2
 
 
-def test_the_installed_command_gives_exit_code_two(tmp_path) -> None:
-    command = Path(sys.executable).parent / "fedmllm"
+@pytest.mark.parametrize(
+    "command", [[Path(sys.executable).parent / "fedmllm"], [sys.executable, "-m", "fedmllm"]]
+)
+def test_the_installed_command_gives_exit_code_two(tmp_path, command) -> None:
     done = subprocess.run(
-        [command, "run", tmp_path / "no.yaml"], capture_output=True, text=True, timeout=120
+        [*command, "run", tmp_path / "no.yaml"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
     assert "does not exist" in done.stderr

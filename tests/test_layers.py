@@ -41,6 +41,7 @@ LAYERS = [
         "judge",
         "parties",
         "report",
+        "__main__",
         "cli",
         "cli_data",
         "cli_cache",
