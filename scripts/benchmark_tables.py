@@ -1,8 +1,10 @@
-"""The short table of the grid `mini` from its committed results: means over tasks, by scenario."""
+"""Tables of the grid `mini` from its committed results: means over tasks by scenario, and how long
+it took."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from strategy_tables import (
     NONE,
@@ -18,6 +20,7 @@ from strategy_tables import (
 
 from fedmllm.report import facts
 from fedmllm.report.arms import METHODS
+from fedmllm.report.loading import Result
 from fedmllm.report.statistics import ENOUGH
 
 NAMES = METHODS | facts.ALGORITHMS
@@ -84,3 +87,37 @@ def _cell(found: Mapping[Place, Mapping[int, float]], at: Place, sure: set[Place
     """What trains nothing has no seed, and so no interval."""
     numbers = [*found[at].values()]
     return shown(numbers[:1] if at[0] == "zero-shot" else numbers, sign=False, sure=at in sure)
+
+
+def time_table(study: Study, part: Study) -> str:
+    """How long each seed took, from its first run's start to its last one's end, and what the runs
+    of a part of the grid took together."""
+    rows = []
+    seeds = sorted({seed for runs in study.found.values() for seed in runs})
+    for seed, runs in ((seed, _runs(study, seed)) for seed in seeds):
+        if not runs:
+            continue
+        starts = [datetime.fromisoformat(run["started"]).timestamp() for run in runs]
+        seconds = [run["time"]["total_seconds"] for run in runs]
+        wall = max(s + t for s, t in zip(starts, seconds, strict=True)) - min(starts)
+        cpu = f"{runs[0]['hardware']['cpu']}, {runs[0]['hardware']['cores']} cores"
+        rows.append([f"{seed}", f"{len(runs)}", _minutes(wall), _minutes(sum(seconds)), cpu])
+    if not rows:
+        return NONE
+    heads = ["runs", "minutes on the wall", "minutes of all runs", "machine"]
+    few = [run for seed in (0, 1) for run in _runs(part, seed)]
+    together = _minutes(sum(run["time"]["total_seconds"] for run in few))
+    return (
+        f"{markdown(('seed',), heads, rows)}\n\nThe {len(few)} runs of `mini-quick` took "
+        f"{together} minutes of these: half of that on two cores."
+    )
+
+
+def _runs(study: Study, seed: int) -> list[Result]:
+    """Each run of a seed once; what trains nothing has the first."""
+    there = (runs[seed] for runs in study.found.values() if seed in runs)
+    return list({id(run): run for run in there if run["seed"] == seed}.values())
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}"

@@ -103,12 +103,12 @@ class Study:
 
 
 @cache
-def load(name: str) -> Study:
-    """The committed results of experiments/grids/NAME.yaml, in results/NAME."""
+def load(name: str, folder: str = "") -> Study:
+    """The committed results of experiments/grids/NAME.yaml, in results/NAME or `folder` there."""
     grid = load_grid(ROOT / "experiments" / "grids" / f"{name}.yaml")
     found: dict[Key, BySeed] = defaultdict(dict)
     for cell in grid.cells:
-        file = ROOT / "results" / name / cell.name / "result.json"
+        file = ROOT / "results" / (folder or name) / cell.name / "result.json"
         if not file.exists():
             continue
         (result,), _ = load_results([file])

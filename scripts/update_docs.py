@@ -26,6 +26,7 @@ RESULTS = ROOT / "results"
 DOCS = (
     "README.md",
     "docs/architecture.md",
+    "docs/benchmark.md",
     "docs/deployment.md",
     "docs/embedded-model.md",
     "docs/embedded-tasks.md",
@@ -55,12 +56,12 @@ def checked(folder: Path) -> list[dict]:
 
 
 def grid(folder: str) -> str:
-    """The tables of a grid's results, without their headings."""
+    """The tables of a grid's results, each under its name."""
     tables, left_out = grid_tables(checked(RESULTS / folder))
     if left_out:
         raise SystemExit("\n".join(left_out))
     lines = markdown_grid(tables).splitlines()
-    return "\n".join(line for line in lines if not line.startswith("#"))
+    return "\n".join(f"**{line[4:]}**" if line.startswith("### ") else line for line in lines)
 
 
 def gate() -> str:
@@ -577,6 +578,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "gate": gate,
     "mini": lambda: benchmark_tables.scenario_table(strategy_tables.load("mini")),
     "mini-settings": lambda: grid("mini"),
+    "mini-time": lambda: benchmark_tables.time_table(
+        strategy_tables.load("mini"), strategy_tables.load("mini-quick", "mini")
+    ),
     "memory": memory,
     "padding": padding,
     "levels": lambda: levels(*EMBEDDED),

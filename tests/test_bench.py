@@ -21,8 +21,15 @@ from fedmllm.bench import load_grid, lock, run_grid
 from fedmllm.bench.deciding import deciding, deciding_digest
 from fedmllm.bench.grid import merge
 from fedmllm.bench.lock import locked
-from fedmllm.bench.state import Present, states
-from fedmllm.bench.table import plan_lines
+from fedmllm.bench.state import (
+    Present,
+    differences,
+    digest,
+    read_journal,
+    states,
+    write_journal,
+)
+from fedmllm.bench.table import _total, plan_lines
 from fedmllm.config import CONDITION_NAMES, make_config
 from fedmllm.data import DATASETS
 from fedmllm.data.dataset import DatasetSpec
@@ -211,6 +218,8 @@ def test_every_problem_of_every_cell_is_told_at_once(tmp_path) -> None:
         ({"share": [{"when": {"seed": 0}, "as": {"seed": [0, 1]}}]}, "give one value"),
         ({"base": {"data": {"root": "${x}"}}}, "unknown variable 'x'"),
         ({"exclude": [{"seed": [0, 1]}]}, "no cell is left"),
+        ({"out": [1]}, "out: must be a text, not [1]"),
+        ({"title": {"a": 1}, "name": 3}, "2 problems"),
     ],
 )
 def test_bad_grid_files(tmp_path, change, words) -> None:
@@ -328,6 +337,20 @@ def test_other_data_under_the_same_config_make_a_cell_stale(finished, monkeypatc
 
     monkeypatch.setitem(DATASETS, "memes", DatasetSpec("", load, spec.options))
     assert state(finished).reasons[0].startswith("data: ")
+
+
+@pytest.mark.parametrize(
+    ("place", "what"), [("config data.root", "data"), ("config model.path", "base model")]
+)
+def test_where_it_lay_does_not_count_if_what_lay_there_is_known(place, what) -> None:
+    old, new = {place: "a", what: "1" * 64}, {place: "b", what: "1" * 64}
+    assert differences(old, new) == ()
+    assert digest(old) == digest(new)  # a half run goes on, too
+    assert differences(old, {**new, what: "2" * 64})[0].startswith(f"{what}: ")
+    assert digest(old) != digest({**new, what: "2" * 64})
+    unknown = {**new, what: ""}  # weights too large to be hashed, data that are elsewhere
+    assert differences(old, unknown) == (f"{place}: a -> b",)
+    assert digest({**old, what: ""}) != digest(unknown)
 
 
 def test_a_patch_release_does_not_count(finished, monkeypatch) -> None:
@@ -531,6 +554,32 @@ def test_the_plan_counts_and_says_why(finished) -> None:
     nothing = list(plan_lines(found, out=finished / "no", measured=[], processes=2))
     assert nothing[1].split() == ["s0", "missing", "unknown"]
     assert "their time is unknown" in nothing[-1]
+
+
+def test_a_run_is_not_shared_by_processes() -> None:
+    assert "about 1m 40s on 2 processes" in _total(1, [100.0], 2)
+    assert "about 1m 40s on 2 processes" in _total(3, [100.0, 40.0, 20.0], 2)
+    assert "about 1m 40s on 2 processes" in _total(3, [80.0, 60.0, 60.0], 2)
+
+
+def test_another_try_is_not_called_failed(tmp_path, monkeypatch) -> None:
+    """A cell that failed is begun again, and its benchmark killed."""
+    found = grid(tmp_path, {"seed": [0]})
+    out = tmp_path / "out"
+    out.mkdir()
+    write_journal(out, {"begun": {}, "failed": {"s0": "no memory"}})
+    assert states(found.cells, out, Present())["s0"].kind == "failed"
+
+    def killed(jobs, *, listener, **_):
+        for job in jobs:
+            listener({"event": "start", "name": job.config.name})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedmllm.bench.run.run_jobs", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(found, out=out, processes=1, console=Console(file=StringIO()))
+    assert states(found.cells, out, Present())["s0"].kind == "missing"  # of which nothing is there
+    assert read_journal(out)["failed"] == {}
 
 
 def test_mini_is_the_whole_grid() -> None:

@@ -1,4 +1,4 @@
-"""The short table of the benchmark, on numbers worked by hand."""
+"""The tables of the benchmark, on numbers worked by hand."""
 
 from __future__ import annotations
 
@@ -69,3 +69,29 @@ def test_without_a_gain_and_with_few_seeds_nothing_is_bold() -> None:
     assert "±" not in few
     assert "no difference is called sure" in few
     assert benchmark_tables.scenario_table(Study(SETTINGS, ("plain",), {})) == NONE
+
+
+def timed(seed: int, minute: int, seconds: float) -> dict:
+    started = f"2026-01-01T00:{minute:02}:00+00:00"
+    hardware = {"cpu": "C", "cores": 2}
+    time = {"total_seconds": seconds}
+    return {"seed": seed, "started": started, "time": time, "hardware": hardware}
+
+
+def test_how_long_a_seed_took() -> None:
+    """Seed 0: from minute 1 to 30 s past minute 4, of 60, 120 and 90 s of runs. The untrained
+    model stands for both seeds and counts once."""
+    zero = timed(0, 1, 60.0)
+    found = {
+        ("memes", "aligned-a0.5", "zero-shot", "plain"): {0: zero, 1: zero},
+        ("memes", "missing-b0.5", "zero-shot", "plain"): {0: zero, 1: zero},
+        ("memes", "aligned-a0.5", "fedavg", "plain"): {0: timed(0, 1, 120.0), 1: timed(1, 9, 30.0)},
+        ("memes", "missing-b0.5", "fedavg", "plain"): {0: timed(0, 3, 90.0)},
+    }
+    whole = Study(SETTINGS, ("plain",), found)
+    part = Study(SETTINGS, ("plain",), {key: found[key] for key in list(found)[:3]})
+    text = benchmark_tables.time_table(whole, part)
+    assert rows(text)["0"] == ["3", "3.5", "4.5", "C, 2 cores"]
+    assert rows(text)["1"] == ["1", "0.5", "0.5", "C, 2 cores"]
+    assert "The 3 runs of `mini-quick` took 3.5 minutes" in text
+    assert benchmark_tables.time_table(Study(SETTINGS, ("plain",), {}), part) == NONE

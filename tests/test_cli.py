@@ -224,6 +224,13 @@ def test_other_mistakes(cli, experiment, tmp_path) -> None:
     assert "is a file" in error
     code, _, error = cli("report", tmp_path / "nowhere")
     assert code == 2
+    page = ("--out", tmp_path / "r.html")
+    code, _, error = cli("report", out, *page, "--figures", experiment)
+    assert (code, f"{experiment}: File exists" in error) == (2, True)
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("base: {data: memes}\naxes: {seed: [0]}\n")
+    code, _, error = cli("bench", grid, "--out", experiment / "below")
+    assert (code, "Not a directory" in error) == (2, True)
 
 
 @pytest.mark.parametrize(

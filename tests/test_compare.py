@@ -178,11 +178,13 @@ def test_rerun_from_the_result_alone(tmp_path: Path, command, mllm: Mllm) -> Non
     code, out = command("compare", kept, tmp_path / "again")
     assert code == 0
     assert "config: the same" in out
+    code, out = command("rerun", kept, "--out", tmp_path / "again", "--resume")
+    assert (code, "the same: all " in out) == (0, True)  # it was done: nothing is run
     other = json.loads(kept.read_text())
     other["metrics"]["both"]["auc"] += 0.1
     other["result_sha256"] = result_digest(other)  # as a forger would
     kept.write_text(json.dumps(other))
-    code, out = command("rerun", kept, "--out", tmp_path / "third")
+    code, out = command("rerun", kept, "--out", tmp_path / "again", "--overwrite")
     assert code == 1
     assert "they do not agree" in out
     assert "metrics both auc" in out

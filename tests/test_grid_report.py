@@ -139,8 +139,17 @@ def test_only_means_of_enough_seeds_have_an_interval() -> None:
     found = table([*seeds("fedavg", [0.5, 0.6] * 2), *seeds("fedyogi", [0.9, 0.91] * 3)])
     assert [row["aligned-a0.5"].half is None for row in found.cells.values()] == [True, False]
     assert "over 4 to 6 seeds ± half of the 95 % interval, from 5 seeds up." in note(found)
-    whole = table(seeds("fedyogi", [0.9, 0.91] * 3))
+    whole = table([*seeds("fedyogi", [0.9, 0.91] * 3), *seeds("fedavg", [0.5, 0.6] * 3)])
     assert "over 6 seeds ± half of the 95 % interval. Bold" in note(whole)
+
+
+def test_one_federated_arm_is_not_called_the_best_nor_untested() -> None:
+    """Of five seeds: there is nothing to compare it with, and nothing is said of too few seeds."""
+    found = table([*seeds("fedavg", [0.7] * 5), *seeds("local", [0.6] * 5)])
+    assert not found.cells["FedAvg"]["aligned-a0.5"].best
+    assert note(found) == "Test AUC, image + text: mean over 5 seeds ± half of the 95 % interval."
+    apart = [result("fedyogi", "aligned-a0.5", seed, value=0.8) for seed in range(4, 9)]
+    assert "Fewer than 5 seeds in common" in note(table([*seeds("fedavg", [0.7] * 5), *apart]))
 
 
 def test_many_comparisons_take_a_star_away() -> None:
@@ -159,7 +168,8 @@ def test_many_comparisons_take_a_star_away() -> None:
 
 
 def test_a_centralised_run_is_never_the_best_federated() -> None:
-    found = table([*seeds("centralised", [0.99] * 5), *seeds("fedavg", [0.7] * 5)])
+    federated = [*seeds("fedavg", [0.7] * 5), *seeds("fedyogi", [0.6] * 5)]
+    found = table([*seeds("centralised", [0.99] * 5), *federated])
     assert not found.cells["Centralised"]["aligned-a0.5"].best
     assert found.cells["FedAvg"]["aligned-a0.5"].best
 
@@ -325,6 +335,129 @@ def test_sizes_of_data_do_not_mix() -> None:
     made, problems = boards(small + large)
     assert [board.label for board in made] == ["memes (train 400)", "memes (train 4000)"]
     assert problems == []
+
+
+def changed(runs, **more):
+    """The runs with other facts, as if they had been written so."""
+    made = []
+    for run in runs:
+        run = {**run, **more}
+        run["result_sha256"] = result_digest(run)
+        made.append(run)
+    return made
+
+
+def configured(runs, section: str, **more):
+    """The runs with other keys in a section of their config."""
+    return [
+        {**run, "config": {**run["config"], section: {**run["config"][section], **more}}}
+        for run in runs
+    ]
+
+
+@pytest.mark.parametrize("key", ["base_sha256", "data_sha256"])
+def test_runs_of_another_base_or_other_data_are_another_board(key) -> None:
+    """The same config, as where a folder's contents were replaced."""
+    runs = seeds("fedavg", [0.5, 0.5, 0.9])
+    runs = changed(runs[:2], **{key: "a" * 64}) + changed(runs[2:], **{key: "b" * 64})
+    tables, problems = grid_tables(runs)
+    name = key.split("_")[0]
+    assert [t.board for t in tables] == [f"memes ({name} {'a' * 8})", f"memes ({name} {'b' * 8})"]
+    assert [t.cells["FedAvg"]["aligned-a0.5"].mean for t in tables] == [0.5, 0.9]
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ({"revisions": {"core": 1}}, {"revisions": {"core": 2}}, "revision of core"),
+        ({"versions": {"torch": "2.9.0"}}, {"versions": {"torch": "2.10.1"}}, "torch"),
+        ({"hardware": {"dtype": "float32"}}, {"hardware": {"dtype": "bfloat16"}}, "dtype"),
+    ],
+)
+def test_runs_of_another_state_of_the_code_are_another_arm(first, second, words) -> None:
+    runs = seeds("fedavg", [0.5, 0.5, 0.9])
+    found = table(changed(runs[:2], **first) + changed(runs[2:], **second))
+    assert len(found.cells) == 2
+    assert all(words in label for label in found.cells)
+    assert sorted(row["aligned-a0.5"].mean for row in found.cells.values()) == [0.5, 0.9]
+
+
+def test_a_patch_release_and_what_is_not_stated_part_nothing() -> None:
+    runs = seeds("fedavg", [0.5, 0.5, 0.9])
+    first, last = {"versions": {"torch": "2.9.0"}}, {"versions": {"torch": "2.9.1"}}
+    found = table(changed(runs[:2], **first) + changed(runs[2:], base_sha256="a" * 64, **last))
+    assert found.cells["FedAvg"]["aligned-a0.5"].seeds == 3
+
+
+def test_what_changes_no_number_parts_nothing() -> None:
+    """Where features are kept; and where the same data and base lay."""
+    same = {"base_sha256": "a" * 64, "data_sha256": "b" * 64}
+    runs = changed(seeds("fedavg", [0.5, 0.5, 0.9]), **same)
+    other = configured(runs[2:], "model", path="elsewhere/base", feature_cache="disk")
+    other = configured(other, "data", root="elsewhere/memes")
+    assert table(runs[:2] + other).cells["FedAvg"]["aligned-a0.5"].seeds == 3
+
+
+def test_data_without_a_digest_are_told_by_their_place() -> None:
+    runs = seeds("fedavg", [0.5, 0.9])
+    runs = configured(runs[:1], "data", root="a") + configured(runs[1:], "data", root="b")
+    assert [t.board for t in grid_tables(runs)[0]] == ["memes (data a)", "memes (data b)"]
+
+
+def test_every_form_but_csv_names_what_was_left_out(tmp_path) -> None:
+    write(tmp_path, seeds("fedavg", [0.6, 0.7, 0.8]))
+    (tmp_path / "memes-aligned-a0.5-fedavg-plain-s2" / "result.json").write_text("{")
+    found, problems = load_results([tmp_path])
+    for suffix in (".html", ".md", ".tex"):
+        out = tmp_path / f"out{suffix}"
+        write_tables(found, out, title="", problems=problems)
+        assert "is not valid JSON" in out.read_text(encoding="utf-8"), suffix
+    last = (tmp_path / "out.tex").read_text(encoding="utf-8").splitlines()[-1]
+    assert last.startswith("% left out: ")
+    write_tables(found, tmp_path / "runs.md", title="", problems=problems, per_run=True)
+    assert "Left out:" in (tmp_path / "runs.md").read_text(encoding="utf-8")
+    write_tables(found, tmp_path / "out.csv", title="", problems=problems)
+    rows = list(csv.reader((tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()))
+    assert {len(row) for row in rows} == {len(rows[0])}
+
+
+def test_what_a_run_took_stands_in_a_csv(tmp_path) -> None:
+    """26 s each, 2.4 MB either way; of two peaks the mean."""
+    one, two = seeds("fedavg", [0.6, 0.7])
+    runs = [*changed([one], peak_accelerator_bytes=10), *changed([two], peak_accelerator_bytes=30)]
+    (row, *_) = csv.DictReader(io.StringIO(csv_grid(grid_tables(runs)[0])))
+    wanted = {
+        "bytes_up": "2400000.0",
+        "bytes_down": "2400000.0",
+        "total_seconds": "26.0",
+        "trained_per_second": "24.0",
+        "tested_per_second": "",
+        "peak_memory_bytes": "700000000.0",
+        "peak_accelerator_bytes": "20.0",
+    }
+    assert {key: row[key] for key in wanted} == wanted
+    write(tmp_path, runs)
+    write_tables(load_results([tmp_path])[0], tmp_path / "a.csv", title="", per_run=True)
+    (row, other) = csv.DictReader((tmp_path / "a.csv").read_text().splitlines())
+    assert (row["peak_accelerator_bytes"], other["peak_accelerator_bytes"]) == ("10", "30")
+    assert row["trained_per_second"] == "24.0"
+
+
+def test_boards_of_other_conditions_share_a_page(tmp_path) -> None:
+    """One task was tested under all conditions, another under one."""
+    some = seeds("fedavg", [0.6, 0.7])
+    few = [result("fedavg", "aligned-a0.5", seed, task="crisis") for seed in range(2)]
+    few = [{**run, "metrics": {"both": run["metrics"]["both"]}} for run in few]
+    page = write_grid_report([*some, *changed(few)], tmp_path / "page.html")
+    assert "text withheld" in page.read_text(encoding="utf-8")
+
+
+def test_where_runs_were_made_differently_the_page_says_how(tmp_path) -> None:
+    one, two, three = seeds("fedavg", [0.6, 0.7, 0.8])
+    other = {**three["hardware"], "cpu": "another"}
+    page = write_grid_report([one, two, *changed([three], hardware=other)], tmp_path / "page.html")
+    assert "synthetic (2 of 3), another (1 of 3)" in page.read_text(encoding="utf-8")
 
 
 def test_markdown_latex_and_csv_say_the_same() -> None:

@@ -725,6 +725,24 @@ def test_answers_that_are_not_those_of_the_result(serve, judge, tmp_path) -> Non
     assert server.seen == []
 
 
+def test_answers_that_were_changed_keep_no_others_from_being_judged(tmp_path) -> None:
+    bad, good = open_run(tmp_path, "bad"), open_run(tmp_path, "good")
+    (bad / "answers.jsonl").write_text("")
+    found, _ = load_results([tmp_path])
+    work, problems = make_work(found, Scheme("m", {}, second=0))
+    assert [job.folder for job in work.jobs] == [good]
+    assert len(problems) == 1
+    assert "is not what its result.json states" in problems[0]
+
+
+def test_what_many_lack_is_said_once(tmp_path) -> None:
+    write(tmp_path, [result("fedavg", "aligned-a0.5", seed) for seed in range(5)])
+    open_run(tmp_path, "good")
+    _, (problem,) = make_work(load_results([tmp_path])[0], Scheme("m", {}, second=0))
+    first = tmp_path / "memes-aligned-a0.5-fedavg-plain-s0" / "result.json"
+    assert problem == f"{first} and 4 others: its answers are letters: there is nothing to judge"
+
+
 @pytest.mark.parametrize("name", ["answers.jsonl", "verdicts.jsonl"])
 def test_a_folder_in_place_of_a_file_is_told(serve, judge, tmp_path, name) -> None:
     folder, server = open_run(tmp_path), serve()

@@ -712,9 +712,11 @@ def replaced(value: Any, keys: tuple[Any, ...], new: Any) -> Any:
 
 def test_nothing_readable_is_the_users_to_mend(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text("{")
-    with pytest.raises(UserError, match="run an experiment first") as caught:
+    with pytest.raises(UserError, match="run what is wrong again") as caught:
         load_results([tmp_path, tmp_path / "absent.json"])
     assert "absent.json: cannot be read" in str(caught.value)
+    with pytest.raises(UserError, match="run an experiment first"):
+        load_results([tmp_path / "absent.json"])
     with pytest.raises(UserError):
         write_report([], tmp_path / "r.html")
 

@@ -33,8 +33,11 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-# what a system refuses, wherever it happens: no permission, read-only, full
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+# what a system refuses, wherever it happens: no permission, read-only, full, a file for a folder
+_REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+)
 
 app = typer.Typer(
     name="fedmllm",
@@ -168,7 +171,11 @@ def bench(
         for line in plan_lines(found, out=out, measured=sources, processes=count):
             print(line)
         return
-    ended = run_grid(found, out=out, processes=count, devices=names, measured=sources)
+    try:
+        ended = run_grid(found, out=out, processes=count, devices=names, measured=sources)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        raise typer.Exit(130) from None
     for line in ended_lines(ended, out or found.out):
         print(line)
     if ended.failed:
@@ -242,7 +249,7 @@ def report(
 
     pages = out or [Path("report.html")]
     for path in pages:
-        check_suffix(path)
+        check_suffix(path, per_run=per_run)
     check_conditions(condition or [])
     found, problems = load_results(runs)
     problems += boards(found)[1]
@@ -287,6 +294,10 @@ def rerun(
     tolerance: Annotated[
         float, typer.Option(min=0, help="Differences up to this count as agreement.")
     ] = 1e-6,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last round.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run folder that exists.")
+    ] = False,
 ) -> None:
     """Run a result's config again and say whether the numbers agree; exit code 1 if not."""
     from fedmllm.progress import RunProgress
@@ -296,7 +307,7 @@ def rerun(
     old = load_one(result)
     folder = out or Path("runs") / f"{old['name']}-rerun"
     with RunProgress() as progress:
-        new = run_again(old, folder, listener=progress.listen)
+        new = run_again(old, folder, resume=resume, overwrite=overwrite, listener=progress.listen)
     agree, lines = agreement_lines(old, new, tolerance)
     for line in lines:
         print(line)

@@ -178,7 +178,11 @@ def _key_problems(raw: Mapping[str, Any]) -> list[str]:
     problems = [unknown("key of a grid file", key, KEYS) for key in raw if key not in KEYS]
     if not isinstance(raw.get("base") or {}, dict):
         problems.append("base: must be a mapping of config keys to values")
-    return problems
+    return problems + [
+        f"{key}: must be a text, not {raw[key]!r}"
+        for key in ("name", "title", "out")
+        if not isinstance(raw.get(key, ""), str)
+    ]
 
 
 def _with_variables(

@@ -121,6 +121,7 @@ def _run(
             name = str(event["name"])
             if event["event"] == "start":
                 journal["begun"][name] = marks[name]
+                journal["failed"].pop(name, None)  # that was another try
                 write_journal(folder, journal)
             progress.listen(event)
 

@@ -25,10 +25,9 @@ from fedmllm.experiment import CONFIG_FILE, Shared, data_digest
 from fedmllm.models import model_path, weights_digest
 from fedmllm.report import load_results
 from fedmllm.report.facts import flatten
+from fedmllm.report.loading import PACKAGES, PLACES
 from fedmllm.revisions import revisions_of
 
-# Packages that numbers pass through. Their first two numbers count: a patch release mends bugs.
-PACKAGES = ("torch", "transformers", "peft", "numpy", "scikit-learn")
 JOURNAL = "bench.json"
 KINDS = ("done", "stale", "begun", "failed", "missing")
 
@@ -78,6 +77,9 @@ class Present:
 
 
 Fingerprint = dict[str, str]
+_STATED = {"base_sha256": "base model", "data_sha256": "data"}
+_DIGESTS = {f"config {place}": _STATED[key] for place, key in PLACES.items()}
+"""the key of a place -> that of what lies there"""
 
 
 def fingerprint(config: Config, present: Present) -> Fingerprint:
@@ -104,10 +106,14 @@ def fingerprint_of(result: Mapping[str, Any]) -> Fingerprint:
 
 
 def differences(old: Fingerprint, new: Fingerprint) -> tuple[str, ...]:
-    """What makes a result stale, a line each; an empty value is not known and not compared."""
+    """What makes a result stale, a line each; an empty value is not known and not compared. Where
+    something lies is not compared if it is known by its digest."""
     lines = []
     for key in dict.fromkeys([*new, *old]):
         was, now = old.get(key, ""), new.get(key, "")
+        digest_ = _DIGESTS.get(key, "")
+        if old.get(digest_) and new.get(digest_):
+            continue
         if was == now or (not (was and now) and not key.startswith("config ")):
             continue
         short = [value[:12] if key in ("base model", "data") else value for value in (was, now)]
@@ -117,6 +123,7 @@ def differences(old: Fingerprint, new: Fingerprint) -> tuple[str, ...]:
 
 def digest(made: Fingerprint) -> str:
     """A fingerprint in one word."""
+    made = {key: value for key, value in made.items() if not made.get(_DIGESTS.get(key, ""))}
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
 

@@ -48,9 +48,10 @@ def _axes(grid: Grid) -> str:
 def _total(count: int, known: Sequence[float], processes: int) -> str:
     if not known:
         return f"to run: {count} cells; their time is unknown, nothing like them was measured here"
+    at_least = max(max(known), sum(known) / processes)  # a run is not shared by processes
     rest = f", and {count - len(known)} cells of unknown time" if len(known) < count else ""
     return (
-        f"to run: {count} cells, about {format_seconds(sum(known) / processes)} "
+        f"to run: {count} cells, about {format_seconds(at_least)} "
         f"on {processes} process{'es' * (processes > 1)}{rest}"
     )
 

@@ -59,23 +59,21 @@ def make_work(
     found: Sequence[Result], scheme: Scheme, conditions: Sequence[str] = ()
 ) -> tuple[Work, list[str]]:
     """The answers under the test conditions (none named: with both modalities, or the first that
-    a run was tested under), and a line for each result that has nothing to judge.
+    a run was tested under), and a line for each obstacle, with the results that it keeps from
+    being judged.
 
-    Raises `UserError` if nothing is left, or for answers that are not those of their result.
+    Raises `UserError` if nothing is left.
     """
-    jobs, problems = [], []
+    jobs = []
+    obstacles: dict[str, list[Path]] = {}
     for result in found:
         file = Path(result["_path"])
-        obstacle = _obstacle(result, file)
+        items, obstacle = _items(result, file, conditions)
         if obstacle:
-            problems.append(f"{file}: {obstacle}")
-            continue
-        items = read_answers(file.parent / ANSWERS_FILE, result["answers_sha256"])
-        items = _under(items, conditions)
-        if items:
-            jobs.append(Job(file.parent, result, tuple(items)))
+            obstacles.setdefault(obstacle, []).append(file)
         else:
-            problems.append(f"{file}: was not tested under {' or '.join(conditions)}")
+            jobs.append(Job(file.parent, result, tuple(items)))
+    problems = [f"{_named(files)}: {obstacle}" for obstacle, files in obstacles.items()]
     if not jobs:
         seen = "\n  ".join(problems)
         raise UserError(f"there is nothing to judge\n  {seen}")
@@ -85,6 +83,24 @@ def make_work(
     asks = {ask.key: ask for job in jobs for ask in _asks(job, scheme)}
     left = tuple(ask for key, ask in asks.items() if key not in verdicts.known)
     return Work(scheme, tuple(jobs), left, verdicts), problems
+
+
+def _named(files: Sequence[Path]) -> str:
+    """One file, or the first of many and how many more."""
+    more = len(files) - 1
+    return f"{files[0]}" + (f" and {more} other{'s' * (more > 1)}" if more else "")
+
+
+def _items(result: Result, file: Path, conditions: Sequence[str]) -> tuple[Sequence[Item], str]:
+    """The answers to judge, or why there are none."""
+    if obstacle := _obstacle(result, file):
+        return (), obstacle
+    try:
+        items = read_answers(file.parent / ANSWERS_FILE, result["answers_sha256"])
+    except UserError as error:
+        return (), str(error)
+    items = _under(items, conditions)
+    return items, "" if items else f"was not tested under {' or '.join(conditions)}"
 
 
 def _obstacle(result: Result, file: Path) -> str:

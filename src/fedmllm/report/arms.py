@@ -1,8 +1,9 @@
 """Many runs as a grid: arms (what was done) × settings (who held what) × seeds.
 
-Read from the results alone. An *arm* is all of a config but its data, model, setting and seed;
-it is named after its method and strategy. A *board* holds the runs that may be compared: one
-task, one model, one size of data.
+Read from the results alone. An *arm* is all of a config but its data, model, setting and seed, by
+one state of the code and its packages; it is named after its method and strategy. A *board* holds
+the runs that may be compared: one task, one model, one size of data, by their digests and not by
+where they lay.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedmllm.report import facts
-from fedmllm.report.loading import LATER, NO_NUMBERS, Result
+from fedmllm.report.loading import LATER, NO_NUMBERS, PACKAGES, PLACES, Result
 from fedmllm.scenarios import SETTINGS
 
 METHODS = {"zero-shot": "Zero-shot", "local": "Local", "centralised": "Centralised"}
@@ -82,20 +83,20 @@ class Board:
 def boards(results: Sequence[Result]) -> tuple[list[Board], list[str]]:
     """The boards in order of appearance, and a line for each run that was left out: the same arm,
     setting and seed again, which would else count twice."""
-    groups: dict[str, list[Result]] = {}
+    by_key: dict[str, list[Result]] = {}
     for result in results:
-        groups.setdefault(_board_key(result), []).append(result)
+        by_key.setdefault(_board_key(result), []).append(result)
     for result in (stand_in for one in results for stand_in in _stand_ins(one)):
-        if group := groups.get(_board_key(result)):
-            group.append(result)
+        if there := by_key.get(_board_key(result)):
+            there.append(result)
+    groups = [part for group in by_key.values() for part in _apart(group, _materials)]
+    groups = [group for group in groups if not all(map(is_shared, group))]
     problems: list[str] = []
     names = _distinct(
-        [_task_name(group[0]) for group in groups.values()],
-        [_board_facts(group[0]) for group in groups.values()],
+        [_task_name(group[0]) for group in groups],
+        [_board_facts(group[0]) | _materials(group[0]) for group in groups],
     )
-    made = [
-        _board(name, group, problems) for name, group in zip(names, groups.values(), strict=True)
-    ]
+    made = [_board(name, group, problems) for name, group in zip(names, groups, strict=True)]
     return made, problems
 
 
@@ -173,11 +174,49 @@ def _stand_ins(result: Result) -> list[Result]:
 
 
 def _board_facts(result: Result) -> dict[str, str]:
-    """What runs of one board have in common, besides the task."""
+    """What runs of one board have in common, besides the task and what `_materials` says."""
     config = result["config"]
-    keep = {key: config.get(key) or {} for key in ("data", "model")}
+    keep = {key: dict(config.get(key) or {}) for key in ("data", "model")}
     keep["partition"] = {"clients": facts.lookup(result, "config", "partition", "clients")}
+    for place in (*PLACES, *(f"model.{key}" for key in NO_NUMBERS["model"])):
+        section, _, key = place.partition(".")
+        keep[section].pop(key, None)
     return _without_nothing(facts.flatten(keep))
+
+
+def _materials(result: Result) -> dict[str, str]:
+    """What the base model and the data were: by their digests, else by where they lay."""
+    found = {}
+    for place, digest in PLACES.items():
+        section, _, key = place.partition(".")
+        stated, lay = result.get(digest), facts.lookup(result, "config", section, key)
+        found[{"model": "base", "data": "data"}[section]] = str(stated)[:8] if stated else lay
+    return {key: str(value) for key, value in found.items() if value}
+
+
+def _code(result: Result) -> dict[str, str]:
+    """What made a run's numbers beside its config: revisions of the code's parts, packages by their
+    first two numbers, and the number format where it was left to the device."""
+    revisions = (result.get("revisions") or {}).items()
+    found = {f"revision of {part}": str(number) for part, number in revisions}
+    versions = result.get("versions") or {}
+    found |= {p: ".".join(str(versions[p]).split(".")[:2]) for p in PACKAGES if versions.get(p)}
+    dtype = facts.lookup(result, "hardware", "dtype")
+    return found | ({"dtype": str(dtype)} if dtype else {})
+
+
+def _apart(
+    group: Sequence[Result], known: Callable[[Result], Mapping[str, str]]
+) -> list[list[Result]]:
+    """Runs that state different values of something are not averaged together. One that does not
+    state it (an older one) goes with the others where these agree, else it stands apart."""
+    stated = [known(result) for result in group]
+    keys = dict.fromkeys(key for facts_ in stated for key in facts_)
+    differ = [key for key in keys if len({f[key] for f in stated if key in f}) > 1]
+    parts: dict[tuple[str, ...], list[Result]] = {}
+    for result, facts_ in zip(group, stated, strict=True):
+        parts.setdefault(tuple(facts_.get(key, "") for key in differ), []).append(result)
+    return list(parts.values())
 
 
 def _without_nothing(flat: Mapping[str, str]) -> dict[str, str]:
@@ -216,18 +255,19 @@ def _board(name: str, group: Sequence[Result], problems: list[str]) -> Board:
     trained = {setting_of(r) for r in group if facts.topology(r) != "zero-shot"}
     own = trained or {setting_of(result) for result in group}
     settings = sorted(own, key=lambda s: (order.index(s) if s in order else len(order), s))
-    arms: dict[str, list[Result]] = {}
+    by_key: dict[str, list[Result]] = {}
     for result in sorted(group, key=_arm_rank):
-        arms.setdefault(_arm_key(result), []).append(result)
+        by_key.setdefault(_arm_key(result), []).append(result)
+    arms = [part for runs in by_key.values() for part in _apart(runs, _code)]
     # an arm that is another's in all places was not run, and says nothing
-    arms = {key: runs for key, runs in arms.items() if not all(map(is_shared, runs))}
+    arms = [runs for runs in arms if not all(map(is_shared, runs))]
     labels = _distinct(
-        [_arm_name(runs[0]) for runs in arms.values()],
-        [_arm_facts(runs[0]) for runs in arms.values()],
+        [_arm_name(runs[0]) for runs in arms],
+        [_arm_facts(runs[0]) | _code(runs[0]) for runs in arms],
     )
     made = [
         Arm(label, facts.topology(runs[0]), _by_setting(runs, settings, problems))
-        for label, runs in zip(labels, arms.values(), strict=True)
+        for label, runs in zip(labels, arms, strict=True)
     ]
     ran = tuple(result for result in group if not is_shared(result))
     return Board(name, facts.metric_name(ran[0]), tuple(settings), tuple(made), ran)

@@ -103,6 +103,21 @@ def unparsable(result: Result) -> float | None:
     return sum(known) if known else None
 
 
+def spent(result: Result) -> dict[str, float | None]:
+    """What a run took: bytes of all parties, wall time, samples a second, peak memory of its
+    process and, on a GPU, of tensors there; and answers that could not be read."""
+    return {
+        "bytes_up": lookup(result, "bytes", "up"),
+        "bytes_down": lookup(result, "bytes", "down"),
+        "total_seconds": lookup(result, "time", "total_seconds"),
+        "trained_per_second": lookup(result, "samples", "trained_per_second"),
+        "tested_per_second": lookup(result, "samples", "tested_per_second"),
+        "peak_memory_bytes": result.get("peak_memory_bytes"),
+        "peak_accelerator_bytes": result.get("peak_accelerator_bytes"),
+        "unparsable": unparsable(result),
+    }
+
+
 def spread(result: Result, condition: str) -> dict[str, float]:
     """Mean, standard deviation, least and greatest over the parties of a local run."""
     values = (result.get("spread") or {}).get(condition) or {}

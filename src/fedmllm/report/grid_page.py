@@ -35,7 +35,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CONDITIONS = tuple(facts.CONDITIONS)
-COSTS = {"unparsable": 0, "MB": 2, "seconds": 1, "samples/s": 1, "peak MB": 0}  # with digits
+# columns of the table of runs: words -> key of `facts.spent`, its unit, digits
+COSTS = {
+    "unparsable": ("unparsable", 1.0, 0),
+    "MB up": ("bytes_up", 1e6, 2),
+    "MB down": ("bytes_down", 1e6, 2),
+    "seconds": ("total_seconds", 1.0, 1),
+    "trained/s": ("trained_per_second", 1.0, 1),
+    "tested/s": ("tested_per_second", 1.0, 1),
+    "peak MB": ("peak_memory_bytes", 1e6, 0),
+    "peak GPU MB": ("peak_accelerator_bytes", 1e6, 0),
+}
 
 
 def write_grid_report(
@@ -54,7 +64,8 @@ def write_grid_report(
     out = Path(out_path)
     found, repeated = boards(results)
     tables, _ = grid_tables(results, CONDITIONS)
-    rows = [row for board in found for row in _rows(board, out.parent)]
+    measured = facts.conditions(results)
+    rows = [row for board in found for row in _rows(board, measured, out.parent)]
     contents = {
         "title": title,
         "paper": PAPER,
@@ -64,11 +75,11 @@ def write_grid_report(
         "boards": [_board(board, tables, f"b{i}", out.parent) for i, board in enumerate(found)],
         "guide": _guide(results),
         "rows": rows,
-        "heads": {c: facts.condition_name(c) for c in facts.conditions(results)},
+        "heads": {c: facts.condition_name(c) for c in measured},
         "worst": list(dict.fromkeys(head for row in rows for head in row["worst"])),
         "costs": {
             name: digits
-            for name, digits in COSTS.items()
+            for name, (_, _, digits) in COSTS.items()
             if any(row["costs"][name] is not None for row in rows)
         },
         "choices": choices(
@@ -448,8 +459,8 @@ def _a_run(arm: Arm, setting: str) -> Result | None:
     return next((runs[seed] for seed in sorted(runs) if facts.clients(runs[seed])), None)
 
 
-def _rows(board: Board, folder: Path) -> Iterator[dict[str, Any]]:
-    """A line a run, with its file."""
+def _rows(board: Board, measured: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:
+    """A line a run, with its file; measured: the test conditions of the runs of all boards."""
     arms = {
         id(run): arm.label
         for arm in board.arms
@@ -464,25 +475,21 @@ def _rows(board: Board, folder: Path) -> Iterator[dict[str, Any]]:
     tests = parties.occurring(board.results, condition, key)
     for run in runs:
         everywhere = facts.topology(run) == "zero-shot"
-        amount = facts.lookup(run, "bytes") or {}
-        both = (amount.get("up") or 0) + (amount.get("down") or 0)
+        spent = facts.spent(run)
         yield {
             "name": run["name"],
             "task": board.label,
             "setting": "every setting" if everywhere else setting_of(run),
             "arm": arms[id(run)],
             "seed": str(run.get("seed")),
-            "scores": {c: facts.score(run, c) for c in facts.conditions(board.results)},
+            "scores": {c: facts.score(run, c) for c in measured},
             "worst": {
                 parties.head(test, key, board.results): parties.worst(run, test, condition, key)
                 for test in tests
             },
             "costs": {
-                "unparsable": facts.unparsable(run),
-                "MB": both / 1e6,
-                "seconds": facts.lookup(run, "time", "total_seconds"),
-                "samples/s": facts.lookup(run, "samples", "trained_per_second"),
-                "peak MB": (run.get("peak_memory_bytes") or 0) / 1e6 or None,
+                name: None if (value := spent[key]) is None else value / unit
+                for name, (key, unit, _) in COSTS.items()
             },
             "files": result_files(run, folder),
         }

@@ -36,7 +36,8 @@ class Mean:
     """One cell. half: of the 95 % interval, None of few seeds. p: of the difference to the
     next best, corrected; only for the best, and None where there are too few seeds. shared: some
     of its runs are another arm's, which the grid says are the same here. files: the results that
-    were averaged. parties: what is known of the parties, by test (`parties.TESTS`)."""
+    were averaged. parties: what is known of the parties, by test (`parties.TESTS`). spent: what a
+    run took (`facts.spent`), the mean over those that state it."""
 
     mean: float
     half: float | None
@@ -46,6 +47,7 @@ class Mean:
     shared: bool = False
     files: tuple[str, ...] = ()
     parties: Mapping[str, Parties] = field(default_factory=dict)
+    spent: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def significant(self) -> bool:
@@ -59,7 +61,7 @@ class GridTable:
     that train nothing, so that a seed changes nothing. judge: whose marks the cells are, empty for
     the task's own metric; lost: how many of its verdicts could not be read. about: what a table
     beside published figures compares; published: the labels of their rows; worst: of what a table
-    of the worst party is; words: a note of its own."""
+    of the worst party is; words: a note of its own. rivals: federated arms in it."""
 
     board: str
     metric: str
@@ -74,6 +76,7 @@ class GridTable:
     published: tuple[str, ...] = ()
     worst: str = ""
     words: str = ""
+    rivals: int = 0
 
     @property
     def title(self) -> str:
@@ -189,7 +192,8 @@ def _table(board: Board, condition: str, judge: str = "") -> GridTable:
     place = (board.label, board.metric, condition, board.settings)
     marked = [facts.judged(run, condition) for run in board.results if facts.judge_of(run) == judge]
     lost = sum(marks.get("unparsable", 0) for marks in marked) if judge else 0
-    return GridTable(*place, shown, comparisons, still, judge, lost)
+    rivals = sum(arm.topology == "federated" and arm.label in shown for arm in board.arms)
+    return GridTable(*place, shown, comparisons, still, judge, lost, rivals=rivals)
 
 
 def _mean(arm: Arm, setting: str, condition: str, judge: str = "") -> Mean | None:
@@ -199,7 +203,17 @@ def _mean(arm: Arm, setting: str, condition: str, judge: str = "") -> Mean | Non
     mean, half = interval(list(scores.values()))
     runs = [arm.runs[setting][seed] for seed in scores]
     files = [facts.judged_file(run) if judge else str(run.get("_path", "")) for run in runs]
-    return Mean(mean, half, len(scores), shared=any(map(is_shared, runs)), files=tuple(files))
+    spent = {} if judge else _spent([run for run in runs if not is_shared(run)])
+    shared = any(map(is_shared, runs))
+    return Mean(mean, half, len(scores), shared=shared, files=tuple(files), spent=spent)
+
+
+def _spent(runs: Sequence[Result]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for key, values in ((key, [facts.spent(run)[key] for run in runs]) for key in SPENT_HEADS):
+        known = [value for value in values if value is not None]
+        found[key] = math.fsum(known) / len(known) if known else None
+    return found
 
 
 def _add_parties(board: Board, condition: str, cells: dict[str, dict[str, Mean]]) -> None:
@@ -217,8 +231,9 @@ def _add_parties(board: Board, condition: str, cells: dict[str, dict[str, Mean]]
 def _mark(board: Board, condition: str, cells: dict[str, dict[str, Mean]], judge: str = "") -> int:
     """Mark the best federated arm of each column and test it; how many comparisons were made. The
     same runs in two columns are compared once."""
-    if condition == "neither":
-        return 0  # shown nothing, no arm can lead
+    rivals = [arm for arm in board.arms if arm.topology == "federated" and cells[arm.label]]
+    if condition == "neither" or len(rivals) < 2:
+        return 0  # shown nothing, no arm can lead; and one alone does not
     found: dict[tuple[str, ...], float] = {}  # the runs that were compared, p
     to_next: list[tuple[str, str, tuple[str, ...]]] = []  # a best arm, its setting, the runs
     for setting in board.settings:
@@ -286,16 +301,24 @@ def note(table: GridTable) -> str:
         words += f" Verdicts that could not be read, and do not count: {table.lost:,}."
     if table.condition == "neither":
         return f"{words} Shown nothing, no arm can lead."
+    if table.rivals < 2:
+        return words + _shared_words(table)
     words += " Bold: best federated"
     words += ", by the seeds that all federated arms of the column have." if low < high else "."
-    if any(cell.shared for row in table.cells.values() for cell in row.values()):
-        words += f" {DAGGER}: with runs of another arm, which the grid says are the same there."
+    words += _shared_words(table)
     if not table.comparisons:
-        return f"{words} Fewer than {ENOUGH} seeds: no difference is called significant."
+        common = " in common" * (high >= ENOUGH)
+        return f"{words} Fewer than {ENOUGH} seeds{common}: no difference is called significant."
     return (
         f"{words} {STAR}: better than the next best, paired t-test over seeds, 5 % level, Holm's "
         f"correction for {table.comparisons} comparisons."
     )
+
+
+def _shared_words(table: GridTable) -> str:
+    if not any(cell.shared for row in table.cells.values() for cell in row.values()):
+        return ""
+    return f" {DAGGER}: with runs of another arm, which the grid says are the same there."
 
 
 def _interval_words(low: int, high: int) -> str:
@@ -431,12 +454,13 @@ def _latex_half(cell: Mean | None) -> str:
 
 def csv_grid(tables: Sequence[GridTable]) -> str:
     """One row a cell, numbers in full precision; which files it is the mean of. party_…: over the
-    parties of a local run on the test set; own_…: over all parties on their own samples."""
+    parties of a local run on the test set; own_…: over all parties on their own samples. Then what
+    a run of the cell took, on average."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     heads = ["task", "metric", "condition", "setting", "arm", "seeds", "mean", "ci95_half"]
     heads += ["best", "p_to_next_holm", "comparisons", "shared", "files", "judge"]
-    writer.writerow([*heads, *PARTY_HEADS])
+    writer.writerow([*heads, *PARTY_HEADS, *SPENT_HEADS])
     for table in tables:
         for label, row in table.cells.items():
             for setting, cell in row.items():
@@ -444,13 +468,19 @@ def csv_grid(tables: Sequence[GridTable]) -> str:
                 numbers = [cell.seeds, cell.mean, cell.half, int(cell.best), cell.p]
                 files = " ".join(cell.files)
                 end = [table.comparisons, int(cell.shared), files, table.judge]
-                writer.writerow([*place, *numbers, *end, *_party_cells(cell)])
+                spent = [cell.spent.get(key) for key in SPENT_HEADS]
+                writer.writerow([*place, *numbers, *end, *_party_cells(cell), *spent])
     return out.getvalue()
 
 
 PARTY_HEADS = (
     *("party_mean", "party_std", "party_worst"),
     *("own_metric", "own_mean", "own_std", "own_worst"),
+)
+
+SPENT_HEADS = (
+    *("bytes_up", "bytes_down", "total_seconds", "trained_per_second", "tested_per_second"),
+    *("peak_memory_bytes", "peak_accelerator_bytes", "unparsable"),
 )
 
 

@@ -41,6 +41,10 @@ NO_NUMBERS: dict[str, tuple[str, ...]] = {
         "drop_tower",
     ),
 }
+# Packages that numbers pass through. Their first two numbers count: a patch release mends bugs.
+PACKAGES = ("torch", "transformers", "peft", "numpy", "scikit-learn")
+# config keys that say where something lies; what lies there has a digest
+PLACES = {"model.path": "base_sha256", "data.root": "data_sha256"}
 # keys that came later, with what runs did before them: so a hash means the same before and after
 _STRATEGY: dict[str, Any] = {
     "mu": 0.0,
@@ -108,7 +112,9 @@ def load_results(paths: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
     results: list[Result] = []
     problems: list[str] = []
     shared: dict[Path, dict[str, Entry]] = {}
+    there = False
     for path in _find(paths, problems):
+        there = there or path.is_file()
         data, faults = _read(path)
         problems += [f"{path}: {fault}" for fault in faults]
         if data is not None:
@@ -118,7 +124,8 @@ def load_results(paths: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
             results.append({**data, "_path": str(path), "_judged": marks, "_stands_for": others})
     if not results:
         seen = "\n  ".join(problems) or "no path was given"
-        raise UserError(f"no readable result.json: run an experiment first\n  {seen}")
+        what = "run an experiment first" if not there else "run what is wrong again"
+        raise UserError(f"no readable result.json: {what}\n  {seen}")
     return sorted(results, key=_rank), problems
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,12 @@ CARDS = {
 }
 # Keys that name a run and do not make it.
 _NAMES = ("name", "title")
+# Where a run comes from: keys that every run of a grid has a value of its own for.
+_OF_A_RUN = (
+    *("seed", "started", "config SHA-256", "manifest SHA-256", "test samples"),
+    *("samples a second, trained", "samples a second, tested", "unparsable answers"),
+    *("peak memory", "peak GPU memory"),
+)
 
 
 def write_report(
@@ -472,12 +479,25 @@ def provenance(results: Sequence[Result], folder: Path) -> dict[str, Any]:
     shared, own = _split([_origin(result) for result in results])
     same, differ = _split([_settings(result) for result in results])
     return {
+        "varied": _varied(own),
         "names": names,
         "files": [result_files(result, folder) for result in results],
         "shared": shared,
         "own": own,
         "same": same,
         "differ": differ,
+    }
+
+
+def _varied(own: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """What differs between runs but is not of each run alone: its values with their numbers of
+    runs, the most frequent first."""
+    counts = {key: Counter(values) for key, values in own.items() if key not in _OF_A_RUN}
+    return {
+        key: ", ".join(
+            f"{value} ({number} of {found.total()})" for value, number in found.most_common()
+        )
+        for key, found in counts.items()
     }
 
 
@@ -504,6 +524,8 @@ def _origin(result: Result) -> dict[str, str]:
         "started": result.get("started"),
         "config SHA-256": _short(result.get("config_sha256")),
         "manifest SHA-256": _short(facts.lookup(result, "manifest", "sha256")),
+        "base SHA-256": _short(result.get("base_sha256")),
+        "data SHA-256": _short(result.get("data_sha256")),
         "test samples": _test_samples(result),
         "samples a second, trained": _speed(result, "trained_per_second"),
         "samples a second, tested": _speed(result, "tested_per_second"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,15 @@ def applied(own: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 def read_shared(folder: Path) -> tuple[dict[str, Entry], str]:
     """The entries beside the run folders by run's name, and what is wrong with the file."""
     file = folder / SHARED_FILE
-    if not file.exists():
+    try:
+        state = file.stat()
+    except OSError:
         return {}, ""
+    return _read(file, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=4)  # runs of a folder are often read one by one
+def _read(file: Path, _time: int, _size: int) -> tuple[dict[str, Entry], str]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

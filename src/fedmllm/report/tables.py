@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+MORE_COSTS = ["trained_per_second", "tested_per_second", "peak_memory_bytes"]  # of a CSV
+MORE_COSTS += ["peak_accelerator_bytes", "unparsable"]
 NOTE = "Test {metric} ± standard error. Bold: best federated run. MB: 10⁶ bytes, all clients."
 
 
@@ -221,6 +223,7 @@ def csv_table(results: Sequence[Result]) -> str:
     heads = ["run", "title", "task", "metric", "topology", "seed"]
     heads += [name for c in columns for name in (c, f"{c}_se")]
     heads += ["rounds", "total_seconds", "bytes_up", "bytes_down", "config_sha256"]
+    heads += MORE_COSTS
     judged = facts.judged_conditions(results)
     heads += [f"judged_{c}{end}" for c in judged for end in ("", "_se", "_unparsable")]
     heads += ["judge"] if judged else []
@@ -251,6 +254,7 @@ def _csv_row(row: Row, columns: Sequence[str], judged: Sequence[str]) -> list[ob
     cells = [row.cells.get(c, Cell(None, None, False)) for c in columns]
     numbers = [number for cell in cells for number in (cell.value, cell.error)]
     costs = [row.rounds, row.seconds, row.up, row.down, result.get("config_sha256")]
+    costs += [facts.spent(result)[key] for key in MORE_COSTS]
     marks = [facts.judged(result, condition) for condition in judged]
     costs += [found.get(k) for found in marks for k in ("accuracy", "accuracy_se", "unparsable")]
     costs += [facts.judge_of(result)] if judged else []
