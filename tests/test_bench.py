@@ -37,6 +37,7 @@ from fedmllm.errors import UserError
 from fedmllm.experiment import run
 from fedmllm.models.mllm import Mllm
 from fedmllm.progress import ManyProgress
+from fedmllm.report import load_results, write_tables
 from fedmllm.report.loading import result_digest
 
 GRIDS = Path(__file__).resolve().parent.parent / "experiments" / "grids"
@@ -603,6 +604,29 @@ def test_mini_is_the_whole_grid() -> None:
 def test_every_cell_of_the_ready_grids_is_tested_under_four_conditions(file, real_datasets) -> None:
     found = load_grid(file, only=["seed=0"])
     assert {cell.config.evaluation.conditions for cell in found.cells} == {CONDITION_NAMES}
+
+
+def test_cells_of_mini_quick_have_the_committed_numbers(tmp_path) -> None:
+    """Run under their own names, they are those of `mini` in results/, to what another processor
+    may change; and there is a report of them."""
+    only = ["dataset=memes", "setting=aligned-a0.5", "method=zero-shot,fedavg"]
+    found = load_grid(GRIDS / "mini-quick.yaml", only=[*only, "strategy=plain", "seed=0"])
+    ended = run_grid(found, out=tmp_path, processes=1, console=Console(file=StringIO()))
+    assert set(ended.done) == {"memes-zero-shot-plain", "memes-aligned-a0.5-fedavg-plain-s0"}
+    for name in ended.done:
+        old, new = (
+            json.loads((folder / name / "result.json").read_text())
+            for folder in (GRIDS.parent.parent / "results" / "mini", tmp_path)
+        )
+        assert new["data_sha256"] == old["data_sha256"]
+        assert new["metrics"]["both"]["auc"] == pytest.approx(
+            old["metrics"]["both"]["auc"], abs=0.1
+        )
+        first = [run["history"][0]["loss"] for run in (old, new) if run["history"]]
+        assert first[-1:] == pytest.approx(first[:1], rel=1e-3)
+    tables = tmp_path / "tables.md"
+    write_tables(load_results([tmp_path])[0], tables, title="")
+    assert "| Zero-shot | " in tables.read_text(encoding="utf-8")
 
 
 def test_mini_quick_is_a_small_part_of_mini() -> None:
