@@ -351,6 +351,7 @@ def test_where_it_lay_does_not_count_if_what_lay_there_is_known(place, what) -> 
     assert digest(old) != digest({**new, what: "2" * 64})
     unknown = {**new, what: ""}  # weights too large to be hashed, data that are elsewhere
     assert differences(old, unknown) == (f"{place}: a -> b",)
+    assert differences({**old, what: ""}, new) == (f"{place}: a -> b",)
     assert digest({**old, what: ""}) != digest(unknown)
 
 

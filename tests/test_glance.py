@@ -84,6 +84,9 @@ def test_means_over_settings_are_of_the_seeds_that_all_federated_arms_have() -> 
         "FedAvg has the best mean over settings of 2 federated arms, AUC 0.750: 0.050 below "
         "pooling all data. It leads in 2 of 2 settings."
     )
+    late = [result("fedavg", setting, seed, value=0.8) for setting in TWO for seed in (1, 2)]
+    board, table = told([*late, result("zero-shot", TWO[0], 0, value=0.5)])  # it has no seed
+    assert "0.300 above the untrained model" in glance.finding(board, table)
     apart = runs("fedavg", [0.8], [0.7])
     apart += [result("fedyogi", setting, 1, value=0.9) for setting in TWO]
     board, table = told(apart)

@@ -3,6 +3,8 @@ report makes of it."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -219,6 +221,9 @@ def test_what_was_spent_and_measured_is_counted_where_it_was_run(folder) -> None
     assert arms[PROMPT].own(TWO[0]) == {}
     assert common_settings(board, board.arms) == [TWO[1]]  # of the figure of communication
     assert len(_payload(board, folder)["rows"][PROMPT]["files"]) == 5
+    rows = csv.DictReader(io.StringIO(csv_grid(grid_tables(read(folder))[0])))
+    spent = {(row["setting"], row["arm"]): row["total_seconds"] for row in rows}
+    assert [spent[setting, PROMPT] for setting in TWO] == ["", "26.0"]
     assert {row["setting"] for row in _parties(board, folder) if row["arm"] == PROMPT} <= {TWO[1]}
 
 
