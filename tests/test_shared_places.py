@@ -17,6 +17,7 @@ from fedmllm.bench.run import run_grid, shared_entries
 from fedmllm.config import make_config
 from fedmllm.report import load_results, write_grid_report
 from fedmllm.report.arms import boards, is_shared
+from fedmllm.report.glance import sure
 from fedmllm.report.grid_figures import common_settings
 from fedmllm.report.grid_page import _parties, _payload
 from fedmllm.report.grid_tables import csv_grid, grid_tables, latex_grid, markdown_grid, note
@@ -184,6 +185,7 @@ def test_against_a_third_arm_both_have_the_star(folder) -> None:
     assert table.comparisons == 2
     assert table.cells["FedAvg"][TWO[0]].significant
     assert table.cells[PROMPT][TWO[0]].significant
+    assert sure(table).startswith("In 2 of 2 settings")  # two stars in one of them
 
 
 def test_every_form_marks_it(folder) -> None:

@@ -153,8 +153,11 @@ def _most(leaders: Mapping[str, Sequence[str]]) -> str:
 def sure(table: GridTable) -> str:
     """What may be claimed of differences between federated arms."""
     _, high = table.seeds
-    cells = [cell for row in table.cells.values() for cell in row.values()]
-    tested = [cell for cell in cells if cell.p is not None]
+    columns = [
+        [row[setting] for row in table.cells.values() if setting in row]
+        for setting in table.settings
+    ]
+    tested = [cells for cells in columns if any(cell.p is not None for cell in cells)]
     if not tested and high < ENOUGH:
         words = "one seed" if high == 1 else f"{high} seeds"
         return (
@@ -162,7 +165,8 @@ def sure(table: GridTable) -> str:
         )
     if not tested:
         return "No difference between federated arms is tested: no two have enough seeds in common."
-    certain, where = sum(cell.significant for cell in tested), _count(len(tested), "setting")
+    certain = sum(any(cell.significant for cell in cells) for cells in tested)
+    where = _count(len(tested), "setting")
     text = f"In {certain} of {where} the best federated arm is better than the next beyond chance"
     return f"{text} (starred); {'elsewhere' if certain else 'everywhere'} their order may be luck."
 
