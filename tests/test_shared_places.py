@@ -287,7 +287,12 @@ def test_a_config_that_cannot_be_is_left_out(folder) -> None:
     file = folder / SHARED_FILE
     data = json.loads(file.read_text())
     for entry in data["runs"].values():
-        entry["stands_for"] = [{"topology": "nowhere"}, {"partition": 3}]
+        entry["stands_for"] = [
+            {"topology": "nowhere"},
+            {"partition": 3},
+            {"prompt": "agnostic", "seed": "x"},
+            {"prompt": "agnostic", "title.x": 1, "topology": "nowhere"},
+        ]
     file.write_text(json.dumps(data))
     (table,), _ = grid_tables(read(folder))
     assert TWO[0] not in table.cells[PROMPT]

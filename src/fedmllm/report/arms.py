@@ -190,7 +190,7 @@ def _materials(result: Result) -> dict[str, str]:
     for place, digest in PLACES.items():
         section, _, key = place.partition(".")
         stated, lay = result.get(digest), facts.lookup(result, "config", section, key)
-        found[{"model": "base", "data": "data"}[section]] = str(stated)[:8] if stated else lay
+        found[digest.removesuffix("_sha256")] = str(stated)[:8] if stated else lay
     return {key: str(value) for key, value in found.items() if value}
 
 

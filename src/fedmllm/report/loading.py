@@ -147,7 +147,11 @@ def _stands_for(
         )
         return []
     configs = [applied(data["config"], changes) for changes in entry["stands_for"]]
-    return [config for config in configs if not list(_config_faults(config))]
+    return [
+        config
+        for config in configs
+        if isinstance(config.get("seed"), int) and not list(_config_faults(config))
+    ]
 
 
 def _rank(result: Result) -> int:

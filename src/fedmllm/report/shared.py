@@ -43,7 +43,10 @@ def applied(own: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     made = dict(own)
     for key, value in changes.items():
         section, _, name = key.partition(".")
-        made[section] = {**made.get(section, {}), name: value} if name else value
+        was = made.get(section)
+        made[section] = (
+            {**(was if isinstance(was, Mapping) else {}), name: value} if name else value
+        )
     return made
 
 
