@@ -1,4 +1,4 @@
-"""Tables and figure of docs/strategies.md from the results of two grids, over seeds, paired.
+"""Tables and figure of docs/strategies.md and docs/strategies-results.md from the results of two grids, over seeds, paired.
 
 A gain is what a strategy has over the plain algorithm of the same task, setting, method and seed.
 Of a scenario (aligned, missing, cross, hybrid) it is the mean over the scenario's settings in the
@@ -32,6 +32,16 @@ ALIGNED = "aligned-a0.5"  # of the same label skew as the other scenarios' setti
 SCENARIOS = ("aligned", "missing", "cross", "hybrid")
 CONDITIONS = ("both", "image_withheld", "text_withheld")
 HARDEST = "missing-b0.5"
+# in the figure: the three that the paper and its summaries name, all of them, and ours
+MAIN = (
+    "prompt",
+    "regularisation",
+    "alignment",
+    "paper-alignment",
+    "compose",
+    "mixtures",
+    "evidence",
+)
 
 Key = tuple[str, str, str, str]  # dataset, setting, method, strategy
 BySeed = dict[int, dict[str, Any]]
@@ -268,6 +278,51 @@ def plain_table(study: Study) -> str:
     return markdown(("task", "method", "setting"), heads, rows)
 
 
+def scenario_table(study: Study) -> str:
+    """Plain training by scenario: the task's metric with both modalities in the test."""
+    scenarios = ("aligned", *study.losing())
+    lines = []
+    for dataset, method in study.arms():
+        cells = []
+        for scenario in scenarios:
+            found = study.values(dataset, _compared(study, scenario), method, "plain", score())
+            cells.append(shown([*found.values()], sign=False, counted=True))
+        if set(cells) != {"–"}:
+            lines.append([dataset, method, *cells])
+    return markdown(("task", "method"), scenarios, lines)
+
+
+def _compared(study: Study, scenario: str) -> tuple[str, ...]:
+    """The settings of a scenario; of aligned that of the others' label skew."""
+    return (ALIGNED,) if scenario == "aligned" else study.of(scenario)
+
+
+def gap_table(study: Study) -> str:
+    """How the gap to aligned training, summed over tasks, is made up: each task's gap and its part
+    of the sum. A gap that is negative makes the others' parts larger than the whole."""
+    lines = []
+    for method in dict.fromkeys(method for _, method in study.arms()):
+        tasks = [task for task, other in study.arms() if other == method]
+        if len(tasks) < 2:
+            continue
+        lost = {
+            (t, c): [*gaps(study, t, study.of(c), method).values()]
+            for t in tasks
+            for c in study.losing()
+        }
+        for t in tasks:
+            cells = []
+            for c in study.losing():
+                whole = [statistics.fmean(lost[other, c]) for other in tasks if lost[other, c]]
+                if not lost[t, c] or len(whole) < len(tasks):
+                    cells.append("–")
+                    continue
+                part = statistics.fmean(lost[t, c]) / sum(whole)
+                cells.append(f"{shown(lost[t, c], counted=True)}, {part:.0%}")
+            lines.append([method, t, *cells])
+    return markdown(("method", "task"), study.losing(), lines)
+
+
 def gain_table(study: Study, condition: str = "both") -> str:
     """The gain of each strategy in each scenario, with the number of seeds if it is not five."""
     rows = [
@@ -441,40 +496,66 @@ def _drift(name: str) -> Part:
 
 
 def gain_svg(study: Study) -> str | None:
-    """Gains with their intervals, a panel a task (FedAvg), a colour and shape a strategy."""
+    """Gains of the main strategies with their intervals (FedAvg), a colour and shape a strategy, a
+    panel a task and what of a sample the test has; without panels where all gains are zero."""
     import matplotlib
 
-    tasks = [dataset for dataset, method in study.arms() if method == "fedavg"]
-    if not tasks:
+    panels = []
+    for dataset in dict.fromkeys(task for task, method in study.arms() if method == "fedavg"):
+        for condition in tested(study, dataset):
+            points = _points(study, dataset, condition)
+            if any(abs(point[1]) >= 0.0005 for each in points.values() for point in each):
+                panels.append((dataset, condition, points))
+    if not panels:
         return None
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(3.4 * len(tasks) + 1.2, 3.6), layout="constrained")
-        axes = figure.subplots(1, len(tasks), squeeze=False, sharey=False)[0]
-        for ax, dataset in zip(axes, tasks, strict=True):
-            _draw_gains(ax, study, dataset)
-        axes[0].set_ylabel("gain over plain FedAvg")
+        size = (3.4 * columns + 1.2, 3.0 * rows + 0.6)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for ax, (dataset, condition, points) in zip(axes, panels, strict=False):
+            _draw_gains(ax, study, points)
+            ax.set_title(f"{dataset}: {condition.replace('_', ' ')}")
+        for ax in axes[len(panels) :]:
+            ax.set_axis_off()
+        for ax in axes[::columns]:
+            ax.set_ylabel("gain over plain FedAvg")
         handles = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
-        figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=4)
+        order = [handles[name] for name in study.strategies if name in handles]
+        figure.legend(handles=order, loc="outside lower center", ncols=4)
         return svg(figure)
 
 
-def _draw_gains(ax: Any, study: Study, dataset: str) -> None:
-    names = study.ran(dataset, "fedavg")[1:]
-    for i, strategy in enumerate(names):
+def _points(
+    study: Study, dataset: str, condition: str
+) -> dict[str, list[tuple[int, float, float | None]]]:
+    """By main strategy: scenario's index, mean gain, half of its interval; of what is a strategy's
+    own there."""
+    found = {}
+    for strategy in [name for name in study.ran(dataset, "fedavg") if name in MAIN]:
         points = []
         for x, scenario in enumerate(SCENARIOS):
             if study.shared(dataset, scenario, "fedavg", strategy):
                 continue
-            values = [*gains(study, dataset, study.of(scenario), "fedavg", strategy).values()]
+            settings = study.of(scenario)
+            values = [*gains(study, dataset, settings, "fedavg", strategy, condition).values()]
             if values:
-                points.append((x + 0.7 * ((i + 0.5) / len(names) - 0.5), *mean_and_half(values)))
+                points.append((x, *mean_and_half(values)))
         if points:
-            xs, means, halves = zip(*points, strict=True)
-            k = study.strategies.index(strategy)
-            style = {"fmt": "osD^vP*Xd<>x"[k % 12], "color": f"C{k % 10}", "label": strategy}
-            spread = [half or 0.0 for half in halves]
-            ax.errorbar(xs, means, spread, markersize=4, linewidth=1, capsize=2, **style)
+            found[strategy] = points
+    return found
+
+
+def _draw_gains(ax: Any, study: Study, found: Mapping[str, Any]) -> None:
+    shown_ones = [name for name in study.strategies if name in MAIN]
+    for i, (strategy, points) in enumerate(found.items()):
+        xs, means, halves = zip(*points, strict=True)
+        places = [x + 0.7 * ((i + 0.5) / len(found) - 0.5) for x in xs]
+        k = shown_ones.index(strategy)
+        style = {"fmt": "osD^vP*Xd<>x"[k % 12], "color": f"C{k % 10}", "label": strategy}
+        spread = [half or 0.0 for half in halves]
+        ax.errorbar(places, means, spread, markersize=4, linewidth=1, capsize=2, **style)
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.set_xlim(-0.5, len(SCENARIOS) - 0.5)
     ax.set_xticks(range(len(SCENARIOS)), SCENARIOS)
-    ax.set_title(dataset)

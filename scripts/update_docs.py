@@ -33,6 +33,7 @@ DOCS = (
     "docs/memory.md",
     "docs/performance.md",
     "docs/strategies.md",
+    "docs/strategies-results.md",
 )
 PICTURE = ROOT / "docs" / "img" / "demo.svg"
 GAINS = ROOT / "docs" / "img" / "strategies.svg"
@@ -550,6 +551,8 @@ def _each_way(exact: dict, of: str) -> str:
 STUDIES = ("strategies", "strategies-large")
 STUDY: dict[str, Callable[[str], str]] = {  # tables of a grid of strategies
     "plain": lambda name: strategy_tables.plain_table(strategy_tables.load(name)),
+    "scenarios": lambda name: strategy_tables.scenario_table(strategy_tables.load(name)),
+    "gaps": lambda name: strategy_tables.gap_table(strategy_tables.load(name)),
     "best": lambda name: strategy_tables.best_table(strategy_tables.load(name)),
     "gains": lambda name: strategy_tables.gain_table(strategy_tables.load(name)),
     "gains-no-image": lambda name: strategy_tables.gain_table(

@@ -196,6 +196,8 @@ def test_nothing_run() -> None:
     nothing = tables.Study((ALIGNED,), ("plain",), {})
     made = (
         tables.plain_table,
+        tables.scenario_table,
+        tables.gap_table,
         tables.gain_table,
         tables.recovery_table,
         tables.best_table,
@@ -207,11 +209,45 @@ def test_nothing_run() -> None:
     assert tables.gain_svg(nothing) is None
 
 
+def test_plain_training_by_scenario(study) -> None:
+    """Missing is the mean of both its settings, .65 and .5."""
+    cells = row(tables.scenario_table(study), "crisis", "fedavg")
+    assert [cell.split(" ± ")[0] for cell in cells] == ["0.800", "0.500", "0.575", "0.800", "–"]
+
+
+def test_whose_gap_it_is(study) -> None:
+    """Beside crisis, which loses .3 in the harsher setting and .225 in both, a task that loses .1
+    in each: a quarter of the one sum, and .1 of .325. A task without cross leaves no part there."""
+    found = dict(study.found)
+    found["medical", ALIGNED, "fedavg", "plain"] = runs(0.7, 0.7, 0.72, 0.68, 0.7)
+    for setting in (MISSING, MISSING_MORE):
+        found["medical", setting, "fedavg", "plain"] = runs(0.6, 0.6, 0.62, 0.58, 0.6)
+    both = tables.Study(study.settings, study.strategies, found)
+    table = tables.gap_table(both)
+    assert row(table, "fedavg", "medical") == [
+        "+0.100 ± 0.000, 25%",
+        f"+0.100 ± 0.000, {0.1 / 0.325:.0%}",
+        "–",
+        "–",
+    ]
+    assert row(table, "fedavg", "crisis")[0].endswith(", 75%")
+    assert row(table, "fedavg", "crisis")[2] == "–"
+    assert tables.gap_table(study) == tables.NONE  # of one task there are no parts
+
+
 def test_the_figure(study) -> None:
-    drawn = tables.gain_svg(study)
+    """A panel for each condition of the test in which something is gained; the main strategies."""
+    found = {(*key[:3], "mixtures" if key[3] == "resample" else key[3]): runs
+             for key, runs in study.found.items()}  # fmt: skip
+    main = tables.Study(study.settings, study.strategies, found)
+    drawn = tables.gain_svg(main)
     assert drawn is not None
-    assert drawn == tables.gain_svg(study)
-    assert "resample" in drawn
+    assert drawn == tables.gain_svg(main)
+    assert "mixtures" in drawn
+    assert "crisis: both" in drawn
+    assert "crisis: image withheld" in drawn
+    assert "text withheld" not in drawn  # not tested
+    assert tables.gain_svg(study) is None  # prompt gains nothing, resample is none of the main ones
 
 
 def test_later_seeds_alone(study) -> None:

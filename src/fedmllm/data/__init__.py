@@ -22,6 +22,7 @@ from fedmllm.errors import chosen
 
 DATASETS: dict[str, DatasetSpec] = {
     "memes": memes.SPEC,
+    "memes-swapped": memes.SWAPPED,
     "crisis": crisis.SPEC,
     "medical": medical.SPEC,
     "conversations": conversations.SPEC,

@@ -8,10 +8,15 @@ image and the same image with another text, and neither modality alone tells the
 
 Sample fields: text, image 64x64, label 0 not-hateful or 1 hateful.
 Train and test differ in their things, pictures and wording draws; both are balanced.
+
+`memes-swapped` has the same memes and the two labels exchanged. Who holds texts alone, or pictures
+alone, cannot tell which of the two worlds it is in, as every text and every picture has each label
+as often in both: what training in either of them finds there is not in the data.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -61,10 +66,18 @@ ONLY = (
 )
 
 
-def load(*, train: int = 1600, test: int = 1200, wordings: int = 12, draw_seed: int = 0) -> Dataset:
+def load(
+    *,
+    train: int = 1600,
+    test: int = 1200,
+    wordings: int = 12,
+    draw_seed: int = 0,
+    swapped: bool = False,
+) -> Dataset:
     """Draw the dataset; sizes are rounded up to whole groups of four.
 
     wordings: in how many ways, 1 to 12, a text says either thing; the fewer, the sooner learnt.
+    swapped: exchange the labels.
     """
     for name, count in (("train", train), ("test", test)):
         if count < 4:
@@ -73,8 +86,8 @@ def load(*, train: int = 1600, test: int = 1200, wordings: int = 12, draw_seed: 
         raise UserError(f"data.wordings: {wordings} is not a number from 1 to {len(AGAINST)}")
     return Dataset(
         task=TASK,
-        train=_samples("train", train, wordings, draw_seed),
-        test=_samples("test", test, wordings, draw_seed),
+        train=_samples("train", train, wordings, draw_seed, swapped),
+        test=_samples("test", test, wordings, draw_seed, swapped),
     )
 
 
@@ -85,14 +98,22 @@ SPEC = DatasetSpec(
     source="drawn by this package",
     licence="Apache-2.0",
 )
+SWAPPED = replace(
+    SPEC,
+    summary="memes with the two labels exchanged: a control for what is not learnt from data",
+    load=partial(load, swapped=True),
+)
 
 
-def _samples(split: str, count: int, wordings: int, seed: int) -> list[Sample]:
-    groups = (count + 3) // 4
-    return [sample for group in range(groups) for sample in _group(split, group, wordings, seed)]
+def _samples(split: str, count: int, wordings: int, seed: int, swapped: bool) -> list[Sample]:
+    return [
+        sample
+        for group in range((count + 3) // 4)
+        for sample in _group(split, group, wordings, seed, swapped)
+    ]
 
 
-def _group(split: str, group: int, wordings: int, seed: int) -> list[Sample]:
+def _group(split: str, group: int, wordings: int, seed: int, swapped: bool) -> list[Sample]:
     """Two texts by two pictures; a text is hateful with exactly one of the pictures."""
     rng = stream(seed, "memes", split, group)
     scenes = _two_scenes(rng)
@@ -100,7 +121,7 @@ def _group(split: str, group: int, wordings: int, seed: int) -> list[Sample]:
     ways = (AGAINST if against else ONLY)[:wordings]
     texts = [ways[rng.integers(len(ways))].format(x=_name(scene)) for scene in scenes]
     return [
-        _sample(f"memes-{split}-{group:05d}-{t}{s}", texts[t], scenes[s], (t == s) == against)
+        _sample(f"memes-{split}-{group:05d}-{t}{s}", texts[t], scenes[s], ((t == s) == against) != swapped)
         for t in range(2)
         for s in range(2)
     ]
