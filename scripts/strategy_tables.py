@@ -1,4 +1,5 @@
-"""Tables and figure of docs/strategies.md and docs/strategies-results.md from the results of two grids, over seeds, paired.
+"""Tables and figure of docs/strategies.md and docs/strategies-results.md from the results of
+grids, over seeds, paired.
 
 A gain is what a strategy has over the plain algorithm of the same task, setting, method and seed.
 Of a scenario (aligned, missing, cross, hybrid) it is the mean over the scenario's settings in the
@@ -466,6 +467,28 @@ def drift_table(study: Study) -> str:
                     seeds = str(max(map(len, found)))
                     lines.append([dataset, method, scenario, strategy, seeds, *cells])
     return markdown(("task", "method", "scenario", "strategy"), ("seeds", *heads), lines)
+
+
+def swapped_table(study: Study, control: Study) -> str:
+    """AUC on memes (of `study`, but for zero-shot), on memes with exchanged labels (`control`), and
+    the mean of both by seed, in the settings of the control."""
+    methods = dict.fromkeys(key[2] for key in control.found if key[0] == "memes-swapped")
+    lines = []
+    for method in methods:
+        for strategy in control.strategies:
+            for setting in control.settings:
+                place = ((setting,), method, strategy, score())
+                swapped = control.values("memes-swapped", *place)
+                plain = control.values("memes", *place) or study.values("memes", *place)
+                both = over_tasks([plain, swapped])
+                if both and not control.shared("memes-swapped", setting, method, strategy):
+                    cells = [
+                        shown([each[seed] for seed in both], sign=False)
+                        for each in (plain, swapped, both)
+                    ]
+                    lines.append([method, strategy, setting, str(len(both)), *cells])
+    heads = ("seeds", "memes", "labels exchanged", "mean of both")
+    return markdown(("method", "strategy", "setting"), heads, lines)
 
 
 def evidence_table(study: Study) -> str:

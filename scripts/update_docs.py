@@ -548,6 +548,25 @@ def _each_way(exact: dict, of: str) -> str:
     return f"{exact[f'{of}_up'] / 1e9:.2f} / {exact[f'{of}_down'] / 1e9:.2f} GB"
 
 
+def strategies_cost() -> str:
+    """Time of each strategy against plain training, taken side by side."""
+    file = RESULTS / "strategies-cost.json"
+    if not file.exists():
+        return NONE
+    facts = json.loads(file.read_text())
+    lines = ["| strategy | a round | tests | before the first round |", "|---|---:|---:|---:|"]
+    for row in facts["rows"]:
+        start = row["start"] / row["plain_round"]
+        lines.append(
+            f"| {row['strategy']} | {row['round']:.2f} | {row['tests']:.2f} | {start:+.1f} |"
+        )
+    about = (
+        f"{facts['repeats']} repetitions; {facts['hardware']['cpu']}, torch "
+        f"{facts['versions']['torch']}."
+    )
+    return "\n".join([*lines, "", about])
+
+
 STUDIES = ("strategies", "strategies-large")
 STUDY: dict[str, Callable[[str], str]] = {  # tables of a grid of strategies
     "plain": lambda name: strategy_tables.plain_table(strategy_tables.load(name)),
@@ -591,6 +610,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "pretraining": pretraining,
     "strategies-later": lambda: strategy_tables.best_table(
         strategy_tables.later(strategy_tables.load("strategies"), 5)
+    ),
+    "strategies-cost-of-time": strategies_cost,
+    "strategies-swapped": lambda: strategy_tables.swapped_table(
+        strategy_tables.load("strategies"), strategy_tables.load("swapped")
     ),
     "strategies-evidence": lambda: strategy_tables.evidence_table(
         strategy_tables.load("strategies")

@@ -250,6 +250,28 @@ def test_the_figure(study) -> None:
     assert tables.gain_svg(study) is None  # prompt gains nothing, resample is none of the main ones
 
 
+def test_both_worlds_are_paired_by_seed() -> None:
+    """AUC .9 and .2 of one seed make .55; of what both have. Zero-shot stands in the control."""
+
+    def auc(*scores):
+        return {
+            seed: {"task": {"metric": "auc"}, "metrics": {"both": {"auc": value}}}
+            for seed, value in enumerate(scores)
+        }
+
+    place = (CROSS, "fedavg", "plain")
+    study = tables.Study((CROSS,), ("plain",), {("memes", *place): auc(0.9, 0.7, 0.8)})
+    control = {
+        ("memes-swapped", *place): auc(0.2, 0.4),
+        ("memes", CROSS, "zero-shot", "plain"): auc(0.25),
+        ("memes-swapped", CROSS, "zero-shot", "plain"): auc(0.75),
+    }
+    table = tables.swapped_table(study, tables.Study((CROSS,), ("plain",), control))
+    assert row(table, "fedavg", "plain", CROSS) == ["2", "0.800", "0.300", "0.550"]
+    assert row(table, "zero-shot", "plain", CROSS) == ["1", "0.250", "0.750", "0.500"]
+    assert tables.swapped_table(study, study) == tables.NONE
+
+
 def test_later_seeds_alone(study) -> None:
     place = ("crisis", MISSING, "fedavg", "resample")
     assert sorted(tables.later(study, 3).found[place]) == [3, 4]

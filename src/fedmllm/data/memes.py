@@ -121,7 +121,12 @@ def _group(split: str, group: int, wordings: int, seed: int, swapped: bool) -> l
     ways = (AGAINST if against else ONLY)[:wordings]
     texts = [ways[rng.integers(len(ways))].format(x=_name(scene)) for scene in scenes]
     return [
-        _sample(f"memes-{split}-{group:05d}-{t}{s}", texts[t], scenes[s], ((t == s) == against) != swapped)
+        _sample(
+            f"memes-{split}-{group:05d}-{t}{s}",
+            texts[t],
+            scenes[s],
+            ((t == s) == against) != swapped,
+        )
         for t in range(2)
         for s in range(2)
     ]
