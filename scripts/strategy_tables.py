@@ -142,6 +142,12 @@ def later(study: Study, first: int) -> Study:
     )
 
 
+def without(study: Study, dataset: str) -> Study:
+    """A study of the other tasks."""
+    found = {key: runs for key, runs in study.found.items() if key[0] != dataset}
+    return Study(study.settings, study.strategies, found)
+
+
 # -- numbers -------------------------------------------------------------------------------------
 
 

@@ -612,6 +612,9 @@ PARTS: dict[str, Callable[[], str]] = {
         strategy_tables.later(strategy_tables.load("strategies"), 5)
     ),
     "strategies-cost-of-time": strategies_cost,
+    "strategies-without-memes": lambda: strategy_tables.best_table(
+        strategy_tables.without(strategy_tables.load("strategies"), "memes")
+    ),
     "strategies-swapped": lambda: strategy_tables.swapped_table(
         strategy_tables.load("strategies"), strategy_tables.load("swapped")
     ),

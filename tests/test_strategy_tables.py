@@ -173,6 +173,9 @@ def test_over_tasks(study) -> None:
     assert missing.startswith(f"{0.25 / 0.325:.0%} (")
     # resampling was not run on medical: no claim over all tasks
     assert "resample" not in table
+    alone = tables.without(tables.Study(study.settings, study.strategies, found), "medical")
+    assert {key[0] for key in alone.found} == {"crisis"}
+    assert tables.best_table(alone) == tables.NONE  # one task is not all
 
 
 def test_costs_leave_out_what_is_the_plain_run_itself(study) -> None:
