@@ -148,6 +148,13 @@ def without(study: Study, dataset: str) -> Study:
     return Study(study.settings, study.strategies, found)
 
 
+def short(study: Study) -> Study:
+    """The part of a study that the README shows."""
+    names = ("plain", "paper", "paper-alignment", "compose", "mixtures", "evidence")
+    found = {key: runs for key, runs in study.found.items() if key[2] == "fedavg"}
+    return Study(study.settings, names, found)
+
+
 # -- numbers -------------------------------------------------------------------------------------
 
 

@@ -612,6 +612,9 @@ PARTS: dict[str, Callable[[], str]] = {
         strategy_tables.later(strategy_tables.load("strategies"), 5)
     ),
     "strategies-cost-of-time": strategies_cost,
+    "strategies-short": lambda: strategy_tables.best_table(
+        strategy_tables.short(strategy_tables.load("strategies"))
+    ),
     "strategies-without-memes": lambda: strategy_tables.best_table(
         strategy_tables.without(strategy_tables.load("strategies"), "memes")
     ),

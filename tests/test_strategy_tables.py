@@ -176,6 +176,10 @@ def test_over_tasks(study) -> None:
     alone = tables.without(tables.Study(study.settings, study.strategies, found), "medical")
     assert {key[0] for key in alone.found} == {"crisis"}
     assert tables.best_table(alone) == tables.NONE  # one task is not all
+    few = tables.short(tables.Study(study.settings, study.strategies, found))
+    assert row(tables.best_table(few), "fedavg", "mixtures")[0].startswith("-0.010")
+    found["crisis", MISSING, "fedadam", "plain"] = runs(0.5)
+    assert len(tables.short(tables.Study(study.settings, (), found)).found) == len(found) - 1
 
 
 def test_costs_leave_out_what_is_the_plain_run_itself(study) -> None:
