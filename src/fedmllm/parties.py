@@ -236,9 +236,7 @@ def exchange_of(
     return pooled(config, given, givers=len(givers), takers=len(takers))
 
 
-def givers_takers(
-    images: Mapping[str, bool], fill: Collection[str]
-) -> tuple[list[str], list[str]]:
+def givers_takers(images: Mapping[str, bool], fill: Collection[str]) -> tuple[list[str], list[str]]:
     """Parties with images, and those that are to get mixtures. images: whether a party has any, by
     client. fill: modalities that may be filled in."""
     givers = [client for client, has in sorted(images.items()) if has]
