@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from sites import SITES, NearLink, hash_of, make_kits
 
+from fedmllm import manifest
 from fedmllm.algorithms.base import ServerState
 from fedmllm.config import load_config
 from fedmllm.errors import UserError
@@ -120,7 +121,7 @@ def test_sites_give_the_bits_and_facts_of_one_process(
         line["loss"] for line in result["history"]
     ]
     assert "not_in_exchange" not in found["network"]
-    for site, _, message in link.came:
+    for _, _, message in link.came:
         check_release(message, Reveal(features=True))
         facts = json.dumps(message.facts)
         assert "crisis-train" not in facts
@@ -188,14 +189,23 @@ def test_a_trainer_that_starts_anew_has_what_it_was_given(tmp_path, shared_model
         )
 
 
+@pytest.mark.parametrize(
+    ("change", "given", "takers"),
+    [
+        ({"scenario": {"images": "1:2"}, "strategy": {"evidence": 0.0}}, True, 2),
+        ({}, False, 0),  # nobody who was there would take any, so none were asked for
+    ],
+    ids=["pool", "none"],
+)
 def test_a_late_site_is_given_what_came_of_it_and_gives_nothing(
-    tmp_path, shared_model, here, monkeypatch
+    tmp_path, shared_model, here, monkeypatch, change, given, takers
 ) -> None:
     """A site of texts, away until the others have trained a round."""
     monkeypatch.setattr("fedmllm.sites.serving.NetworkRunner", quick)
-    clients = here(CROSS)[0]["evidence"]["clients"]
-    late = next(c["id"] for c in clients if not c["image"]["samples"])
-    kits = kits_of(tmp_path, CROSS, min_sites=2, hello_deadline=0.01, deadline=30.0)
+    raw = experiment(**change)
+    held = manifest.load(here(raw)[1] / "manifest.json").clients
+    late = next(client.id for client in held if not any(row[1] for row in client.rows))
+    kits = kits_of(tmp_path, raw, min_sites=2, hello_deadline=0.01, deadline=30.0)
     trained: list[str] = []
 
     def away(site: str, task: str, message: Message) -> Message | None:
@@ -204,13 +214,15 @@ def test_a_late_site_is_given_what_came_of_it_and_gives_nothing(
 
     link = NearLink(kits, tmp_path, away)
     found = served(kits, link)
-    assert late not in {client["id"] for client in found["evidence"]["clients"]}
-    assert [task for task in tasks(link, late) if task in ("sums", "mixtures")] == []
-    (given,) = [m for s, t, m in link.sent if (s, t) == (late, "exchanged")]
-    assert given.facts["mixtures"]
+    assert [task for task in tasks(link, late) if task in ("sums", "hits", "mixtures")] == []
+    (told,) = [m for s, t, m in link.sent if (s, t) == (late, "exchanged")]
+    assert bool(told.facts["mixtures"]) == given
     assert [late in line["clients"] for line in found["history"]] == [False, True]
-    assert found["mixtures"]["takers"] == 1
-    assert found["mixtures"]["bytes"]["down"] == found["mixtures"]["bytes"]["up"]
+    assert found["mixtures"]["takers"] == takers
+    assert found["mixtures"]["bytes"]["down"] == takers * found["mixtures"]["bytes"]["up"]
+    if "evidence" in found:
+        assert told.facts["filled"] == found["evidence"]["filled"]
+        assert late not in {client["id"] for client in found["evidence"]["clients"]}
 
 
 def quick(**options: Any) -> NetworkRunner:
@@ -454,8 +466,9 @@ def test_what_a_site_is_given_is_checked_there(answers, mllm) -> None:
     site, sums, _, good = answers
     with pytest.raises(UserError, match="lack those of"):
         site.hits(Message())
+    fewer = {name: value / 2**12 for name, value in sums.tensors.items() if "counts" not in name}
     with pytest.raises(UserError, match="lack those of"):
-        site.hits(changed(sums, "|counts", lambda t: t.clone().fill_(1.0)))
+        site.hits(changed(Message({**sums.tensors, **fewer}), "|counts", torch.ones_like))
     for facts, words in [
         ({"mixtures": [], "filled": ["smell"]}, "are not some of image, text"),
         ({"mixtures": [], "filled": "image"}, "are not some of image, text"),
