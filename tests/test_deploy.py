@@ -296,7 +296,8 @@ def test_evidence_and_mixtures_over_tls(tls, tmp_path, mllm) -> None:
     config = small(
         "exchange",
         scenario={"name": "cross", "images": "2:1"},
-        partition={"name": "even"},
+        data={"name": "crisis", "train": 96, "classes": 4},
+        partition={"name": "dirichlet", "alpha": 100.0},
         strategy={"recombine": 1.0, "mixtures": 2, "evidence": 1e-9},
         training={"rounds": 1},
     )
