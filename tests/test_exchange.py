@@ -289,6 +289,38 @@ def test_a_site_that_is_needed_is_asked_again(tmp_path, shared_model, here, monk
     assert found["evidence"] == here(CROSS)[0]["evidence"]
 
 
+@pytest.mark.parametrize("at", ["sums", "hits", "mixtures", "exchanged"])
+def test_a_needed_site_that_vanished_is_waited_for(
+    tmp_path, shared_model, here, monkeypatch, at: str
+) -> None:
+    """The status says that the run waits, at which a supervisor brings the site back."""
+    monkeypatch.setattr("fedmllm.sites.serving.NetworkRunner", quick)
+    clients = here(CROSS)[0]["evidence"]["clients"]
+    lost = next(c["id"] for c in clients if c["image"]["samples"])
+    kits = kits_of(tmp_path, CROSS, deadline=20.0)
+    once: list[str] = []
+
+    class Link(NearLink):
+        def gone(self) -> set[str]:
+            status = json.loads((kits["server"] / "runs" / "x" / "status.json").read_text())
+            if self.lost and status["doing"].startswith("waiting for"):
+                self.lost.clear()
+                once.append(status["doing"])
+            return super().gone()
+
+    def vanish(site: str, task: str, message: Message) -> Message | None:
+        if (site, task) == (lost, at) and not once:
+            link.lost.add(site)
+        return None if site in link.lost else message
+
+    link = Link(kits, tmp_path, vanish)
+    found = served(kits, link)
+    assert once == ["waiting for sites" if at == "exchanged" else "waiting for enough sites"]
+    assert same(kits["server"] / "runs" / "x", here(CROSS)[1])
+    assert all(found[name] == here(CROSS)[0][name] for name in FACTS)
+    assert "not_in_exchange" not in found["network"]
+
+
 def test_too_few_images_end_the_run_with_the_words_of_one_process(tmp_path, shared_model) -> None:
     kits = kits_of(tmp_path, experiment(strategy={"mixtures": 1000}))
     with pytest.raises(UserError, match="no party has 1000 different images of one class"):

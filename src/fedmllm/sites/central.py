@@ -222,7 +222,10 @@ class NetworkRunner:
             if self.clock() > until and len(self.present()) >= self.min_sites:
                 break
             self._check_quorum()
-            self._status("giving sites what came of the exchange", deadline=until)
+            doing = (
+                "giving sites what came of the exchange" if self._briefings else "waiting for sites"
+            )
+            self._status(doing, deadline=until)
             self._listen()
 
     def _unlike_others(self, site: str, facts: Mapping[str, Any]) -> list[str]:
@@ -314,7 +317,8 @@ class NetworkRunner:
             if needed:
                 self._check_quorum()
                 told["failed"] = dict(sorted(failed.items()))
-            self._status(doing, deadline=until, **told)
+            idle = len(found) < needed and not (waiting and self.clock() < until)
+            self._status("waiting for enough sites" if idle else doing, deadline=until, **told)
             reply = self._listen()
             for ticket in [t for t, site in waiting.items() if site in self.away]:
                 self.link.cancel(ticket)
