@@ -7,8 +7,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,10 +19,11 @@ from sites import SITES, NearLink, hash_of, make_kits
 
 from fedmllm import manifest
 from fedmllm.algorithms.base import ServerState
-from fedmllm.config import load_config
+from fedmllm.config import load_config, make_config
 from fedmllm.errors import UserError
-from fedmllm.evidence import Hits
+from fedmllm.evidence import Hits, Sums
 from fedmllm.experiment import Shared, run
+from fedmllm.parties import totals
 from fedmllm.sites import exchange, settings, wire
 from fedmllm.sites.central import NetworkRunner
 from fedmllm.sites.release import check_release
@@ -571,3 +574,17 @@ def test_a_site_that_reveals_too_little_refuses(
     with pytest.raises(UserError, match=words):
         served(kits, link)
     assert {task for _, task, _ in link.sent} <= {"hello", "refused"}
+
+
+def test_sums_are_added_in_the_order_of_names() -> None:
+    """1e16 - 1e16 + 1 is 1; from the other end it is 0."""
+    values = {"c": 1.0, "a": 1e16, "b": -1e16}
+    sums = {name: {"text": Sums(*[np.array([x])] * 3)} for name, x in values.items()}
+    assert totals(sums)["text"].sums.tolist() == [1.0]
+    assert totals(dict(sorted(sums.items(), reverse=True)))["text"].sums.tolist() == [1.0]
+
+
+def test_sums_are_of_no_more_samples_than_a_site_has(tmp_path) -> None:
+    runner: Any = SimpleNamespace(facts={"few": {"samples": 3}, "many": {"samples": 900}})
+    made = exchange.Exchanges(make_config(CROSS), runner, file=tmp_path, run_file=tmp_path)
+    assert (made._most("few"), made._most("many")) == (3, 128)
