@@ -110,10 +110,7 @@ class NearLink:
             return Message()
         if site not in self.sites:
             self.sites[site] = Site(self.kits[site], hash_of(self.kits["server"]))
-        found = self.sites[site]
-        if task == "hello":
-            return found.hello(message.facts)
-        return {"train": found.train, "evaluate": found.evaluate}[task](message)
+        return self.sites[site].answer(task, message)
 
     def _travel(self, message: Message) -> Message:
         file = self.scratch / "message.safetensors"

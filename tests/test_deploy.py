@@ -290,6 +290,44 @@ def test_other_algorithms_over_tls(tls, tmp_path, mllm, change) -> None:
     assert ("profile" in facts[0]) == ("strategy" in change)
 
 
+@in_one
+def test_evidence_and_mixtures_over_tls(tls, tmp_path, mllm) -> None:
+    """As in one process; and what leaves a site for it: sums, counts, and means of features."""
+    config = small(
+        "exchange",
+        scenario={"name": "cross", "images": "2:1"},
+        data={"name": "crisis", "train": 96, "classes": 4},
+        partition={"name": "dirichlet", "alpha": 100.0},
+        strategy={"recombine": 1.0, "mixtures": 2, "evidence": 1e-9},
+        training={"rounds": 1},
+    )
+    result = run(config, out=tmp_path / "here", mllm=mllm)
+    kept = {site: (tls.kits[site] / "local" / "fedmllm.yml").read_text() for site in SITES}
+    tls.add(config)
+    for site in SITES:
+        tls.set(site, reveal={"features": True})
+    before = {site: len(sent(tls, site)) for site in SITES}
+    folder = tls.run("exchange", put_away=False)
+    for site, text in kept.items():
+        (tls.kits[site] / "local" / "fedmllm.yml").write_text(text)
+    assert same(folder, tmp_path / "here")
+    found = json.loads((folder / "result.json").read_text())
+    assert all(found[name] == result[name] for name in ("evidence", "mixtures", "bytes", "metrics"))
+    assert result["mixtures"]["made"]
+    for client in result["evidence"]["clients"]:
+        site = client["id"]
+        left = sent(tls, site)[before[site] :]
+        gives = ["mixtures"] if client["image"]["samples"] else []
+        tasks = [each["task"] for each in left]
+        assert tasks == ["hello", "sums", "hits", *gives, "exchanged", "train"]
+        what = {
+            each["task"]: {key.split("|")[0] for key in each["content"]["DXO"]["data"]}
+            for each in left
+        }
+        shown = {"sums": {"sums"}, "mixtures": {"mixture"}, "train": {"delta"}}
+        assert what == {task: shown.get(task, set()) for task in tasks}
+
+
 @pytest.fixture
 def wrong_sites(tls, tmp_path) -> Iterator[dict[str, str]]:
     """Each site wrong in another way; why, as the server must read it."""

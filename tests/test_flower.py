@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from sites import SITES, SMALL, hash_of, make_kits
 
@@ -218,16 +219,32 @@ def test_the_app_and_its_kits(tmp_path) -> None:
         make_app(Plan(config(), ["a b"]), tmp_path / "other")
 
 
+EXCHANGE = {
+    "data": {"name": "crisis", "train": 96, "test": 8, "classes": 4},
+    "partition": {"clients": 3, "alpha": 100.0},
+    "scenario": {"name": "cross", "images": "2:1"},
+    "strategy": {"recombine": 1.0, "mixtures": 2, "evidence": 1e-9},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (FLOWER / "flower-superlink").exists(),
     reason="needs Flower in an environment of its own: make runs/flower/.installed, or FLOWER_BIN",
 )
-def test_a_flower_federation_gives_the_weights_of_one_process(tmp_path, mllm) -> None:
-    """SuperLink, three SuperNodes with a worker each, `flwr run`; SCAFFOLD keeps something."""
-    made = config(algorithm={"name": "scaffold"}, training={**SMALL["training"], "rounds": 3})
-    run(made, out=tmp_path / "here", mllm=mllm)
+@pytest.mark.parametrize(
+    "change", [{"algorithm": {"name": "scaffold"}}, EXCHANGE], ids=["scaffold", "exchange"]
+)
+def test_a_flower_federation_gives_the_weights_of_one_process(tmp_path, mllm, change) -> None:
+    """SuperLink, three SuperNodes with a worker each, `flwr run`; SCAFFOLD keeps something, and
+    evidence and mixtures cross before the first round."""
+    made = config(**change, training={**SMALL["training"], "rounds": 3})
+    result = run(made, out=tmp_path / "here", mllm=mllm)
     root = make_app(Plan(made, SITES, min_sites=3, deadline=120.0), tmp_path / "flower")
+    for site in SITES:
+        file = root / "kits" / site / settings.FILE
+        facts = {**yaml.safe_load(file.read_text()), "reveal": {"features": True}}
+        file.write_text(yaml.safe_dump(facts))
     ports = [_free_port() for _ in range(1 + len(SITES))]
     home = tmp_path / "home"
     home.mkdir()
@@ -261,8 +278,10 @@ def test_a_flower_federation_gives_the_weights_of_one_process(tmp_path, mllm) ->
     one, other = _weights(tmp_path / "here"), _weights(folder)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    history = json.loads((folder / "result.json").read_text())["history"]
-    assert [line["clients"] for line in history] == [list(SITES)] * 3
+    found = json.loads((folder / "result.json").read_text())
+    assert [line["clients"] for line in found["history"]] == [list(SITES)] * 3
+    for name in ("evidence", "mixtures", "bytes"):
+        assert found.get(name) == result.get(name)
 
 
 def _run_app(app: Path, known: dict[str, str]) -> None:

@@ -590,7 +590,7 @@ def run_federation(
     if runner is None:
         known = parties_of(config, session.task, federation.samples)
         evidence = evidence_of(
-            config, len(session.task.classes), partial(_represent, session), federation.samples
+            config, len(session.task.classes), partial(represent, session), federation.samples
         )
         fill = evidence.filled if evidence else MODALITIES
         exchange = exchange_of(config, session.mllm, federation.samples, fill)
@@ -759,7 +759,7 @@ def _encode_party(
     ]
 
 
-def _represent(session: Session, samples: Sequence[Sample]) -> np.ndarray:
+def represent(session: Session, samples: Sequence[Sample]) -> np.ndarray:
     """Representations of samples [n, D] by the adapter of before the first round."""
     config, task, mllm = session.config, session.task, session.mllm
     mllm.set_adapter(mllm.init_adapter(config.seed))

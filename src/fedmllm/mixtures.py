@@ -81,7 +81,7 @@ def _mixed(
     made: list[GivenFeatures] = []
     for image in images:
         seen = see(image)
-        group = waiting[_layout(seen)]
+        group = waiting[layout(seen)]
         group.append((image.key, seen))
         if len(group) == size:
             made.append(_mean(group))
@@ -91,7 +91,7 @@ def _mixed(
     return made
 
 
-def _layout(image: ImageFeatures) -> Layout:
+def layout(image: ImageFeatures) -> Layout:
     """What images must share so that their rows are of the same places: words, shape, and what the
     model is told of their grid."""
     inputs = [(name, value.flatten().tolist()) for name, value in sorted(image.inputs.items())]

@@ -12,6 +12,7 @@ from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
 from fedmllm.fusion import Fusion, fusion_of
 from fedmllm.mixtures import Mixtures, gathered, mixtures_of, payload
+from fedmllm.models.features import GivenFeatures
 from fedmllm.models.mllm import Mllm
 from fedmllm.strategies import party_weights
 
@@ -132,28 +133,65 @@ def evidence_of(
 ) -> Evidence | None:
     """The parties' test of what each modality tells, where the strategy asks for it. classes: of
     the task. represent: by the base that is not trained yet. samples: by client."""
-    threshold = config.strategy.evidence
-    if not threshold:
+    if not config.strategy.evidence:
         return None
-    tests: dict[str, dict[str, evidence.Hits]] = {client: {} for client in samples}
-    up = down = 0
+    seen = {c: seen_of(config, held, represent, client=c) for c, held in sorted(samples.items())}
+    sums = {client: sums_of(one, classes) for client, one in seen.items()}
+    everybody = totals(sums)
+    return judged(config, sums, {c: hits_of(one, sums[c], everybody) for c, one in seen.items()})
+
+
+def seen_of(
+    config: Config, samples: Sequence[Sample], represent: evidence.Represent, *, client: str
+) -> dict[str, evidence.Seen]:
+    """A party's samples through each modality alone, by modality; none that it lacks."""
+    alone = {
+        name: evidence.seen_alone(samples, name, represent, client=client, seed=config.seed)
+        for name in evidence.MODALITIES
+    }
+    return {name: one for name, one in alone.items() if one}
+
+
+def sums_of(seen: Mapping[str, evidence.Seen], classes: int) -> dict[str, evidence.Sums]:
+    """What a party sends of them, by modality."""
+    return {name: evidence.sums_of(one, classes) for name, one in seen.items()}
+
+
+def totals(sums: Mapping[str, Mapping[str, evidence.Sums]]) -> dict[str, evidence.Sums]:
+    """What the server returns, by modality: all parties' sums, added in the order of their names.
+    sums: by client and modality."""
+    found = {}
     for name in evidence.MODALITIES:
-        alone = {
-            client: evidence.seen_alone(held, name, represent, client=client, seed=config.seed)
-            for client, held in sorted(samples.items())
-        }
-        seen = {client: one for client, one in alone.items() if one}
-        sums = {client: evidence.sums_of(one, classes) for client, one in seen.items()}
-        found: dict[str, evidence.Hits] = {}
-        if sums:
-            everybody = evidence.total(sums.values())
-            found = {c: evidence.hits_of(one, sums[c], everybody) for c, one in seen.items()}
-        for client in samples:
-            tests[client][name] = found.get(client, evidence.Hits())
-        # up: its sums; hits, expected and variance. down: all sums to who tests, the score to all
-        up += sum(4 * (one.numbers + 3) for one in sums.values())
-        down += sum(4 * one.numbers for one in sums.values()) + 4 * len(samples)
-    return Evidence(threshold, tests, up, down)
+        if given := [sums[client][name] for client in sorted(sums) if name in sums[client]]:
+            found[name] = evidence.total(given)
+    return found
+
+
+def hits_of(
+    seen: Mapping[str, evidence.Seen],
+    own: Mapping[str, evidence.Sums],
+    everybody: Mapping[str, evidence.Sums],
+) -> dict[str, evidence.Hits]:
+    """A party's test against the others, by modality."""
+    return {name: evidence.hits_of(one, own[name], everybody[name]) for name, one in seen.items()}
+
+
+def judged(
+    config: Config,
+    sums: Mapping[str, Mapping[str, evidence.Sums]],
+    hits: Mapping[str, Mapping[str, evidence.Hits]],
+) -> Evidence:
+    """What the server makes of the parties' tests. sums: of all that sent them, hits: of those
+    that tested, both by client and modality."""
+    tests = {
+        client: {name: found.get(name, evidence.Hits()) for name in evidence.MODALITIES}
+        for client, found in hits.items()
+    }
+    size = sum(4 * one.numbers for each in sums.values() for one in each.values())
+    # up: its sums; hits, expected and variance. down: all sums to who tests, the scores to all
+    up = size + sum(4 * 3 * len(found) for found in hits.values())
+    down = size + 4 * len(evidence.MODALITIES) * len(hits)
+    return Evidence(config.strategy.evidence, tests, up, down)
 
 
 @dataclass(frozen=True)
@@ -190,30 +228,46 @@ def exchange_of(
 
     Raises `UserError` if somebody would and no class has images enough.
     """
-    size = config.strategy.mixtures
-    if not size or config.topology != "federated":
+    if not config.strategy.mixtures or config.topology != "federated":
         return None
-    with_images = {c: [s for s in held if s.image is not None] for c, held in samples.items()}
-    givers = [client for client, held in with_images.items() if held]
-    takers = len([held for held in samples.values() if held]) - len(givers)
-    takers = takers if "image" in fill else 0
-    if not takers:
-        return Exchange({}, len(givers), 0, 0, 0)
-    pool = gathered(
-        {
-            client: mixtures_of(
-                with_images[client],
-                mllm.image_features,
-                size=size,
-                client=client,
-                seed=config.seed,
-            )
-            for client in givers
-        }
-    )
-    if not pool:
+    images = {c: any(s.image is not None for s in held) for c, held in samples.items() if held}
+    givers, takers = givers_takers(images, fill)
+    given = {c: mixtures_by(config, mllm, samples[c], client=c) for c in givers if takers}
+    return pooled(config, given, givers=len(givers), takers=len(takers))
+
+
+def givers_takers(images: Mapping[str, bool], fill: Collection[str]) -> tuple[list[str], list[str]]:
+    """Parties with images, and those that are to get mixtures. images: whether a party has any, by
+    client. fill: modalities that may be filled in."""
+    givers = [client for client, has in sorted(images.items()) if has]
+    takers = [client for client, has in sorted(images.items()) if not has]
+    return givers, takers if "image" in fill else []
+
+
+def mixtures_by(
+    config: Config, mllm: Mllm, samples: Sequence[Sample], *, client: str
+) -> dict[str, list[GivenFeatures]]:
+    """What a party with images gives, by class."""
+    size, see = config.strategy.mixtures, mllm.image_features
+    return mixtures_of(samples, see, size=size, client=client, seed=config.seed)
+
+
+def pooled(
+    config: Config,
+    given: Mapping[str, Mapping[str, Sequence[GivenFeatures]]],
+    *,
+    givers: int,
+    takers: int,
+) -> Exchange:
+    """What the server makes of the mixtures that were given, by client and class.
+
+    Raises `UserError` if somebody would take them and there are none.
+    """
+    pool = gathered(given)
+    if takers and not pool:
         raise UserError(
-            f"strategy.mixtures: no party has {size} different images of one class and size, so "
-            "there is nothing to give to parties without images: lower it or set it to 0"
+            f"strategy.mixtures: no party has {config.strategy.mixtures} different images of one "
+            "class and size, so there is nothing to give to parties without images: lower it or "
+            "set it to 0"
         )
-    return Exchange(pool, len(givers), takers, payload(pool), payload(pool) * takers)
+    return Exchange(pool, givers, takers, payload(pool), payload(pool) * takers)

@@ -92,9 +92,8 @@ def check_kind(config: Config) -> None:
             f"topology {config.topology} has nobody to federate with: several machines run "
             "topology federated"
         )
-    for key in ("mixtures", "evidence", "fusion"):
-        if getattr(config.strategy, key):
-            raise UserError(f"strategy.{key} works in one process only: leave it off over sites")
+    if config.strategy.fusion:
+        raise UserError("strategy.fusion works in one process only: leave it off over sites")
 
 
 def check_own(config: Config) -> None:

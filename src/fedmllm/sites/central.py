@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from fedmllm.errors import UserError
 from fedmllm.sites import handshake, wire
 from fedmllm.sites.wire import Message
 
+T = TypeVar("T")
 _POLL = 0.5
 _PAUSES = (5.0, 15.0, 60.0)  # before a site that failed is asked again, where it is needed
 _TELL = 10.0  # that a refused site has for fetching the reason before the job ends
@@ -71,7 +72,8 @@ class NetworkRunner:
     which sites keep what they keep. deadline, hello_deadline: seconds. tell: called with the
     status as it changes. memory: not what sites keep, which stays there, but from which round it
     is that this run's state builds on. accept: called with what a site states, where nothing else
-    is wrong with it; returns what is. weights: what a site is told of its own in each round.
+    is wrong with it; returns what is. weights: what a site is told of its own in each round. brief:
+    what a site is given before it trains (`exchange.py`), unless it has that; None for nothing.
     """
 
     link: Link
@@ -90,7 +92,10 @@ class NetworkRunner:
     refused: dict[str, str] = field(default_factory=dict)
     accept: Callable[[str, Mapping[str, Any]], list[str]] = lambda site, facts: []
     weights: Mapping[str, float] = field(default_factory=dict)
+    brief: Callable[[str], Message] | None = None
+    missed: Mapping[str, str] = field(default_factory=dict)  # who gave nothing to the exchange
     weighted: bool = False  # by samples: then no site may hide how many it has
+    _briefings: dict[str, str] = field(default_factory=dict)  # ticket -> site
     _greetings: dict[str, str] = field(default_factory=dict)  # ticket -> site
     _not_before: dict[str, float] = field(default_factory=dict)  # greet a site again
     _untold: dict[str, tuple[str, float]] = field(default_factory=dict)  # ticket -> site, till
@@ -152,13 +157,20 @@ class NetworkRunner:
         """Greet who is away; take one message. A reply to a round's request is returned."""
         for site in sorted(self.link.gone() - self.away.keys()):
             self._leave(site, "its process has ended")
-        greeted = set(self._greetings.values())
+        for ticket in [t for t, site in self._briefings.items() if site in self.link.gone()]:
+            self.link.cancel(ticket)
+            self._leave(self._briefings.pop(ticket), "its process has ended")
+        greeted = {*self._greetings.values(), *self._briefings.values()}
         for site in self._awaited():
             if site not in greeted and self.clock() >= self._not_before.get(site, 0.0):
                 self._greetings[self.link.send(site, "hello", Message(facts=self.server))] = site
         reply = self.link.receive(_POLL if wait else 0.0)
         if reply is not None and reply.ticket in self._untold:
             del self._untold[reply.ticket]
+            return None
+        if reply is not None and reply.ticket in self._briefings:
+            del self._briefings[reply.ticket]
+            self._briefed(reply)
             return None
         if reply is None or reply.ticket not in self._greetings:
             return reply
@@ -183,7 +195,38 @@ class NetworkRunner:
             self._refuse(reply.site, "; ".join(map(str, problems)))
             return
         self.facts[reply.site] = facts
-        self.away.pop(reply.site, None)
+        self._give(reply.site)
+
+    def _give(self, site: str) -> None:
+        """Let a site that was accepted in, once it has what it needs to train."""
+        if self.brief is None or self.facts[site].get("exchanged") is True:
+            self.away.pop(site, None)
+            return
+        self._leave(site, "is being given what came of the exchange")
+        self._briefings[self.link.send(site, "exchanged", self.brief(site))] = site
+
+    def _briefed(self, reply: Reply) -> None:
+        if reply.message is None:
+            self._leave(reply.site, reply.error)
+            self._not_before[reply.site] = self.clock() + self.pauses[-1]
+        else:
+            self.away.pop(reply.site, None)
+
+    def hand_out(self) -> None:
+        """Give `brief` to who is there. Returns when all have it, or after `deadline`; never before
+        enough have."""
+        for site in self.present():
+            self._give(site)
+        until = self.clock() + self.deadline
+        while len(self.present()) < self.min_sites or self._briefings:
+            if self.clock() > until and len(self.present()) >= self.min_sites:
+                break
+            self._check_quorum()
+            doing = (
+                "giving sites what came of the exchange" if self._briefings else "waiting for sites"
+            )
+            self._status(doing, deadline=until)
+            self._listen()
 
     def _unlike_others(self, site: str, facts: Mapping[str, Any]) -> list[str]:
         """What only the sites know: the task and, where the server has no data, the split."""
@@ -228,35 +271,76 @@ class NetworkRunner:
         """Scores of an adapter on what sites hold out, by site; and of those that hold out and
         reveal scores, but gave none within the deadline, why."""
         asked = [site for site in self.sites if self.facts.get(site, {}).get("held_out")]
-        state = ServerState(0, params)
-        tickets = {
-            self.link.send(site, "evaluate", wire.pack_state(state, (), {})): site
-            for site in asked
-            if site not in self.away
-        }
-        found: dict[str, dict[str, float]] = {}
-        failed = {site: self.away[site] for site in asked if site in self.away}
+        message = wire.pack_state(ServerState(0, params), (), {})
+
+        def take(site: str, reply: Message) -> dict[str, float]:
+            scores = wire.numbers(reply.facts.get("metrics"))
+            if not scores and self.facts[site]["reveal"]["metrics"]:
+                raise UserError("sent no scores")
+            return scores
+
+        found, failed = self.gather(
+            "evaluate", dict.fromkeys(asked, message), take, doing="sites test on held-out data"
+        )
+        return {site: scores for site, scores in found.items() if scores}, failed
+
+    def gather(
+        self,
+        task: str,
+        messages: Mapping[str, Message],
+        take: Callable[[str, Message], T],
+        *,
+        doing: str,
+        needed: int = 0,
+    ) -> tuple[dict[str, T], dict[str, str]]:
+        """Answers to one request to each of some sites, as `take` reads them, and why others gave
+        none; both by site. take: raises `UserError` for a bad answer.
+
+        It ends when nobody is waited for, or after the deadline, but never with fewer than
+        `needed`: until then it waits, and asks those that failed once more.
+        """
+        found: dict[str, T] = {}
+        failed = {site: self.away[site] for site in messages if site in self.away}
+        waiting: dict[str, str] = {}  # ticket -> site
+        again: dict[str, float] = {}
+        tries: dict[str, int] = {}
+
+        def ask(site: str) -> None:
+            failed.pop(site, None)
+            waiting[self.link.send(site, task, messages[site])] = site
+
+        for site in sorted(messages.keys() - failed.keys()):
+            ask(site)
         until = self.clock() + self.deadline
-        while tickets and self.clock() < until:
-            self._status("sites test on held-out data", waiting=sorted(tickets.values()))
+        while len(found) < needed or (waiting and self.clock() < until):
+            told: dict[str, Any] = {"waiting": sorted(waiting.values())}
+            if needed:
+                self._check_quorum()
+                told["failed"] = dict(sorted(failed.items()))
+            idle = len(found) < needed and not (waiting and self.clock() < until)
+            self._status("waiting for enough sites" if idle else doing, deadline=until, **told)
             reply = self._listen()
-            for ticket in [t for t, site in tickets.items() if site in self.away]:
+            for ticket in [t for t, site in waiting.items() if site in self.away]:
                 self.link.cancel(ticket)
-                site = tickets.pop(ticket)
+                site = waiting.pop(ticket)
                 failed[site] = self.away[site]
-            if reply is None or tickets.pop(reply.ticket, None) is None:
-                continue
-            if reply.message is None:
-                failed[reply.site] = reply.error
-                continue
-            scores = wire.numbers(reply.message.facts.get("metrics"))
-            if scores:
-                found[reply.site] = scores
-            elif self.facts[reply.site]["reveal"]["metrics"]:
-                failed[reply.site] = "sent no scores"
-        for ticket, site in tickets.items():
+            if reply is not None and reply.ticket in waiting:
+                site = waiting.pop(reply.ticket)
+                try:
+                    if reply.message is None:
+                        raise UserError(reply.error)
+                    found[site] = take(site, reply.message)
+                except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+                    failed[site] = str(error)
+                    pause = self.pauses[min(tries.get(site, 0), len(self.pauses) - 1)]
+                    tries[site], again[site] = tries.get(site, 0) + 1, self.clock() + pause
+            for site in list(failed) if len(found) + len(waiting) < needed else ():
+                if site in self.present() and self.clock() >= again.get(site, 0.0):
+                    ask(site)
+        for ticket, site in waiting.items():
             self.link.cancel(ticket)
             failed[site] = f"did not answer within {self.deadline:g} s"
+            self._leave(site, failed[site])
         return dict(sorted(found.items())), dict(sorted(failed.items()))
 
     def _status(self, doing: str, **facts: Any) -> None:
@@ -270,6 +354,7 @@ class NetworkRunner:
                 "refused": dict(sorted(self.refused.items())),
                 "gone": sorted(self.link.gone()),
                 "min_sites": self.min_sites,
+                **({"not_in_exchange": dict(self.missed)} if self.missed else {}),
                 **facts,
             }
         )

@@ -47,12 +47,14 @@ from fedmllm.experiment import (
 from fedmllm.models import model_path
 from fedmllm.models.mllm import Mllm
 from fedmllm.parties import Parties
-from fedmllm.sites import digests, handshake, settings
+from fedmllm.sites import digests, exchange, handshake, settings
 from fedmllm.sites.agreed import find_experiment, server_config
 from fedmllm.sites.central import Link, NetworkRunner
+from fedmllm.sites.exchange import Exchanges
 from fedmllm.sites.profiles import Profiles
 from fedmllm.sites.settings import STATUS_FILE
 
+Accept = Callable[[str, Mapping[str, Any]], list[str]]
 RUN_FILE = "network.json"
 _EVERY = 1.0  # seconds between two versions of the status that differ in numbers only
 
@@ -101,17 +103,22 @@ def _serve(
     tests = [] if dataset is None else dataset.test
     shapes = None if tests else load_shapes(config)
     mllm = load_model(config) if shapes is None else shapes
+    run = _run_id(folder)
     runner = NetworkRunner(
         link=link,
         sites=sorted(file.sites),
-        server=_facts(config, agreed, mllm, dataset),
-        run=_run_id(folder),
+        server={**_facts(config, agreed, mllm, dataset), "run": run},
+        run=run,
         min_sites=file.min_sites,
         deadline=file.deadline,
         hello_deadline=file.hello_deadline,
         tell=status.tell,
     )
     parties = _parties(config, runner, folder / RUN_FILE)
+    exchanges = Exchanges(
+        config, runner, file=folder / "state" / exchange.FILE, run_file=folder / RUN_FILE
+    )
+    runner.accept = _all_of(runner.accept, exchanges.accept)
     runner.greet_all()
     session = _session(config, agreed, folder, mllm, dataset, runner)
     session.listener = status.event
@@ -123,11 +130,19 @@ def _serve(
         algorithm = replace(algorithm, weighting="uniform")
     runner.weighted = algorithm.weighting == "samples"
     session.resumed = "rounds_done" in status.facts
+    if exchange.used(config):
+        exchanges.begin(session.task, mllm)
     outcome = run_federation(
         session, federation, runner=runner, algorithm=algorithm, parties=parties
     )
+    found, given = exchanges.found()
+    outcome = replace(outcome, evidence=found, exchange=given)
     save_adapter(session, [outcome])
     return _write_result(session, outcome, runner, dataset, time.perf_counter() - began)
+
+
+def _all_of(*checks: Accept) -> Accept:
+    return lambda site, facts: [line for check in checks for line in check(site, facts)]
 
 
 def _parties(config: Config, runner: NetworkRunner, file: Path) -> Callable[[], Parties] | None:
@@ -213,6 +228,8 @@ def _write_result(
         "samples": {site: facts["samples"] for site, facts in sorted(runner.facts.items())},
         "refused": dict(sorted(runner.refused.items())),
     }
+    if runner.missed:
+        result["network"]["not_in_exchange"] = dict(runner.missed)
     write_result(session.folder, result, [outcome], dataset)
     return result
 

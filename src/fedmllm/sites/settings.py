@@ -37,10 +37,12 @@ class SiteData(_Section):
 
 
 class Reveal(_Section):
-    """What a site tells besides its updates: its number of samples, its losses and scores."""
+    """What a site tells besides its updates: its number of samples, its losses and scores; means
+    and sums of features of its samples (`strategy.mixtures`, `strategy.evidence`)."""
 
     samples: bool = True
     metrics: bool = True
+    features: bool = False
 
 
 class SiteFile(_Section):

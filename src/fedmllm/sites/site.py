@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from fedmllm.data import load_dataset
 from fedmllm.data.dataset import Dataset
 from fedmllm.errors import UserError
 from fedmllm.evaluation import TestSet
+from fedmllm.evidence import MOST as TESTED
+from fedmllm.evidence import Seen, Sums
 from fedmllm.experiment import (
     EVERYONE,
     Federation,
@@ -37,14 +40,16 @@ from fedmllm.experiment import (
     local_runner,
     make_manifest,
     own_samples,
+    represent,
     score_own,
     spare_tower,
 )
 from fedmllm.heterogeneity import Profile
+from fedmllm.mixtures import Mixtures
 from fedmllm.models import model_path
 from fedmllm.models.mllm import Mllm
-from fedmllm.parties import parties_of
-from fedmllm.sites import agreed, digests, handshake, profiles, settings
+from fedmllm.parties import hits_of, mixtures_by, parties_of, seen_of, sums_of
+from fedmllm.sites import agreed, digests, exchange, handshake, profiles, settings, wire
 from fedmllm.sites.handshake import RefusedError
 from fedmllm.sites.wire import Message, pack_update, unpack_state
 
@@ -62,6 +67,7 @@ class Site:
         )
         self.config = agreed.site_config(kit, self.file, experiment)
         self._check_counts()
+        self._check_features()
         torch.set_num_threads(self.config.threads)
         dataset = load_dataset(**self.config.data)
         held = make_manifest(self.config, dataset)
@@ -72,6 +78,8 @@ class Site:
         self.profile = self._profile(train)
         known = parties_of(self.config, self.session.task, own.samples)
         self.runner = local_runner(self.session, own, known.weights)
+        self.own, self.given = own, ""  # the run whose outcome of the exchange the runner has
+        self.seen: dict[str, Seen] | None = None
         self.samples = len(train)
         spare_tower(self.config, self.session.mllm, [*train, *self.held_out])
         self.base_sha256 = digests.base_digest(
@@ -95,10 +103,29 @@ class Site:
         }
         if self.profile is not None:
             facts["profile"] = profiles.to_facts(self.profile)
+        if self.config.strategy.mixtures:
+            facts["images"] = self._has_images()
+        if exchange.used(self.config):
+            run = str(server.get("run"))
+            facts["exchanged"] = run.isalnum() and self._outcome_file(run).exists()
         problems = handshake.differences(server, facts)
         if not self.file.reveal.samples:
             facts["samples"] = None
         return Message(facts={**facts, "problems": problems})
+
+    def answer(self, task: str, message: Message) -> Message:
+        """What a task of `wire.TASKS` asks for."""
+        if task == "hello":
+            return self.hello(message.facts)
+        work = {
+            "sums": self.sums,
+            "hits": self.hits,
+            "mixtures": self.mixtures,
+            "exchanged": self.exchanged,
+            "train": self.train,
+            "evaluate": self.evaluate,
+        }
+        return work[task](message)
 
     def train(self, message: Message) -> Message:
         """One round on this site's own samples: `train_client` as in process."""
@@ -107,6 +134,8 @@ class Site:
         algorithm = algorithm_of(
             self.config, int(facts["clients"]), self.session.mllm, self.session.task
         )
+        if exchange.used(self.config):
+            self._take_given(str(facts["run"]))
         if self.config.strategy.weighs_by_profile:
             self.runner.weights = {self.name: self._weight(facts)}
         kept = self._memory(run, int(facts["since"]))
@@ -126,14 +155,98 @@ class Site:
         self.session.mllm.set_adapter(unpack_state(message).params)
         return Message(facts={"metrics": score_own(self.session, self.held_out)})
 
+    # -- before the first round ----------------------------------------------------------------
+
+    def sums(self, message: Message) -> Message:
+        """Sums of this site's samples through each modality (`strategy.evidence`)."""
+        self._check_asked("evidence")
+        return exchange.pack_sums(self._sums())
+
+    def hits(self, message: Message) -> Message:
+        """This site's test against everybody's sums. Raises `RefusedError` if its own are not
+        among them."""
+        self._check_asked("evidence")
+        own, classes = self._sums(), len(self.session.task.classes)
+        everybody = exchange.unpack_sums(
+            message,
+            classes=classes,
+            width=self.session.mllm.width,
+            most=TESTED * self.config.partition.clients,
+        )
+        for name, one in own.items():
+            if name not in everybody or (everybody[name].counts < one.counts).any():
+                raise RefusedError(f"the server's sums of {name} lack those of {self.name}")
+        return exchange.pack_hits(hits_of(self._seen(), own, everybody))
+
+    def mixtures(self, message: Message) -> Message:
+        """Means of features of this site's images (`strategy.mixtures`)."""
+        self._check_asked("mixtures")
+        held = self.own.samples[self.name]
+        made = mixtures_by(self.config, self.session.mllm, held, client=self.name)
+        return exchange.pack_mixtures(made)
+
+    def exchanged(self, message: Message) -> Message:
+        """Keep what came of the exchange."""
+        run = self._run_folder(str(message.facts["run"]))
+        self._read_given(message)
+        exchange.keep(message, run / exchange.FILE)
+        self.given = ""  # it is read when it is needed
+        return Message(facts={"exchanged": True})
+
+    def _seen(self) -> dict[str, Seen]:
+        if self.seen is None:
+            held, look = self.own.samples[self.name], partial(represent, self.session)
+            self.seen = seen_of(self.config, held, look, client=self.name)
+        return self.seen
+
+    def _sums(self) -> dict[str, Sums]:
+        return sums_of(self._seen(), len(self.session.task.classes))
+
+    def _check_asked(self, key: str) -> None:
+        if not getattr(self.config.strategy, key):
+            raise RefusedError(f"the experiment has no strategy.{key}")
+
+    def _has_images(self) -> bool:
+        return any(sample.image is not None for sample in self.own.samples[self.name])
+
+    def _take_given(self, run: str) -> None:
+        """Train with what came of this run's exchange. Raises `RefusedError` if it is not there."""
+        if self.given == run:
+            return
+        file = self._outcome_file(run)
+        if not file.exists():
+            raise RefusedError(
+                f"{self.name} has lost what it was given before the first round ({file.name}): "
+                "restore it, or restart the site, which is then given it again"
+            )
+        fill, pool = self._read_given(wire.read(file))
+        if pool:
+            held, style = self.own.samples[self.name], self.config.prompt
+            pool = exchange.usable(pool, self.session.mllm, self.session.task, held, style=style)
+        self.runner = local_runner(self.session, self.own, self.runner.weights, pool or None, fill)
+        self.given = run
+
+    def _read_given(self, message: Message) -> tuple[tuple[str, ...], Mixtures]:
+        classes, mllm = self.session.task.classes, self.session.mllm
+        fill, pool = exchange.unpack_outcome(message, self.config, classes=classes, mllm=mllm)
+        if pool and self._has_images():
+            raise RefusedError(f"{self.name} was given mixtures, and it has images")
+        return fill, pool
+
+    def _outcome_file(self, run: str) -> Path:
+        return self.kit / self.file.state / run / exchange.FILE
+
     # -- what it holds -------------------------------------------------------------------------
 
     def _check_counts(self) -> None:
         """Refuse an experiment that would tell what this site does not reveal."""
         given = self.config.strategy
-        if self.file.reveal.samples or not (given.prototypes or given.uses_profiles):
+        counting = given.prototypes or given.evidence or given.uses_profiles
+        if self.file.reveal.samples or not counting:
             return
-        if given.prototypes:
+        if given.evidence:
+            what, off = "sums of samples count them by class", "leave strategy.evidence out"
+        elif given.prototypes:
             what, off = "prototypes count them by class", "leave strategy.prototypes out"
         else:
             what = "a profile counts them by modality and by label"
@@ -141,6 +254,20 @@ class Site:
         raise RefusedError(
             f"{self.name} does not reveal how many samples it has, and {what}: {off}, or set "
             "reveal.samples at the site"
+        )
+
+    def _check_features(self) -> None:
+        """Refuse an experiment that would give away features where this site reveals none."""
+        given = self.config.strategy
+        if self.file.reveal.features or not exchange.used(self.config):
+            return
+        if given.evidence:
+            key, what = "evidence", "sends sums of the model's states of samples by class"
+        else:
+            key, what = "mixtures", "gives means of features of images"
+        raise RefusedError(
+            f"{self.name} does not reveal features of its samples, and strategy.{key} {what}: "
+            f"leave strategy.{key} out, or set reveal.features at the site"
         )
 
     def _profile(self, train: list[Any]) -> Profile | None:

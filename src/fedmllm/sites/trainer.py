@@ -70,7 +70,7 @@ class Trainer:
     def ask(
         self, do: str, message: Message, *, aborted: Callable[[], bool] = lambda: False
     ) -> Message:
-        """Have the child do ``hello``, ``train`` or ``evaluate``.
+        """Have the child do one of `wire.TASKS`.
 
         The message gives up its tensors, so that they are not held twice while the child works.
         aborted: asked while waiting; when it says so the child is ended. Raises `TrainerError`.
@@ -201,11 +201,7 @@ def answered(what: str, work: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
 
 def _serve(site: Any, request: dict[str, Any]) -> None:
     message = wire.read(Path(request["in"]))
-    if request["do"] == "hello":
-        reply: Message = site.hello(message.facts)
-    else:
-        reply = {"train": site.train, "evaluate": site.evaluate}[request["do"]](message)
-    wire.write(reply, Path(request["out"]))
+    wire.write(site.answer(request["do"], message), Path(request["out"]))
 
 
 def give_back_memory() -> None:

@@ -25,6 +25,7 @@ from fedmllm.alignment import ANSWERS, PROTOTYPES
 from fedmllm.errors import UserError
 
 PROTOCOL = 1
+TASKS = ("hello", "sums", "hits", "mixtures", "exchanged", "train", "evaluate", "refused")
 SEP = "|"
 _FACTS = "facts"
 _MOST = 2**53  # samples: a larger whole number is no weight that a float holds

@@ -20,8 +20,6 @@ from fedmllm.sites import settings
 from fedmllm.sites.flare import codec
 from fedmllm.sites.trainer import Trainer, TrainerError, give_back_memory
 
-TASKS = ("hello", "train", "evaluate", "refused")
-
 
 class SiteExecutor(Executor):
     """config_sha256: the experiment that the job is of; the site looks it up in its own folder."""

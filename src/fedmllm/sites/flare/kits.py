@@ -29,7 +29,8 @@ from fedmllm.config import Config
 from fedmllm.errors import UserError
 from fedmllm.sites.agreed import check_kind, check_own, check_quorum
 from fedmllm.sites.flare.packages import requirements, wheel
-from fedmllm.sites.settings import FILE
+from fedmllm.sites.settings import FILE, Reveal
+from fedmllm.sites.wire import TASKS
 
 PROJECT, SERVER, ADMIN = "fedmllm", "server", "admin"
 _TAKEN = (SERVER, ADMIN, "test")  # the last is the test set's
@@ -186,7 +187,7 @@ def site_facts(plan: Plan, site: str) -> dict[str, Any]:
     data: dict[str, Any] = {"root": "data"} if _needs_root(plan.config) else {}
     if own_files(plan.config):
         data = {"file": f"data/{site}{_OWN_ENDING[plan.config.data['name']]}"}
-    return {"name": site, "data": data, "reveal": {"samples": True, "metrics": True}}
+    return {"name": site, "data": data, "reveal": Reveal().model_dump()}
 
 
 def own_files(config: Config) -> bool:
@@ -315,9 +316,7 @@ def write_job(
             "format_version": 2,
             "task_check_interval": task_check_interval,
             "job_heartbeat_interval": 5.0,
-            "executors": [
-                {"tasks": ["hello", "train", "evaluate", "refused"], "executor": executor}
-            ],
+            "executors": [{"tasks": list(TASKS), "executor": executor}],
             "components": [],
         },
     )
