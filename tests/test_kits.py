@@ -352,6 +352,13 @@ def test_a_site_is_checked_before_it_joins(root: Path, monkeypatch, capsys) -> N
         good, said = lines()[what]
         assert good is False
         assert words in said
+    wanted = yaml.safe_load((kit / "experiments" / "own.yaml").read_text())
+    wanted["strategy"] = {"recombine": 1.0, "mixtures": 4}
+    (kit / "experiments" / "own.yaml").write_text(yaml.safe_dump(wanted))
+    for reveal, good in (({}, False), ({"features": True}, True)):
+        (kit / settings.FILE).write_text(yaml.safe_dump({**own, "reveal": reveal}))
+        assert lines()["data of own"][0] is good
+        assert good or "set reveal.features at the site" in lines()["data of own"][1]
     (root / "config.json").write_text("{}")
     for path, words in [("/nowhere", "no config.json in /nowhere"), (root, "no *.safetensors in")]:
         good, said = check._base(config("memes", model={"name": "m", "path": str(path)}))

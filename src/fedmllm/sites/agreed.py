@@ -96,6 +96,33 @@ def check_kind(config: Config) -> None:
         raise UserError("strategy.fusion works in one process only: leave it off over sites")
 
 
+def check_reveal(config: Config, file: SiteFile) -> None:
+    """Raise `RefusedError` for an experiment that would tell what this site does not reveal."""
+    given, reveal = config.strategy, file.reveal
+    counting = given.prototypes or given.evidence or given.uses_profiles
+    if counting and not reveal.samples:
+        if given.evidence:
+            what, off = "sums of samples count them by class", "leave strategy.evidence out"
+        elif given.prototypes:
+            what, off = "prototypes count them by class", "leave strategy.prototypes out"
+        else:
+            what = "a profile counts them by modality and by label"
+            off = "leave out strategy.weight=profile, strategy.aggregation and strategy.sampling"
+        raise RefusedError(
+            f"{file.name} does not reveal how many samples it has, and {what}: {off}, or set "
+            "reveal.samples at the site"
+        )
+    if (given.evidence or given.mixtures) and not reveal.features:
+        if given.evidence:
+            key, what = "evidence", "sends sums of the model's states of samples by class"
+        else:
+            key, what = "mixtures", "gives means of features of images"
+        raise RefusedError(
+            f"{file.name} does not reveal features of its samples, and strategy.{key} {what}: "
+            f"leave strategy.{key} out, or set reveal.features at the site"
+        )
+
+
 def check_own(config: Config) -> None:
     """Raise `UserError` for an experiment that cannot train on files of the sites' own."""
     if config.data["name"] not in OWN:

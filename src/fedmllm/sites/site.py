@@ -66,8 +66,7 @@ class Site:
             kit / self.file.experiments, config_sha256, who=f"site {self.name}"
         )
         self.config = agreed.site_config(kit, self.file, experiment)
-        self._check_counts()
-        self._check_features()
+        agreed.check_reveal(self.config, self.file)
         torch.set_num_threads(self.config.threads)
         dataset = load_dataset(**self.config.data)
         held = make_manifest(self.config, dataset)
@@ -237,38 +236,6 @@ class Site:
         return self.kit / self.file.state / run / exchange.FILE
 
     # -- what it holds -------------------------------------------------------------------------
-
-    def _check_counts(self) -> None:
-        """Refuse an experiment that would tell what this site does not reveal."""
-        given = self.config.strategy
-        counting = given.prototypes or given.evidence or given.uses_profiles
-        if self.file.reveal.samples or not counting:
-            return
-        if given.evidence:
-            what, off = "sums of samples count them by class", "leave strategy.evidence out"
-        elif given.prototypes:
-            what, off = "prototypes count them by class", "leave strategy.prototypes out"
-        else:
-            what = "a profile counts them by modality and by label"
-            off = "leave out strategy.weight=profile, strategy.aggregation and strategy.sampling"
-        raise RefusedError(
-            f"{self.name} does not reveal how many samples it has, and {what}: {off}, or set "
-            "reveal.samples at the site"
-        )
-
-    def _check_features(self) -> None:
-        """Refuse an experiment that would give away features where this site reveals none."""
-        given = self.config.strategy
-        if self.file.reveal.features or not exchange.used(self.config):
-            return
-        if given.evidence:
-            key, what = "evidence", "sends sums of the model's states of samples by class"
-        else:
-            key, what = "mixtures", "gives means of features of images"
-        raise RefusedError(
-            f"{self.name} does not reveal features of its samples, and strategy.{key} {what}: "
-            f"leave strategy.{key} out, or set reveal.features at the site"
-        )
 
     def _profile(self, train: list[Any]) -> Profile | None:
         """What it sends of its samples by kind, if the experiment asks for that."""

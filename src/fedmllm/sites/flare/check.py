@@ -21,7 +21,7 @@ from fedmllm.errors import UserError
 from fedmllm.experiment import make_manifest, own_samples
 from fedmllm.models import model_path
 from fedmllm.sites import settings
-from fedmllm.sites.agreed import server_config, site_config
+from fedmllm.sites.agreed import check_reveal, server_config, site_config
 from fedmllm.sites.flare.certificates import SOON, certificate
 
 _PATIENCE = 5.0  # seconds for the server to answer
@@ -91,6 +91,7 @@ def _experiments(
 
 def _site_data(kit: Path, site: settings.SiteFile, file: Path) -> tuple[Config, str]:
     config = site_config(kit, site, file)
+    check_reveal(config, site)
     dataset = load_dataset(**config.data)
     train, held = own_samples(config, dataset, make_manifest(config, dataset))
     if not train.get(site.name):
