@@ -391,8 +391,9 @@ def best_table(study: Study) -> str:
             cells = [shown([*over_tasks([*alone.values()]).values()], counted=True)]
             least = min(alone, key=lambda t: statistics.fmean(alone[t].values()))
             cells += [f"{shown([*alone[least].values()])} ({least})"]
-            cells += [_recovered_over(study, tasks, c, method, strategy) for c in study.losing()]
-            lines.append([method, strategy, *cells])
+            shares = [_recovered_over(study, tasks, c, method, strategy) for c in study.losing()]
+            if set(shares) != {"–"}:  # else it stands in aligned training alone, by another's runs
+                lines.append([method, strategy, *cells, *shares])
     return markdown(("method", "strategy"), ("aligned", "least", *study.losing()), lines)
 
 

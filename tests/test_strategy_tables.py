@@ -171,6 +171,16 @@ def test_over_tasks(study) -> None:
     assert least == "-0.020 ± 0.000 (medical)"
     assert harsher.startswith(f"{0.3 / 0.4:.0%} (")
     assert missing.startswith(f"{0.25 / 0.325:.0%} (")
+    # what has runs of aligned training alone recovers nothing that could be told
+    for task in ("crisis", "medical"):
+        found[task, ALIGNED, "fedavg", "compose"] = {
+            seed: {**each} for seed, each in found[task, ALIGNED, "fedavg", "plain"].items()
+        }
+        for setting in (MISSING, MISSING_MORE):
+            found.pop((task, setting, "fedavg", "compose"), None)
+    table = tables.best_table(tables.Study(study.settings, study.strategies, found))
+    assert "mixtures" in table
+    assert "compose" not in table
     # resampling was not run on medical: no claim over all tasks
     assert "resample" not in table
     alone = tables.without(tables.Study(study.settings, study.strategies, found), "medical")
