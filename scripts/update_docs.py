@@ -554,7 +554,7 @@ def strategies_cost() -> str:
     if not file.exists():
         return NONE
     facts = json.loads(file.read_text())
-    lines = ["| strategy | a round | tests | before the first round |", "|---|---:|---:|---:|"]
+    lines = ["| strategy | a round | tests | to the end of the first |", "|---|---:|---:|---:|"]
     for row in facts["rows"]:
         start = row["start"] / row["plain_round"]
         lines.append(
