@@ -7,7 +7,8 @@ The crisis cells of experiments/grids/strategies.yaml at hybrid 0.7, where every
 something to do, under FedAvg, with fewer rounds, one seed. The strategies take turns within a
 repetition, and each is compared with plain training of the same repetition. CPU time of one thread:
 of a round (the median of those after the first, which reads the pictures), of what comes to the
-end of the first round beyond what plain training does there, and of the tests. Medians over the repetitions.
+end of the first round beyond what plain training does there, and of the tests. Medians over the
+repetitions.
 """
 
 from __future__ import annotations
