@@ -48,10 +48,10 @@ class Took:
     tests: float
 
 
-def configs(rounds: int, cells: tuple[str, ...] = CELLS) -> dict[str, Config]:
+def configs(rounds: int) -> dict[str, Config]:
     """By strategy, of the cells that have one each."""
     found = {}
-    for cell in load_grid(GRID, only=cells).cells:
+    for cell in load_grid(GRID, only=CELLS).cells:
         training = cell.config.training.model_copy(update={"rounds": rounds})
         for place in cell.places:
             found.setdefault(

@@ -58,7 +58,7 @@ def used(config: Config) -> bool:
 # -- sums and hits -------------------------------------------------------------------------------
 
 
-def pack_sums(sums: Mapping[str, Sums], facts: Mapping[str, Any] | None = None) -> Message:
+def pack_sums(sums: Mapping[str, Sums]) -> Message:
     """Sums by modality."""
     groups = {
         ("sums", name): {
@@ -66,7 +66,7 @@ def pack_sums(sums: Mapping[str, Sums], facts: Mapping[str, Any] | None = None) 
         }
         for name, one in sums.items()
     }
-    return Message(wire.pack_groups(groups), dict(facts or {}))
+    return Message(wire.pack_groups(groups))
 
 
 def unpack_sums(message: Message, *, classes: int, width: int, most: int) -> dict[str, Sums]:
