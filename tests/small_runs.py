@@ -100,7 +100,7 @@ def surprise(config: Config, shared: Shared, result: dict[str, Any]) -> float:
     if test.task.kind == "open":
         shared.mllm.model.eval()
         with torch.no_grad():
-            return float(shared.mllm.losses(test.encoded("both", size)).mean())
+            return float(shared.mllm.losses(test.encoded("both", range(size))).mean())
     fusion = Fusion(**result["fusion"]) if "fusion" in result else None
     found = [test.probabilities(condition, size, fusion=fusion) for condition in CONDITIONS]
     labels = [int(sample.label or 0) for sample in test.samples]

@@ -33,7 +33,7 @@ LAYERS = [
         "recombination",
         "strategies",
     },
-    {"federation", "checkpoint", "results"},
+    {"federation", "checkpoint", "processes", "results"},
     {
         "bench",
         "config",
@@ -48,6 +48,7 @@ LAYERS = [
         "cli_judge",
         "cli_deploy",
         "demo",
+        "helpers",
         "listing",
         "parallel",
         "plan",

@@ -160,8 +160,6 @@ def test_a_worker_loads_a_base_once_for_all_jobs_that_use_it(
 
     monkeypatch.setattr(experiment, "load_model", loading)
     monkeypatch.setattr(experiment, "run", running)
-    monkeypatch.setattr(parallel.signal, "signal", lambda *_: None)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     bad = {"name": "memes", "train": 2, "test": 16}
     configs = [
         config("a", topology="zero-shot"),
@@ -170,7 +168,7 @@ def test_a_worker_loads_a_base_once_for_all_jobs_that_use_it(
         config("c", lora={"rank": 4}, topology="zero-shot"),
     ]
     pipe = Given(*(Job(each, tmp_path / each.name) for each in configs))
-    parallel._work(pipe, None)
+    parallel._work(pipe)
     ended = [value for kind, value in pipe.told if kind == "ended"]
     assert [type(value).__name__ for value in ended] == ["dict", "Failure", "dict", "dict"]
     assert loaded == [8, 4]

@@ -1,14 +1,16 @@
 """Row `flower_run`: 25 rounds of the embedded memes, against the same job in Flower's simulator.
 
 Ten clients, two a round, FedAvg, missing modalities; both sides train a client by our own function,
-so that the difference is the engine's. Ours is one process with one thread. Flower's simulator has
-one actor of one thread, or two, which train both clients of a round at the same time. Cohorts are
+so that the difference is the engine's. Ours is one process with one thread, or two (`processes`).
+Flower's simulator has one actor of one thread, or two. Two train both clients of a round at the
+same time. Cohorts are
 drawn by each side's own rule. Measured from outside with start-up, and from the second round's
 beginning to the end.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -42,12 +44,12 @@ def config(rounds: int) -> Config:
     )
 
 
-def ours(rounds: int) -> dict[str, Any]:
-    """A run in this process."""
+def ours(rounds: int, processes: int) -> dict[str, Any]:
+    """A run in this process, and in others if there are to be more."""
     from fedmllm.experiment import run
 
     with tempfile.TemporaryDirectory() as folder:
-        result = run(config(rounds), out=Path(folder) / "run")
+        result = run(config(rounds), out=Path(folder) / "run", processes=processes)
     lines = result["history"]
     later = sum(line["seconds"] for line in lines[1:])
     return {"later": later, "rounds": len(lines), "losses": [line["loss"] for line in lines]}
@@ -77,7 +79,7 @@ OURS = ("flower_run", "--here", "part")  # this row in a process of its own
 def main(quick: bool, *words: str) -> None:
     """Both sides, or ours in this process."""
     if words:
-        print(json.dumps(ours(int(words[1]))))
+        print(json.dumps(ours(int(words[1]), int(words[2]))))
         return
     if "FLOWER_PYTHON" not in os.environ:
         print("flower_run: left out, FLOWER_PYTHON is not given", flush=True)
@@ -102,30 +104,33 @@ def engine_row(
 ) -> None:
     """Ours against the commands of an engine (`sides`), each of which says its version under the
     engine's name."""
-    commands = {
-        "ours": [sys.executable, str(Path(__file__).parent), *OURS, str(rounds)],
-        **sides,
-    }
+    own = [sys.executable, str(Path(__file__).parent), *OURS, str(rounds)]
+    ours_by = {"": [*own, "1"], ", ours on two processes": [*own, "2"]}
     tries = []
     for _ in range(1 if quick else 2):
-        found = {name: outside(*command) for name, command in commands.items()}
+        found = {name: outside(*command) for name, command in {**ours_by, **sides}.items()}
         if any(one["rounds"] != rounds for one in found.values()):
             raise SystemExit(f"error: {rounds} rounds were asked for: {found}")
         tries.append(found)
     cases = []
-    for name, key, count in (
-        (f"{rounds} rounds, start-up included", "whole", rounds),
-        (f"rounds 2 to {rounds}", "later", rounds - 1),
+    for mode, (name, key, count) in itertools.product(
+        ours_by,
+        (
+            (f"{rounds} rounds, start-up included", "whole", rounds),
+            (f"rounds 2 to {rounds}", "later", rounds - 1),
+        ),
     ):
-        took = [{w: Took(f[key], math.nan) for w, f in each.items()} for each in tries]
+        ways = {"ours": mode, **{side: side for side in sides}}
+        took = [{w: Took(each[at][key], math.nan) for w, at in ways.items()} for each in tries]
+        losses = {w: statistics.fmean(tries[0][at]["losses"]) for w, at in ways.items()}
         cases.append(
             compare(
-                name,
+                f"{name}{mode}",
                 took,
                 count=count,
                 unit="rounds",
                 goals=dict.fromkeys(sides, 3.0),
-                mean_loss={w: statistics.fmean(f["losses"]) for w, f in tries[0].items()},
+                mean_loss=losses,
                 **{engine: tries[0][next(iter(sides))][engine]},
             )
         )

@@ -63,6 +63,18 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run folder that exists.")
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes that train clients and read test samples side by side, each with the "
+            "base in memory; same results. [default: 1, or one a device]",
+            show_default=False,
+        ),
+    ] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="GPUs, one a process in turn: 0,1.", show_default=False)
+    ] = None,
 ) -> None:
     """Run one experiment and write its folder: result, curves, manifest, adapter."""
     from fedmllm.config import load_config
@@ -75,7 +87,13 @@ def run(
     folder = out or Path("runs") / config.name
     with RunProgress() as progress:
         run_experiment(
-            config, out=folder, resume=resume, overwrite=overwrite, listener=progress.listen
+            config,
+            out=folder,
+            resume=resume,
+            overwrite=overwrite,
+            listener=progress.listen,
+            processes=processes,
+            devices=_listed(devices),
         )
     found, problems = load_results([folder])
     page = write_report(found, folder / "report.html", title=config.title or config.name)
@@ -165,7 +183,7 @@ def bench(
 
     found = load_grid(grid, overrides or [], only=only or [], variables=set_ or [])
     sources = measured or [Path("results")]
-    names = [name.strip() for name in (devices or "").split(",") if name.strip()]
+    names = _listed(devices)
     count = processes or processes_for(found, names)
     if plan_:
         for line in plan_lines(found, out=out, measured=sources, processes=count):
@@ -218,6 +236,10 @@ def predict(
     console.print(f"[bold]{answer_}[/bold]", highlight=False)
     for option, probability in options:
         console.print(f"  {probability:.3f}  {option}", highlight=False)
+
+
+def _listed(names: str | None) -> list[str]:
+    return [name.strip() for name in (names or "").split(",") if name.strip()]
 
 
 app.command()(cli_judge.judge)

@@ -6,7 +6,8 @@ probabilities of the options, open tasks from greedily generated answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from fedmllm import metrics
 from fedmllm.data.sample import Sample, Task
 from fedmllm.fusion import Fusion
 from fedmllm.heterogeneity import is_complete
-from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.mllm import Encoded, Mllm, batches_of
 from fedmllm.prompts import render
 
 CONDITIONS: dict[str, tuple[bool, bool]] = {
@@ -49,15 +50,19 @@ class TestSet:
         self.mllm, self.task, self.samples = mllm, task, samples
         self.style, self.max_length, self.long_text = style, max_length, long_text
         self._encode = encode or self._rendered
-        self._encoded: dict[str, list[Encoded]] = {}
+        self._encoded: dict[str, dict[int, Encoded]] = {}
 
-    def encoded(self, condition: str, limit: int) -> list[Encoded]:
-        """The first `limit` samples as the condition has them."""
+    def encoded(self, condition: str, which: Iterable[int]) -> list[Encoded]:
+        """Samples as the condition has them."""
         image, text = CONDITIONS[condition]
-        made = self._encoded.setdefault(condition, [])
-        for sample in self.samples[len(made) : limit]:
-            made.append(self._encode(sample.masked(keep_image=image, keep_text=text)))
-        return made[:limit]
+        made = self._encoded.setdefault(condition, {})
+        found = []
+        for i in which:
+            if i not in made:
+                masked = self.samples[i].masked(keep_image=image, keep_text=text)
+                made[i] = self._encode(masked)
+            found.append(made[i])
+        return found
 
     def _rendered(self, sample: Sample) -> Encoded:
         return self.mllm.encode(
@@ -68,17 +73,46 @@ class TestSet:
 
     def shortened(self) -> set[str]:
         """Ids of the samples whose text was shortened."""
-        return {item.id for items in self._encoded.values() for item in items if item.shortened}
+        made = [item for items in self._encoded.values() for item in items.values()]
+        return {item.id for item in made if item.shortened}
+
+    def read(self, condition: str, which: Sequence[int], longest: int | None = None) -> list[Any]:
+        """What the model's present adapter says to samples, as one batch: the probabilities of
+        the options of a choice task, the answer to an open question of at most `longest` tokens."""
+        items = self.encoded(condition, which)
+        if longest is None:
+            return list(self.mllm.score_options(items, batch_size=len(items)).numpy())
+        return self.mllm.generate(items, batch_size=len(items), max_new_tokens=longest)
+
+    def _read_all(
+        self,
+        condition: str,
+        which: Sequence[int],
+        batch_size: int,
+        readers: Readers | None,
+        longest: int | None = None,
+    ) -> list[Any]:
+        """The same in batches by length, each distinct question once; here or by `readers`."""
+        found, like = batches_of(self.encoded(condition, which), batch_size)
+        batches = [[which[i] for i in batch] for batch in found]
+        said: dict[int, Any] = {}
+        for number, values in (readers or _here)(self, condition, batches, longest):
+            said.update(zip(batches[number], values, strict=True))
+        return [said[which[i]] for i in like]
 
     def probabilities(
-        self, condition: str, size: int, *, batch_size: int = 64, fusion: Fusion | None = None
+        self,
+        condition: str,
+        size: int,
+        *,
+        batch_size: int = 64,
+        fusion: Fusion | None = None,
+        readers: Readers | None = None,
     ) -> np.ndarray:
         """Probabilities of the options [size, C] for the first `size` samples of a choice task."""
 
         def score(condition: str, which: Sequence[int]) -> np.ndarray:
-            items = self.encoded(condition, size)
-            items = [items[i] for i in which]
-            return self.mllm.score_options(items, batch_size=batch_size).numpy()
+            return np.stack(self._read_all(condition, which, batch_size, readers))
 
         found = score(condition, range(size))
         whole = [i for i, s in enumerate(self.samples[:size]) if is_complete(s)]
@@ -97,23 +131,47 @@ class TestSet:
         batch_size: int = 64,
         given: list[str] | None = None,
         fusion: Fusion | None = None,
+        readers: Readers | None = None,
     ) -> dict[str, float]:
         """Metrics of the model's present adapter; `limit` takes the first so many samples.
 
         given: a list that gets the answers of an open task, in the order of the samples. fusion: of
-        the samples of a choice task that have both modalities under the condition.
+        the samples of a choice task that have both modalities under the condition. readers: where
+        batches are read, by default here.
         """
         size = min(limit or len(self.samples), len(self.samples))
         samples = self.samples[:size]
         if self.task.kind == "choice":
-            scores = self.probabilities(condition, size, batch_size=batch_size, fusion=fusion)
+            scores = self.probabilities(
+                condition, size, batch_size=batch_size, fusion=fusion, readers=readers
+            )
             return choice_metrics(scores, [int(s.label or 0) for s in samples], self.task)
-        items = self.encoded(condition, size)
+        items = self.encoded(condition, range(size))
         longest = max(16, *(len(item.answer) for item in items))
-        answers = self.mllm.generate(items, batch_size=batch_size, max_new_tokens=longest)
+        answers = self._read_all(condition, range(size), batch_size, readers, longest)
         if given is not None:
             given.extend(answers)
         return open_metrics(answers, samples)
+
+
+class Readers(Protocol):
+    """Where batches of test samples are read: yields (number of the batch, what `TestSet.read`
+    gives for it) in any order, by the adapter that the test set's model has."""
+
+    def __call__(
+        self,
+        test: TestSet,
+        condition: str,
+        batches: Sequence[Sequence[int]],
+        longest: int | None,
+    ) -> Iterable[tuple[int, list[Any]]]: ...
+
+
+def _here(
+    test: TestSet, condition: str, batches: Sequence[Sequence[int]], longest: int | None
+) -> Iterable[tuple[int, list[Any]]]:
+    for number, which in enumerate(batches):
+        yield number, test.read(condition, which, longest)
 
 
 def modality_alignment(
@@ -127,13 +185,15 @@ def modality_alignment(
     ||h - h_masked|| over that of ||h - m||. limit: the first so many samples.
     """
     size = min(limit or len(test.samples), len(test.samples))
-    whole = test.mllm.represent(test.encoded("both", size), batch_size=batch_size).numpy()
+    whole = test.mllm.represent(test.encoded("both", range(size)), batch_size=batch_size).numpy()
     middle = whole.mean(0)
     found = {}
     for condition in CONDITIONS:
         if condition == "both":
             continue
-        masked = test.mllm.represent(test.encoded(condition, size), batch_size=batch_size).numpy()
+        masked = test.mllm.represent(
+            test.encoded(condition, range(size)), batch_size=batch_size
+        ).numpy()
         a, b = whole - middle, masked - middle
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
         dots = (a * b).sum(1)

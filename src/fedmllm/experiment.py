@@ -12,7 +12,9 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +22,7 @@ from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ from fedmllm.data.dataset import Dataset
 from fedmllm.data.images import ArchiveImage, EncodedImage, ImageFile
 from fedmllm.data.sample import Sample, Task
 from fedmllm.errors import UserError
-from fedmllm.evaluation import CONDITIONS, TestSet, mean_over, modality_alignment
+from fedmllm.evaluation import CONDITIONS, Readers, TestSet, mean_over, modality_alignment
 from fedmllm.evidence import MODALITIES
 from fedmllm.federation import (
     InProcessRunner,
@@ -69,6 +71,9 @@ from fedmllm.recombination import completions
 from fedmllm.report.loading import result_digest
 from fedmllm.revisions import revisions_of
 from fedmllm.strategies import edge_layers, with_strategy
+
+if TYPE_CHECKING:
+    from fedmllm.helpers import Helpers
 
 Event = Mapping[str, Any]
 Listener = Callable[[Event], None]
@@ -236,10 +241,15 @@ class Session:
     started: float
     resumed: bool = False
     shortened: set[str] = field(default_factory=set)
+    helpers: Helpers | None = None
 
     @property
     def mllm(self) -> Mllm:
         return self.shared.mllm
+
+    def readers(self, params: Params) -> Readers | None:
+        """Where test samples are read by an adapter, which the model has; None: here alone."""
+        return self.helpers.readers(params) if self.helpers else None
 
 
 def run(
@@ -251,19 +261,73 @@ def run(
     listener: Listener | None = None,
     mllm: Mllm | None = None,
     shared: Shared | None = None,
+    processes: int | None = None,
+    devices: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run one experiment and return its result, which also lies in `out`/result.json.
 
     out: the run folder, by default runs/NAME; it must not exist unless `resume` (go on from its
     last checkpoint) or `overwrite`. listener: called with progress events. mllm: a loaded model
     of the same config to use again (a base is loaded once for many runs). shared: the same, and
-    what else those runs have in common.
+    what else those runs have in common. processes: how many do the work, each with the base in
+    memory, to the same bits (by default one, or one a device); a script that asks for several needs
+    the usual `if __name__ == "__main__":`. devices: an accelerator for each by CUDA's number, of
+    which this process takes the first.
     Raises `UserError` for anything the user can mend.
     """
-    torch.set_num_threads(config.threads)
-    began = time.perf_counter()
-    results.reset_peak_memory(config.model.device)
     folder = Path(out) if out is not None else Path("runs") / config.name
+    count = processes or max(1, len(devices))
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[0]
+    began = time.perf_counter()
+    tell = _one_at_a_time(listener or (lambda event: None))
+    with contextlib.ExitStack() as stack:
+        helpers = None
+        if count > 1:
+            from fedmllm.helpers import Helpers  # which knows this module
+
+            check_folder(folder, config, resume=resume, overwrite=overwrite)
+            rest = [devices[i % len(devices)] for i in range(1, count)] if devices else ()
+            helpers = stack.enter_context(
+                Helpers(config, folder, count=count - 1, devices=rest, tell=tell, began=began)
+            )
+        return _run(
+            config,
+            folder,
+            began,
+            tell,
+            resume=resume,
+            overwrite=overwrite,
+            mllm=mllm,
+            shared=shared,
+            helpers=helpers,
+        )
+
+
+def _one_at_a_time(listener: Listener) -> Listener:
+    lock = threading.RLock()
+
+    def tell(event: Event) -> None:
+        with lock:
+            listener(event)
+
+    return tell
+
+
+def _run(
+    config: Config,
+    folder: Path,
+    began: float,
+    tell: Listener,
+    *,
+    resume: bool,
+    overwrite: bool,
+    mllm: Mllm | None,
+    shared: Shared | None,
+    helpers: Helpers | None,
+) -> dict[str, Any]:
+    torch.set_num_threads(config.threads)
+    results.reset_peak_memory(config.model.device)
     check_folder(folder, config, resume=resume, overwrite=overwrite)
     make_algorithm(
         config.algorithm["name"],
@@ -290,9 +354,10 @@ def run(
         shared=shared,
         task=dataset.task,
         test=shared.test_set(config),
-        listener=listener or (lambda event: None),
+        listener=tell,
         started=began,
         resumed=resume,
+        helpers=helpers,
     )
     model = shared.mllm
     found = federations(config, dataset, held)
@@ -307,7 +372,10 @@ def run(
     if config.model.drop_tower:
         owned = [s for own in manifest.client_samples(held, dataset).values() for s in own]
         spare_tower(config, model, [*owned, *dataset.test])
-    outcomes = [run_federation(session, federation) for federation in found]
+    if helpers and len(found) > 1:
+        outcomes = helpers.run_apart(session, found)
+    else:
+        outcomes = [run_federation(session, federation) for federation in found]
     save_adapter(session, outcomes)
     result = make_result(session, held, outcomes, time.perf_counter() - began)
     if config.evaluation.held_out:
@@ -595,7 +663,8 @@ def run_federation(
         fill = evidence.filled if evidence else MODALITIES
         exchange = exchange_of(config, session.mllm, federation.samples, fill)
         mixtures = exchange.pool if exchange else None
-        runner = local_runner(session, federation, known.weights, mixtures, fill)
+        make = session.helpers.runner if session.helpers else local_runner
+        runner = make(session, federation, known.weights, mixtures, fill)
     folder = session.folder / "state" / federation.name
     state = algorithm.init(session.mllm.init_adapter(config.seed))
     history: list[dict[str, Any]] = []
@@ -793,7 +862,9 @@ def _record(
         began = time.perf_counter()
         session.mllm.set_adapter(params)
         limit, size = evaluation.limit, evaluation.batch_size
-        both = session.test.evaluate("both", limit=limit, batch_size=size, fusion=fusion)
+        both = session.test.evaluate(
+            "both", limit=limit, batch_size=size, fusion=fusion, readers=session.readers(params)
+        )
         found = {"both": both}
         seconds = time.perf_counter() - began
     line = asdict(record)
@@ -817,12 +888,17 @@ def _test(
     evaluation = session.config.evaluation
     began = time.perf_counter()
     session.mllm.set_adapter(state.params)
+    readers = session.readers(state.params)
     found: dict[str, dict[str, float]] = {}
     answers: list[dict[str, str]] = []
     for condition in evaluation.conditions if session.test.samples else ():
         given: list[str] = []
         found[condition] = session.test.evaluate(
-            condition, batch_size=evaluation.batch_size, given=given, fusion=fusion
+            condition,
+            batch_size=evaluation.batch_size,
+            given=given,
+            fusion=fusion,
+            readers=readers,
         )
         answers += _answers(federation.name, condition, session.test.samples, given)
         _tell(session, "test", federation=federation.name, condition=condition)
@@ -930,7 +1006,8 @@ def save_adapter(session: Session, outcomes: list[Outcome]) -> None:
 
 def shortened_ids(session: Session) -> list[str]:
     """Ids of the samples that a run has read with shortened text, sorted."""
-    return sorted(session.shortened | session.test.shortened())
+    others = session.helpers.shortened if session.helpers else set()
+    return sorted(session.shortened | session.test.shortened() | others)
 
 
 def make_result(
@@ -972,6 +1049,8 @@ def make_result(
     }
     if (most := results.peak_accelerator_bytes(str(session.mllm.device))) is not None:
         result["peak_accelerator_bytes"] = most
+    if session.helpers:
+        result["helpers"] = session.helpers.facts()
     if held is not None:
         result["samples"] = _samples(config, held, outcomes)
         result["manifest"] = results.holdings(held)

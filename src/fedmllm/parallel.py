@@ -9,10 +9,7 @@ one, and of those the longest, so that all end together.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
-import signal
-import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ from typing import Any
 from fedmllm.config import Config
 from fedmllm.errors import UserError
 from fedmllm.experiment import Listener, Shared
+from fedmllm.processes import Child
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def run_jobs(
                 yield from _hear(busy[pipe], waiting, listener)  # type: ignore[index]
     finally:
         for worker in workers:
-            worker.end()
+            worker.end(at_work=worker.job is not None)
 
 
 def _hear(
@@ -163,30 +161,17 @@ def _next(waiting: list[Job], worker: _Worker) -> Job:
     return best
 
 
-class _Worker:
+class _Worker(Child):
     """A process that runs one job after another. base, data: what it has loaded."""
 
     def __init__(self, device: str | None) -> None:
-        self.device = device
         self.job: Job | None = None
-        self.start()
+        super().__init__(_work, device=device)
 
     def start(self) -> None:
         """Begin, or begin again after the process has died."""
-        context = multiprocessing.get_context("spawn")
         self.base = self.data = ""
-        self.pipe, theirs = context.Pipe()
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # read as the child's libraries are loaded
-        try:
-            self.process = context.Process(target=_work, args=(theirs, self.device), daemon=True)
-            self.process.start()
-        finally:
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
-        theirs.close()  # so that the pipe ends when the worker does
+        super().start()
 
     def give(self, job: Job) -> None:
         """Have it run a job."""
@@ -194,37 +179,12 @@ class _Worker:
         with contextlib.suppress(OSError):  # it has died: reading its pipe says so
             self.pipe.send(job)
 
-    def epitaph(self) -> str:
-        """How it died, in words."""
-        self.process.join()
-        code = self.process.exitcode or 0
-        if code == -signal.SIGKILL:
-            return "its process was killed (SIGKILL): out of memory, or by hand"
-        if code < 0:
-            return f"its process died of {signal.Signals(-code).name}"
-        return f"its process ended with exit code {code}"
-
-    def end(self) -> None:
-        """End the process, at once if it is at work."""
-        self.pipe.close()
-        if self.job is not None:
-            self.process.terminate()
-        self.process.join(timeout=10)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-
 
 # -- in the worker -----------------------------------------------------------------------------
 
 
-def _work(pipe: Connection, device: str | None) -> None:
+def _work(pipe: Connection) -> None:
     """Run what comes until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
     loaded: dict[str, Shared] = {}
     while True:
         try:
@@ -239,14 +199,6 @@ def _work(pipe: Connection, device: str | None) -> None:
             loaded.clear()  # an adapter may be half set, or memory full
             outcome = Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
         pipe.send(("ended", outcome))
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed has nobody to work for."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _run_one(job: Job, loaded: dict[str, Shared], pipe: Connection) -> dict[str, Any]:

@@ -29,6 +29,12 @@ def memory_line(event: Mapping[str, Any]) -> str:
     )
 
 
+def helper_line(event: Mapping[str, Any]) -> str:
+    """What is told when a helping process did not start, or died."""
+    rest = "its work is done again" if event["again"] else "the run goes on without it"
+    return f"{event['name']}: {event['how']}: {rest}"
+
+
 class RunProgress:
     """A context manager whose `listen` takes the events of `fedmllm.experiment.run`."""
 
@@ -74,6 +80,8 @@ class RunProgress:
             self._round(event)
         elif event["event"] == "memory":
             self.console.print(memory_line(event), soft_wrap=True)
+        elif event["event"] == "helper":
+            self.console.print(helper_line(event), soft_wrap=True)
         elif event["event"] == "done" and event.get("shortened"):
             cut = event["shortened"]
             self.console.print(

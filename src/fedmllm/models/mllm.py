@@ -581,14 +581,14 @@ class Mllm:
         that are the same to the model, as all are with both modalities withheld, are read once.
         """
         self.model.eval()
-        asked, place = _distinct(items)
-        scored: list[torch.Tensor] = [torch.empty(0)] * len(asked)
-        for chunk in by_length(asked, batch_size):
-            shared = _shared_length(asked[chunk[0]].options)
+        batches, like = batches_of(items, batch_size)
+        scored: dict[int, torch.Tensor] = {}
+        for chunk in batches:
+            shared = _shared_length(items[chunk[0]].options)
             score = self._score_letters if shared is not None else self._score_full
-            for index, row in zip(chunk, score([asked[i] for i in chunk]), strict=True):
+            for index, row in zip(chunk, score([items[i] for i in chunk]), strict=True):
                 scored[index] = row.softmax(-1).cpu()
-        return torch.stack([scored[i] for i in place])
+        return torch.stack([scored[i] for i in like])
 
     def _score_letters(self, batch: list[Encoded]) -> list[torch.Tensor]:
         rows, letters = [], []
@@ -670,11 +670,11 @@ class Mllm:
         """Greedy answers, each distinct question once. Batches are padded on the left, as
         generation needs. What a checkpoint's generation_config.json prefers is not asked."""
         self.model.eval()
-        asked, place = _distinct(items)
-        answers = [""] * len(asked)
+        batches, like = batches_of(items, batch_size)
+        answers: dict[int, str] = {}
         stop = self.answer_ids("")[-1]
-        for chunk in by_length(asked, batch_size):
-            batch = [asked[i] for i in chunk]
+        for chunk in batches:
+            batch = [items[i] for i in chunk]
             inputs = self._inputs(batch, [item.prompt for item in batch], left=True)
             with _without_preferences(self.base):
                 made = self.base.generate(
@@ -687,7 +687,7 @@ class Mllm:
             new = made[:, inputs["input_ids"].shape[1] :].tolist()
             for index, row in zip(chunk, new, strict=True):
                 answers[index] = self.decode(row)
-        return [answers[i] for i in place]
+        return [answers[i] for i in like]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words of an answer, without special tokens but those that are ordinary words to the
@@ -816,17 +816,17 @@ def by_length(items: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
         yield order[start : start + batch_size]
 
 
-def _distinct(items: Sequence[Encoded]) -> tuple[list[Encoded], list[int]]:
-    """The items that differ to the model, in their order, and for each item where its like is."""
-    asked: list[Encoded] = []
-    place, seen = [], {}
-    for item in items:
+def batches_of(items: Sequence[Encoded], batch_size: int) -> tuple[list[list[int]], list[int]]:
+    """Batches of the items that differ to the model, as their indices, by length; and for each
+    item the index of its like in them."""
+    seen: dict[tuple[Any, ...], int] = {}
+    like = []
+    for index, item in enumerate(items):
         question = (item.prompt, item.options, None if item.image is None else item.image.key)
-        if question not in seen:
-            seen[question] = len(asked)
-            asked.append(item)
-        place.append(seen[question])
-    return asked, place
+        like.append(seen.setdefault(question, index))
+    asked = list(seen.values())
+    chunks = by_length([items[i] for i in asked], batch_size)
+    return [[asked[i] for i in chunk] for chunk in chunks], like
 
 
 def _messages(turns: Sequence[tuple[str, str]], *, closed: bool = False) -> list[dict[str, Any]]:

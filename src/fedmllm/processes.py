@@ -1,0 +1,111 @@
+"""Other processes of this machine: started with one thread and a pipe, ended with this one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable
+from io import BytesIO
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+
+class Child:
+    """A process with a pipe to it. target: called in it with its end of the pipe and `arguments`,
+    after `tend`. device: the only accelerator that it sees, by CUDA's number; None for all."""
+
+    def __init__(
+        self, target: Callable[..., None], *arguments: Any, device: str | None = None
+    ) -> None:
+        self.target, self.arguments, self.device = target, arguments, device
+        self.start()
+
+    def start(self) -> None:
+        """Begin, or begin again after the process has died."""
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"  # read as the child's libraries are loaded
+        try:
+            self.process = context.Process(
+                target=_begin, args=(self.target, theirs, self.device, self.arguments), daemon=True
+            )
+            self.process.start()
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+        theirs.close()  # so that the pipe ends when the child does
+
+    def epitaph(self) -> str:
+        """How it died, in words."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        if code == -signal.SIGKILL:
+            return "its process was killed (SIGKILL): out of memory, or by hand"
+        if code < 0:
+            return f"its process died of {signal.Signals(-code).name}"
+        return f"its process ended with exit code {code}"
+
+    def end(self, *, at_work: bool) -> None:
+        """End the process: at once if it is at work, else it ends with its pipe."""
+        self.pipe.close()
+        if at_work:
+            self.process.terminate()
+        self.process.join(timeout=10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _begin(
+    target: Callable[..., None],
+    pipe: Connection,
+    device: str | None,
+    arguments: tuple[Any, ...],
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    target(pipe, *arguments)
+
+
+def _end_with_parent() -> None:
+    """A child whose parent was killed has nobody to work for."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        flat = value.detach().cpu().contiguous().reshape(-1)  # a view would bring its whole memory
+        return _tensor, (flat.view(torch.uint8).numpy(), value.dtype, tuple(value.shape))
+
+
+def _tensor(numbers: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(numbers).view(dtype).reshape(shape)
+
+
+def packed(value: Any) -> bytes:
+    """A value for another process of ours. Its tensors travel by value, not as shared memory: of
+    that a container may have little, and it ends with who made it."""
+    buffer = BytesIO()
+    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
+
+
+def unpacked(data: bytes) -> Any:
+    """What `packed` made; only from a process that this one has started."""
+    return pickle.loads(data)
