@@ -24,6 +24,7 @@ from fedmllm.helpers import Helpers, Piece, _Waiting
 from fedmllm.models.mllm import Mllm
 from fedmllm.processes import packed, unpacked
 from fedmllm.progress import RunProgress
+from fedmllm.report.page import provenance
 
 
 def config_of(name: str, **change: Any) -> Config:
@@ -87,6 +88,8 @@ def both_ways(config: Config, tmp_path: Path, mllm: Mllm) -> dict[str, Any]:
     assert adapters(tmp_path / "helped") == adapters(tmp_path / "alone")
     assert "helpers" not in alone
     assert [each["peak_memory_bytes"] > 1e8 for each in helped["helpers"]] == [True]
+    shown = [provenance([each], tmp_path)["shared"] for each in (alone, helped)]
+    assert [each.get("helping processes") for each in shown] == [None, "1"]
     return helped
 
 
