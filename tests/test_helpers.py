@@ -3,18 +3,26 @@ them."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import queue
+import re
 import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from small_runs import RUNS, SMALL
+from stub_helper import stub
 from typer.testing import CliRunner
 
+from fedmllm import helpers
 from fedmllm.bench.grid import merge
 from fedmllm.cli import app
 from fedmllm.config import Config, make_config
@@ -22,6 +30,7 @@ from fedmllm.errors import UserError
 from fedmllm.experiment import run
 from fedmllm.helpers import Helpers, Piece, _Waiting
 from fedmllm.models.mllm import Mllm
+from fedmllm.plan.timing import fitting_rates
 from fedmllm.processes import packed, unpacked
 from fedmllm.progress import RunProgress
 from fedmllm.report.page import provenance
@@ -89,7 +98,10 @@ def both_ways(config: Config, tmp_path: Path, mllm: Mllm) -> dict[str, Any]:
     assert "helpers" not in alone
     assert [each["peak_memory_bytes"] > 1e8 for each in helped["helpers"]] == [True]
     shown = [provenance([each], tmp_path)["shared"] for each in (alone, helped)]
-    assert [each.get("helping processes") for each in shown] == [None, "1"]
+    assert [each.get("processes") for each in shown] == [None, "2"]
+    rates = [fitting_rates([{**each, "_path": "x"}], config) for each in (alone, helped)]
+    assert rates[0] is not None
+    assert rates[1] is None  # a plan is of one process
     return helped
 
 
@@ -226,6 +238,125 @@ def test_helpers_end_with_the_run(tmp_path: Path, mllm: Mllm, monkeypatch, done_
     with pytest.raises(OSError, match="disk full"):
         run(config, out=tmp_path / "a", mllm=mllm, processes=2, listener=listen)
     assert not made[0].children[0].process.is_alive()
+
+
+# -- with processes that have no model ---------------------------------------------------------
+
+
+@pytest.fixture
+def stubs(tmp_path: Path, monkeypatch) -> Callable[..., Helpers]:
+    """Makes helpers of that kind, which have started."""
+    monkeypatch.setattr(helpers, "_help", stub)
+
+    def make(count: int = 1, tell: Any = lambda event: None, *, loads: bool = True) -> Helpers:
+        made = Helpers(SimpleNamespace(name="stub"), tmp_path, count=count, tell=tell, began=0.0)
+        if loads:
+            until_loaded(made)
+        return made
+
+    return make
+
+
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """What comes of it, or what it raises; a failure where it hangs."""
+    found: queue.Queue[Any] = queue.Queue()
+
+    def do() -> None:
+        try:
+            found.put(work())
+        except BaseException as error:
+            found.put(error)
+
+    threading.Thread(target=do, daemon=True).start()
+    try:
+        return found.get(timeout=seconds)
+    except queue.Empty:
+        pytest.fail(f"it hangs: nothing came in {seconds} s")
+
+
+def by_helper(helping: Helpers, *does: str) -> dict[int, Any]:
+    """Pieces that this process has no part in: it waits until helpers have taken them."""
+    pieces = [Piece(do, {}) for do in does]
+    taken, take = threading.Event(), _Waiting.take
+
+    def let(waiting: _Waiting, who: int) -> int | None:
+        if who == len(helping.children):
+            taken.wait(timeout=30)
+            return None
+        position = take(waiting, who)
+        taken.set()
+        return position
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Waiting, "take", let)
+        return dict(helping.share(pieces, here=lambda piece: None))
+
+
+def test_a_process_that_dies_is_replaced_and_does_the_piece(tmp_path: Path, stubs) -> None:
+    told: list[dict[str, Any]] = []
+    with stubs(tell=told.append) as helping:
+        first = helping.children[0].process.pid
+        (tmp_path / "dies").write_text("x")
+        do, second, _ = within(60, lambda: by_helper(helping, "work"))[0]
+        assert (do, second != first, helping.shortened) == ("work", True, {"cut"})
+        assert [event["again"] for event in told] == [True]
+        assert [fact[0] for fact in helping.facts()] == ["facts"]
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("how", ["over it", "while it loads"])
+def test_the_second_death_over_a_piece_says_how_to_go_on(how: str, tmp_path: Path, stubs) -> None:
+    def tell(event: dict[str, Any]) -> None:
+        if how == "while it loads":  # the next one
+            (tmp_path / "loads").touch()
+
+    with stubs(tell=tell) as helping:
+        (tmp_path / "dies").write_text("xx")
+        error = within(60, lambda: by_helper(helping, "work"))
+    assert isinstance(error, UserError)
+    why = {"over it": "SIGKILL", "while it loads": "could not load the run: no memory for the base"}
+    assert re.search(f"died twice .*{why[how]}.* --resume .* fewer --processes", str(error))
+    assert "in detail" not in str(error)
+
+
+def test_what_a_listener_raises_in_a_thread_ends_the_run_and_is_no_death(stubs) -> None:
+    def tell(event: dict[str, Any]) -> None:
+        raise OSError("disk full")
+
+    with stubs(tell=tell) as helping:
+        error = within(60, lambda: by_helper(helping, "tell"))
+        assert helping.children[0].process.is_alive()
+    assert (type(error), str(error)) == (OSError, "disk full")
+
+
+def test_one_that_is_dead_at_the_end_is_not_started_to_be_asked_what_it_took(stubs) -> None:
+    told: list[dict[str, Any]] = []
+    with stubs(tell=told.append) as helping:
+        helping.children[0].process.kill()
+        helping.children[0].process.join()
+        assert within(60, helping.facts) == []
+    assert told == []
+
+
+def test_none_is_started_after_the_end(tmp_path: Path, stubs) -> None:
+    def tell(event: dict[str, Any]) -> None:  # the run ends while a death is told of
+        helping.__exit__(None, None, None)
+
+    helping = stubs(tell=tell)
+    (tmp_path / "dies").write_text("x")
+    within(60, lambda: by_helper(helping, "work"))
+    assert not multiprocessing.active_children()
+
+
+def test_a_load_that_fails_is_told_and_done_without(tmp_path: Path, stubs) -> None:
+    told: queue.Queue[dict[str, Any]] = queue.Queue()
+    (tmp_path / "loads").touch()
+    with stubs(tell=told.put, loads=False) as helping:
+        event = told.get(timeout=60)
+        found = within(30, lambda: dict(helping.share([Piece("work", {})], lambda piece: "here")))
+    assert found == {0: "here"}
+    assert event["how"] == "a helping process could not load the run: no memory for the base"
+    assert event["again"] is False
 
 
 # -- who takes what ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -277,12 +277,12 @@ def run(
     """
     folder = Path(out) if out is not None else Path("runs") / config.name
     count = processes or max(1, len(devices))
-    if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[0]
     began = time.perf_counter()
     tell = _one_at_a_time(listener or (lambda event: None))
     with contextlib.ExitStack() as stack:
         helpers = None
+        if devices:
+            stack.enter_context(_seeing_only(devices[0]))
         if count > 1:
             from fedmllm.helpers import Helpers  # which knows this module
 
@@ -302,6 +302,20 @@ def run(
             shared=shared,
             helpers=helpers,
         )
+
+
+@contextlib.contextmanager
+def _seeing_only(device: str) -> Iterator[None]:
+    """This process uses one accelerator, by CUDA's number: for good if it has used none before."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    os.environ[name] = device
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _one_at_a_time(listener: Listener) -> Listener:
@@ -1044,6 +1058,7 @@ def make_result(
         "hardware": {
             **results.hardware(config.threads, config.model.device),
             "dtype": session.mllm.dtype,
+            **({"processes": session.helpers.count + 1} if session.helpers else {}),
         },
         "started": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds"),
     }

@@ -9,6 +9,7 @@ a batch and a federation each come to the same bits in any process of one kind o
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import traceback
@@ -62,6 +63,10 @@ class Piece:
     size: float = 1.0
 
 
+class _DiedError(Exception):
+    """A helper's process has ended, or never came to work. Says how, in words."""
+
+
 class Helpers:
     """The processes that help a run, each with the base loaded.
 
@@ -80,13 +85,14 @@ class Helpers:
         tell: Listener,
         began: float,
     ) -> None:
-        self.name, self.tell = config.name, tell
+        self.name, self.count, self.tell = config.name, count, tell
         given = [devices[i % len(devices)] if devices else None for i in range(count)]
         self.shortened: set[str] = set()  # ids of samples whose text they shortened
         self._orders: dict[str, bytes] = {}  # what all pieces of a kind need, packed once
         self._had: list[dict[str, bytes]] = [{} for _ in given]
         self._seen: dict[str, set[int]] = {}  # who had whose samples
         self._idle = [False] * count  # loaded, and not at work
+        self._lock = threading.Lock()  # of what starts and ends processes
         self._ended = False
         self._inboxes: list[queue.SimpleQueue[_Board | None]] = []
         self.children = [Child(_help, config, folder, began, device=device) for device in given]
@@ -103,7 +109,8 @@ class Helpers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._ended = True
+        with self._lock:
+            self._ended = True
         for inbox in self._inboxes:
             inbox.put(None)
         for child, idle in zip(self.children, self._idle, strict=True):
@@ -144,8 +151,8 @@ class Helpers:
         before it has loaded the base; where that fails, the others do without it."""
         try:
             self._ready(number)
-        except Exception as error:
-            self._tell(str(error).splitlines()[0], again=False)
+        except _DiedError as error:
+            self._tell(f"a helping process {error}", again=False)
             return
         while (board := self._inboxes[number].get()) is not None:
             while (position := board.waiting.take(number)) is not None:
@@ -160,48 +167,72 @@ class Helpers:
                 del found
 
     def _ready(self, number: int) -> None:
+        """Wait until a helper has loaded the run. Raises `_DiedError` if it cannot."""
         try:
-            self._hear(self.children[number].pipe)
-        except (EOFError, OSError):
-            how = self.children[number].epitaph()
-            raise UserError(f"a helping process could not load the run, {how}") from None
+            self._hear(number)
+        except _DiedError as error:
+            raise _DiedError(f"could not load the run: {error}") from None
+        except (UserError, RuntimeError) as error:
+            raise _DiedError(f"could not load the run: {str(error).splitlines()[0]}") from None
         self._idle[number] = True
 
     def _ask(self, number: int, piece: Piece) -> Any:
-        child = self.children[number]
+        """What comes of a piece, by a new process if the helper's dies. Raises what the piece
+        raises, and `UserError` at the second death."""
+        how = ""
         for left in reversed(range(TRIES)):
             try:
+                if how:
+                    self._restart(number)
                 return self._ask_once(number, piece)
-            except (EOFError, OSError):
-                how = child.epitaph()
-            if left and not self._ended:
-                self._tell(f"a helping process died, {how}", again=True)
-                self._had[number] = {}
-                child.start()
-                self._ready(number)
+            except _DiedError as error:
+                how = str(error)
+            if left:
+                self._tell(f"a helping process died: {how}", again=True)
         raise UserError(
-            f"a helping process died twice over one piece of work, {how}: --resume goes on from "
+            f"a helping process died twice over one piece of work: {how}. --resume goes on from "
             "the last round, with fewer --processes if memory was short"
         )
+
+    def _restart(self, number: int) -> None:
+        with self._lock:
+            if self._ended:
+                raise _DiedError("the run is over")
+            self._had[number] = {}
+            self.children[number].start()
+        self._ready(number)
+        self._idle[number] = False
 
     def _tell(self, how: str, *, again: bool) -> None:
         if not self._ended:
             self.tell({"event": "helper", "name": self.name, "how": how, "again": again})
 
     def _ask_once(self, number: int, piece: Piece) -> Any:
-        had, pipe = self._had[number], self.children[number].pipe
+        had = self._had[number]
         for name, order in list(self._orders.items()):
             if had.get(name) is not order:
-                pipe.send_bytes(packed((name, None)))
-                pipe.send_bytes(order)
+                self._say(number, packed((name, None)), order)
                 had[name] = order
-        pipe.send_bytes(packed((piece.do, piece.arguments)))
-        return self._hear(pipe)
+        self._say(number, packed((piece.do, piece.arguments)))
+        return self._hear(number)
 
-    def _hear(self, pipe: Connection) -> Any:
+    def _say(self, number: int, *messages: bytes) -> None:
+        child = self.children[number]
+        try:
+            for message in messages:
+                child.pipe.send_bytes(message)
+        except OSError:
+            raise _DiedError(child.epitaph()) from None
+
+    def _hear(self, number: int) -> Any:
         """What a helper says next but for events. Raises what it failed by."""
+        child = self.children[number]
         while True:
-            kind, value = unpacked(pipe.recv_bytes())
+            try:  # of this alone: who listens to events may raise the same
+                message = child.pipe.recv_bytes()
+            except (EOFError, OSError):
+                raise _DiedError(child.epitaph()) from None
+            kind, value = unpacked(message)
             if kind == "event":
                 self.tell(value)
             elif kind == "failed":
@@ -212,9 +243,13 @@ class Helpers:
                 return found
 
     def facts(self) -> list[dict[str, Any]]:
-        """Of each helper that did something: its peak of memory, and of its accelerator's."""
-        idle = [number for number, idle in enumerate(self._idle) if idle]
-        return [self._ask(number, Piece("facts", {})) for number in idle]
+        """Of each helper that is there at the end: its peak of memory, and of its accelerator's."""
+        found = []
+        for number, idle in enumerate(self._idle):
+            with contextlib.suppress(_DiedError):
+                if idle:
+                    found.append(self._ask_once(number, Piece("facts", {})))
+        return found
 
     def runner(
         self,

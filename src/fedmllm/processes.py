@@ -6,18 +6,22 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from io import BytesIO
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+PATIENCE = 10.0  # seconds that a process has to end by itself
 
 
 class Child:
-    """A process with a pipe to it. target: called in it with its end of the pipe and `arguments`,
-    after `tend`. device: the only accelerator that it sees, by CUDA's number; None for all."""
+    """A process with a pipe to it. target: called in it with its end of the pipe and `arguments`.
+    device: the only accelerator that it sees, by CUDA's number; None for all."""
 
     def __init__(
         self, target: Callable[..., None], *arguments: Any, device: str | None = None
@@ -44,8 +48,9 @@ class Child:
         theirs.close()  # so that the pipe ends when the child does
 
     def epitaph(self) -> str:
-        """How it died, in words."""
-        self.process.join()
+        """How it died, in words; one that has closed its pipe and lives is ended."""
+        self.process.join(timeout=PATIENCE)
+        self._kill()
         code = self.process.exitcode or 0
         if code == -signal.SIGKILL:
             return "its process was killed (SIGKILL): out of memory, or by hand"
@@ -58,7 +63,10 @@ class Child:
         self.pipe.close()
         if at_work:
             self.process.terminate()
-        self.process.join(timeout=10)
+        self.process.join(timeout=PATIENCE)
+        self._kill()
+
+    def _kill(self) -> None:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
@@ -88,13 +96,16 @@ def _end_with_parent() -> None:
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
+        torch = sys.modules.get("torch")  # where it is not loaded there are no tensors
+        if torch is None or not isinstance(value, torch.Tensor):
             return NotImplemented
         flat = value.detach().cpu().contiguous().reshape(-1)  # a view would bring its whole memory
         return _tensor, (flat.view(torch.uint8).numpy(), value.dtype, tuple(value.shape))
 
 
 def _tensor(numbers: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
     return torch.from_numpy(numbers).view(dtype).reshape(shape)
 
 

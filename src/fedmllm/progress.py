@@ -32,7 +32,7 @@ def memory_line(event: Mapping[str, Any]) -> str:
 def helper_line(event: Mapping[str, Any]) -> str:
     """What is told when a helping process did not start, or died."""
     rest = "its work is done again" if event["again"] else "the run goes on without it"
-    return f"{event['name']}: {event['how']}: {rest}"
+    return f"{event['name']}: {event['how']}; {rest}"
 
 
 class RunProgress:

@@ -146,7 +146,7 @@ def _rates(config: Config, result: Mapping[str, Any]) -> tuple[float, float] | N
 
 
 def _machine(facts: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(facts.get(key) for key in ("cpu", "gpu", "threads"))
+    return tuple(facts.get(key) for key in ("cpu", "gpu", "threads", "processes"))
 
 
 def _device(config: Config) -> str:

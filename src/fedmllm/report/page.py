@@ -517,7 +517,7 @@ def _settings(result: Result) -> dict[str, str]:
 
 def _origin(result: Result) -> dict[str, str]:
     """Where a result was made and from what; hashes by their first twelve digits."""
-    gpu, helpers = result.get("peak_accelerator_bytes"), result.get("helpers")
+    gpu = result.get("peak_accelerator_bytes")
     found = {
         "seed": result.get("seed"),
         "commit": result.get("commit"),
@@ -532,7 +532,6 @@ def _origin(result: Result) -> dict[str, str]:
         "unparsable answers": _unparsable(result),
         "peak memory": _megabytes(result.get("peak_memory_bytes")),
         **({"peak GPU memory": _megabytes(gpu)} if gpu is not None else {}),
-        **({"helping processes": len(helpers)} if isinstance(helpers, list) and helpers else {}),
         **{f"{k}": v for k, v in (result.get("hardware") or {}).items()},
         **{f"{k}": v for k, v in (result.get("versions") or {}).items()},
     }
