@@ -14,19 +14,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import gpu
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-nf4"])
-def test_a_case_from_its_folder_to_its_row(tmp_path, name) -> None:
-    """On the CPU peaks are of the whole process, which tests share: no ratio is looked at."""
-    row = gpu.measure_named(name, "cpu")
-    assert row["name"] == name
-    assert row["largest_image_slices"] >= 1
-    assert row["longest_sample_tokens"] > 60  # more than the question: a picture
-    for key in ("train_samples_per_second", "test_samples_per_second", "planned_bytes"):
-        assert row[key] > 0, key
-    gpu.keep(row, tmp_path / "gpu.json")
-    gpu.keep({**row, "seconds": 1.0}, tmp_path / "gpu.json")
-    (kept,) = json.loads((tmp_path / "gpu.json").read_text())["cases"]
-    assert kept["seconds"] == 1.0
+def test_cases_from_their_folders_to_their_rows(tmp_path, monkeypatch, capsys) -> None:
+    """Each in a process of its own, as on a GPU: a peak is its own, and no other test's."""
+    out, names = tmp_path / "gpu.json", ["tiny", "tiny-nf4"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *names, "--device", "cpu", "--out", str(out)])
+    gpu.main()
+    rows = json.loads(out.read_text())["cases"]
+    assert [row["name"] for row in rows] == names, capsys.readouterr().out
+    for row in rows:
+        assert row["largest_image_slices"] >= 1
+        assert row["longest_sample_tokens"] > 60  # more than the question: a picture
+        for key in ("train_samples_per_second", "test_samples_per_second", "planned_bytes"):
+            assert row[key] > 0, key
+        assert row["ratio"] == round(row["planned_bytes"] / row["measured_bytes"], 3)
+    gpu.keep({**rows[0], "seconds": 1.0}, out)
+    kept = {row["name"]: row["seconds"] for row in json.loads(out.read_text())["cases"]}
+    assert kept == {"tiny": 1.0, "tiny-nf4": rows[1]["seconds"]}
 
 
 def test_bfloat16_is_near_float32_and_not_the_same() -> None:
