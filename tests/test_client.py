@@ -7,9 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedmllm.algorithms.base import LocalObjective, Proximal
-from fedmllm.client import LocalPlan, add_proximal_gradient, learning_rate, train_client
+from fedmllm.algorithms.base import Composition, LocalObjective, Proximal
+from fedmllm.client import (
+    Job,
+    LocalPlan,
+    LocalTraining,
+    add_proximal_gradient,
+    learning_rate,
+    train_client,
+)
 from fedmllm.errors import UserError
+from fedmllm.experiment import Deferred
 from fedmllm.models.mllm import Mllm
 from fedmllm.prompts import render
 
@@ -165,3 +173,47 @@ def test_divergence_names_the_client(mllm: Mllm, samples) -> None:
 def test_a_client_without_samples_is_refused(mllm: Mllm) -> None:
     with pytest.raises(UserError, match="client-00 has no samples"):
         train(mllm, [])
+
+
+def test_samples_are_encoded_as_their_step_comes(memes, mllm: Mllm) -> None:
+    """The first step waits for its own samples alone; a second epoch encodes nothing again."""
+    asked = []
+
+    def encode(sample):
+        asked.append(sample.id)
+        return mllm.encode(render(sample, memes.task))
+
+    samples = Deferred(memes.train[:10], encode)
+    assert len(samples) == 10
+    assert asked == []
+    plan = LocalPlan(batch_size=4, micro_batch=4, epochs=2)
+    local = LocalTraining(
+        mllm, {}, Job("c", samples), round_=1, seed=0, lr=0.1, plan=plan, objective=LocalObjective()
+    )
+    taken = []
+    for count, batch in enumerate(local.batches(), start=1):
+        taken += [item.id for item in batch]
+        assert asked == taken[: min(4 * count, 10)]
+    assert sorted(asked) == sorted(sample.id for sample in memes.train[:10])
+    assert len(taken) == 20
+    assert [item.id for item in samples[2:4]] == [sample.id for sample in memes.train[2:4]]
+    assert samples[-1] is samples[9]
+    with pytest.raises(IndexError):
+        samples[10]
+
+
+def test_composed_samples_are_all_encoded_before_the_first_step(memes, mllm: Mllm) -> None:
+    """What stands in for a sample may be any of them."""
+    asked = []
+
+    def encode(sample):
+        asked.append(sample.id)
+        return mllm.encode(render(sample, memes.task))
+
+    objective = LocalObjective(composition=Composition(resample=0.5))
+    job = Job("c", Deferred(memes.train[:6], encode))
+    local = LocalTraining(
+        mllm, {}, job, round_=1, seed=0, lr=0.1, plan=LocalPlan(batch_size=2), objective=objective
+    )
+    next(local.batches())
+    assert len(asked) == 6

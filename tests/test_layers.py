@@ -17,7 +17,7 @@ import fedmllm
 
 ROOT = Path(fedmllm.__file__).parent
 LAYERS = [
-    {"errors", "rng", "folders"},
+    {"errors", "rng", "folders", "imports"},
     {"data", "prompts", "metrics"},
     {"partition", "scenarios", "manifest", "export", "heterogeneity", "fusion"},
     {"models"},

@@ -24,13 +24,13 @@ from fedmllm.cli import main
 import threading
 def watch():  # torch is imported by the command itself, not by us before it
     while "torch.optim.optimizer" not in sys.modules:
-        time.sleep(0.001)
+        time.sleep(0.02)
     while True:
         hook = getattr(sys.modules["torch.optim.optimizer"],
                        "register_optimizer_step_pre_hook", None)
         if hook:
             break
-        time.sleep(0.001)
+        time.sleep(0.02)
     def stop(*_):
         print(time.time(), flush=True)
         os._exit(0)

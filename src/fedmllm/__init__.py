@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from fedmllm.imports import collector_at_rest
+
 __version__ = "0.1.0"
 
 _WHERE = {
@@ -31,4 +33,5 @@ __all__ = ["__version__", *_WHERE]
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'fedmllm' has no attribute {name!r}")
-    return getattr(import_module(f"fedmllm.{_WHERE[name]}"), name)
+    with collector_at_rest():
+        return getattr(import_module(f"fedmllm.{_WHERE[name]}"), name)

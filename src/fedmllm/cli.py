@@ -18,6 +18,7 @@ import typer
 
 from fedmllm import cli_data, cli_deploy, cli_judge
 from fedmllm.errors import UserError
+from fedmllm.imports import collector_at_rest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,13 +78,13 @@ def run(
     ] = None,
 ) -> None:
     """Run one experiment and write its folder: result, curves, manifest, adapter."""
-    from fedmllm.config import load_config
+    with collector_at_rest():
+        from fedmllm.config import load_config
+        from fedmllm.experiment import run as run_experiment
+        from fedmllm.progress import RunProgress
+        from fedmllm.report import load_results, summary_table, write_report
 
     config = load_config(experiment, overrides or [])
-    from fedmllm.experiment import run as run_experiment
-    from fedmllm.progress import RunProgress
-    from fedmllm.report import load_results, summary_table, write_report
-
     folder = out or Path("runs") / config.name
     with RunProgress() as progress:
         run_experiment(
@@ -126,8 +127,9 @@ def plan(
     """Say what an experiment will take: parameters, bytes, memory, time. Reads no weights."""
     import json
 
-    from fedmllm.config import load_config
-    from fedmllm.plan import make_plan, parse_size
+    with collector_at_rest():
+        from fedmllm.config import load_config
+        from fedmllm.plan import make_plan, parse_size
 
     made = make_plan(
         load_config(experiment, overrides or []),
@@ -178,8 +180,9 @@ def bench(
 
     Exit code 1 if a cell failed; the others have run.
     """
-    from fedmllm.bench import load_grid, processes_for, run_grid
-    from fedmllm.bench.table import ended_lines, plan_lines
+    with collector_at_rest():
+        from fedmllm.bench import load_grid, processes_for, run_grid
+        from fedmllm.bench.table import ended_lines, plan_lines
 
     found = load_grid(grid, overrides or [], only=only or [], variables=set_ or [])
     sources = measured or [Path("results")]
@@ -229,7 +232,8 @@ def predict(
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
 ) -> None:
     """Answer for one image and/or text with a trained adapter."""
-    from fedmllm.predict import predict as answer
+    with collector_at_rest():
+        from fedmllm.predict import predict as answer
 
     answer_, options = answer(adapter, image=image, text=text, question=question, device=device)
     console = _console()
@@ -322,9 +326,10 @@ def rerun(
     ] = False,
 ) -> None:
     """Run a result's config again and say whether the numbers agree; exit code 1 if not."""
-    from fedmllm.progress import RunProgress
-    from fedmllm.report.compare import agreement_lines, load_one
-    from fedmllm.rerun import run_again
+    with collector_at_rest():
+        from fedmllm.progress import RunProgress
+        from fedmllm.report.compare import agreement_lines, load_one
+        from fedmllm.rerun import run_again
 
     old = load_one(result)
     folder = out or Path("runs") / f"{old['name']}-rerun"
@@ -356,7 +361,8 @@ def demo(
     processes: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
 ) -> None:
     """Six runs on the embedded model and meme task: what modality heterogeneity costs."""
-    from fedmllm.demo import run_demo
+    with collector_at_rest():
+        from fedmllm.demo import run_demo
 
     run_demo(out, processes=processes)
 

@@ -9,14 +9,21 @@ returns d_k = theta_k - theta. Nothing is kept between rounds but what is return
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from fedmllm.algorithms.base import LocalObjective, Params, Proximal, Update, zeros_like
+from fedmllm.algorithms.base import (
+    Composition,
+    LocalObjective,
+    Params,
+    Proximal,
+    Update,
+    zeros_like,
+)
 from fedmllm.alignment import Terms
 from fedmllm.errors import UserError
 from fedmllm.models.mllm import Encoded, Mllm, Reading
@@ -169,17 +176,28 @@ class LocalTraining:
         for epoch in range(self.plan.epochs):
             self.terms.epoch = epoch
             draw = stream(self.seed, "order", self.job.client, self.round, epoch)
-            made = compose(
-                [samples[i] for i in draw.permutation(len(samples))],
-                self.objective.composition,
-                client=self.job.client,
-                round_=self.round,
-                epoch=epoch,
-                seed=self.seed,
-            )
-            for start in range(0, len(made), size):
-                step = made[start : start + size]
+            order = draw.permutation(len(samples))
+            made = self._composed(order, epoch)
+            for start in range(0, len(order), size):
+                # a party's samples are encoded as they are first asked for
+                step = [
+                    made[i] if made else samples[order[i]]
+                    for i in range(start, min(start + size, len(order)))
+                ]
                 yield longest_first(step) if self.plan.micro_batch < size else step
+
+    def _composed(self, order: Iterable[int], epoch: int) -> list[Encoded]:
+        """An epoch's samples in order, composed; empty where each stays as it is."""
+        if self.objective.composition == Composition():
+            return []
+        return compose(
+            [self.job.samples[i] for i in order],
+            self.objective.composition,
+            client=self.job.client,
+            round_=self.round,
+            epoch=epoch,
+            seed=self.seed,
+        )
 
     def step(self, batch: Sequence[Encoded], loss: float) -> None:
         """One optimiser step with the gradients that `batch` has left; then they are gone.

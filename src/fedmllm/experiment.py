@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 import torch
@@ -793,9 +793,9 @@ def local_runner(
     adaptive regularisation. mixtures: for clients without images. fill: modalities that
     recombination may fill in."""
     config, training = session.config, session.config.training
-    encoded: dict[str, list[Encoded]] = {}
+    encoded: dict[str, Sequence[Encoded]] = {}
 
-    def samples(client: str) -> list[Encoded]:
+    def samples(client: str) -> Sequence[Encoded]:
         if client not in encoded:
             held = federation.samples[client]
             encoded[client] = _encode_party(session, client, held, mixtures, fill)
@@ -828,18 +828,48 @@ def _encode_party(
     samples: Sequence[Sample],
     mixtures: Mixtures | None,
     fill: Collection[str],
-) -> list[Encoded]:
-    """A party's training samples, with their completions where the strategy recombines."""
+) -> Sequence[Encoded]:
+    """A party's training samples, with their completions where the strategy recombines. Each is
+    encoded when it is first asked for, so that training does not wait for all images to be seen."""
     config, task, shared = session.config, session.task, session.shared
-    made = [shared.encode(config, task, sample) for sample in samples]
-    session.shortened.update(item.id for item in made if item.shortened)
-    if not config.strategy.recombine:
-        return made
-    found = completions(samples, client=client, seed=config.seed, given=mixtures, fill=fill)
-    return [
-        replace(item, completions=_encode_completions(session, found.get(sample.id, ())))
-        for item, sample in zip(made, samples, strict=True)
-    ]
+    found: Mapping[str, Sequence[Sample]] = {}
+    if config.strategy.recombine:
+        found = completions(samples, client=client, seed=config.seed, given=mixtures, fill=fill)
+
+    def encode(sample: Sample) -> Encoded:
+        made = shared.encode(config, task, sample)
+        if made.shortened:
+            session.shortened.add(made.id)
+        if sample.id not in found:
+            return made
+        return replace(made, completions=_encode_completions(session, found[sample.id]))
+
+    return Deferred(samples, encode)
+
+
+class Deferred(Sequence[Encoded]):
+    """Samples, each encoded when it is first asked for."""
+
+    def __init__(self, samples: Sequence[Sample], encode: Callable[[Sample], Encoded]) -> None:
+        self.samples, self.encode = samples, encode
+        self.made: dict[int, Encoded] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, place: SupportsIndex) -> Encoded: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Encoded]: ...
+
+    def __getitem__(self, place: SupportsIndex | slice) -> Encoded | list[Encoded]:
+        where = range(len(self.samples))[place]
+        if isinstance(where, range):
+            return [self[i] for i in where]
+        if where not in self.made:
+            self.made[where] = self.encode(self.samples[where])
+        return self.made[where]
 
 
 def represent(session: Session, samples: Sequence[Sample]) -> np.ndarray:

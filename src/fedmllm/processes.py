@@ -13,6 +13,8 @@ from io import BytesIO
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from fedmllm.imports import collector_at_rest
+
 if TYPE_CHECKING:
     import torch
 
@@ -36,8 +38,9 @@ class Child:
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"  # read as the child's libraries are loaded
         try:
+            work = pickle.dumps((self.target, self.arguments))
             self.process = context.Process(
-                target=_begin, args=(self.target, theirs, self.device, self.arguments), daemon=True
+                target=_begin, args=(work, theirs, self.device), daemon=True
             )
             self.process.start()
         finally:
@@ -73,16 +76,17 @@ class Child:
 
 
 def _begin(
-    target: Callable[..., None],
+    work: bytes,
     pipe: Connection,
     device: str | None,
-    arguments: tuple[Any, ...],
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
+    with collector_at_rest():
+        target, arguments = pickle.loads(work)  # which imports what they need
     target(pipe, *arguments)
 
 
