@@ -117,6 +117,22 @@ def test_only_takes_a_part_and_keeps_the_names(tmp_path) -> None:
     assert found.cells[0].config.seed == 0  # the cell is the same whatever part is asked for
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("axes: {1: [a, b]}", "axes: a key must be text, not 1"),
+        ("axes: {true: [a, b]}", "axes: a key must be text, not True"),
+        ("axes: {dataset: {a: {1: x}}}", "axes.dataset.a: a config key must be text, not 1"),
+        ("axes: {x: {a: {data: {2: x}}}}", "axes.x.a: a config key must be text, not 2"),
+        ("axes: {seed: &a [*a]}", "has a value that holds itself"),
+    ],
+)
+def test_bad_keys_and_values_of_a_grid(tmp_path, text, words) -> None:
+    (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_grid(tmp_path / "grid.yaml")
+
+
 def part(tmp_path: Path, text: str, only=(), **whole):
     """A part of the grid of three settings (the last shared with the first) and two seeds."""
     axes = {"setting": ["aligned-a0.5", "missing-b0.3", "cross-i5t5"], "seed": [0, 1]}

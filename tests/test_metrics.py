@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmllm.data.sample import Sample
 from fedmllm.errors import UserError
+from fedmllm.evaluation import open_metrics
 from fedmllm.metrics import (
     _fast_macro_f1,
     accuracy,
@@ -194,6 +196,8 @@ def test_vqa_accuracy_by_group():
     assert found == {"all": 0.5, "closed": 0.5, "open": 0.5}
     assert vqa_accuracy(["a", "b"], ["a", "c"]) == {"all": 0.5}
     assert vqa_accuracy(["x", "y"], ["x", "z"], ["", "open"]) == {"all": 0.5, "open": 0.0}
+    found = vqa_accuracy(["x", "y"], ["x", "z"], ["all/x", "mine/all"])
+    assert found == {"all": 0.5, "all/x": 1.0, "x": 1.0, "mine": 0.0, "mine/all": 0.0}
     assert accuracy(["Yes.", "no"], ["yes", "yes"]) == 0.5
     assert math.isnan(accuracy([], []))
     with pytest.raises(ValueError, match="zip"):
@@ -248,3 +252,11 @@ def test_unparsable_answers_by_hand() -> None:
     truth = ["red", "red", "yes", "Yes", "no", "blue", "no", "maybe"]
     assert unparsable(replies, truth) == 4  # the first two, "maybe" and "yes no"
     assert unparsable([], []) == 0
+
+
+def test_a_kind_called_se_is_no_standard_error() -> None:
+    samples = [Sample("a", "yes", "q", None, kind="se"), Sample("b", "no", "q", None, kind="x")]
+    found = open_metrics(["yes", "yes"], samples)
+    assert found["accuracy"] == 0.5
+    assert found["accuracy_se"] == pytest.approx(math.sqrt(0.5 * 0.5 / 2))
+    assert found["accuracy_x"] == 0.0

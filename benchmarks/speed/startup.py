@@ -1,7 +1,8 @@
 """Row `startup`: seconds from the command to what it is there for.
 
 `fedmllm --help` to its end, and `fedmllm run` on the embedded model to the first optimiser step,
-each in a new process, files in the page cache. No alternative: goals are in seconds.
+each in a new process, files in the page cache. PEFT imports bitsandbytes where that is installed
+(the extra `4bit`), so a run is measured with it and without. No alternative: goals are in seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +60,17 @@ def help_seconds() -> float:
     return time.perf_counter() - began
 
 
-def step_seconds() -> float:
-    """`fedmllm run` to its first step."""
+# as if it were not installed, for `find_spec` and `import`
+WITHOUT = "import sys; sys.modules['bitsandbytes'] = None\n"
+
+
+def step_seconds(before: str = "") -> float:
+    """`fedmllm run` to its first step, after the code `before`."""
     experiment = str(ROOT / "experiments" / "memes-fedavg.yaml")
     with tempfile.TemporaryDirectory() as folder:
         began = time.time()
         out = str(Path(folder) / "run")
-        done = run(sys.executable, "-c", FIRST_STEP, "run", experiment, "--out", out)
+        done = run(sys.executable, "-c", before + FIRST_STEP, "run", experiment, "--out", out)
     return float(done.stdout.strip().splitlines()[-1]) - began
 
 
@@ -73,7 +79,8 @@ def main(quick: bool) -> None:
     cases: list[dict[str, Any]] = []
     for name, measure, goal in (
         ("`fedmllm --help`", help_seconds, 0.3),
-        ("`fedmllm run` to its first step", step_seconds, 5.0),
+        ("`fedmllm run` to its first step", partial(step_seconds, WITHOUT), 5.0),
+        ("the same with the extra `4bit` installed", step_seconds, 5.0),
     ):
         measure()
         found = [measure() for _ in range(1 if quick else 7)]

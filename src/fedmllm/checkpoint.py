@@ -7,18 +7,21 @@ on disk (written beside it, synced, renamed). The last two are kept; a damaged o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedmllm.algorithms.base import Params, ServerState
+from fedmllm.errors import UserError
 
 KEEP = 2
 SERVER, CLIENTS, STATE = "server.safetensors", "clients.safetensors", "state.json"
@@ -41,8 +44,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     state = checkpoint.state
-    save_file(_flat({"params": state.params, **state.slots}), draft / SERVER)
-    save_file(_flat(checkpoint.memory), draft / CLIENTS)
+    with writing(folder):
+        save_file(_flat({"params": state.params, **state.slots}), draft / SERVER)
+        save_file(_flat(checkpoint.memory), draft / CLIENTS)
     facts = {
         "round": state.round,
         "slots": sorted(state.slots),
@@ -61,6 +65,19 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         shutil.rmtree(old)
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A tensor file that cannot be written (a full disk) is a `UserError`: safetensors says it by
+    an error of its own, which is no OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(
+            f"{folder} cannot be written to: {error}; free it and go on with --resume, or choose "
+            "another place"
+        ) from error
+
+
 def load(folder: Path) -> Checkpoint | None:
     """The newest undamaged checkpoint, or None."""
     for path in reversed(_rounds(folder)):
@@ -77,7 +94,7 @@ def _read(path: Path) -> Checkpoint | None:
             return None
         server = _nested(load_file(path / SERVER))
         memory = _nested(load_file(path / CLIENTS))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, SafetensorError):
         return None
     params = server.pop("params")
     slots = {name: server.get(name, {}) for name in facts["slots"]}

@@ -258,6 +258,10 @@ def read_yaml(file: Path, kind: str = "config") -> dict[str, Any]:
         raise UserError(f"{kind} {str(file)!r} is not valid YAML{line}: {problem}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{kind} {str(file)!r} must be a mapping of keys to values")
+    try:
+        json.dumps(raw, default=str, skipkeys=True)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{kind} {str(file)!r} has a value that holds itself: {error}") from error
     return raw
 
 

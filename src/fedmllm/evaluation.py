@@ -234,13 +234,14 @@ def open_metrics(answers: Sequence[str], samples: Sequence[Sample]) -> dict[str,
         list(answers), [s.answer for s in samples], [s.kind for s in samples]
     )
     overall = groups.pop("all")
-    return {
+    own = {
         "n": len(samples),
         "unparsable": metrics.unparsable(list(answers), [s.answer for s in samples]),
         "accuracy": overall,
         "accuracy_se": metrics.accuracy_standard_error(overall, len(samples)),
-        **{f"accuracy_{kind}": value for kind, value in groups.items()},
     }
+    # a kind called "se" is no standard error
+    return {**{f"accuracy_{kind}": value for kind, value in groups.items()}, **own}
 
 
 def mean_over(results: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:

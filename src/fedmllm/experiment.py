@@ -57,6 +57,8 @@ from fedmllm.federation import (
     message_parts,
     run_round,
 )
+from fedmllm.folders import Hold
+from fedmllm.folders import held as held_folder
 from fedmllm.fusion import Fusion
 from fedmllm.mixtures import Mixtures
 from fedmllm.models import model_path, weights_digest
@@ -84,6 +86,7 @@ ADAPTER_FACTS = "fedmllm.json"
 ENCODED_TOKENS = 8_000_000  # some 300 MB
 TEST_SETS = 8
 CONFIG_FILE = "config.yaml"
+STATE_FOLDER = "state"  # checkpoints, by federation
 MANIFEST_FILE = "manifest.json"
 ANSWERS_FILE = "answers.jsonl"
 GROUPS = "groups"  # in a round's line: of clients that shared a pass, and how many still may
@@ -94,7 +97,7 @@ WRITTEN = (
     f"{CONFIG_FILE}*",
     f"{MANIFEST_FILE}*",
     "metrics*.jsonl*",
-    "state",
+    STATE_FOLDER,
     "adapter",
     "answers.jsonl*",
     f"{SHORTENED_FILE}*",
@@ -280,6 +283,7 @@ def run(
     began = time.perf_counter()
     tell = _one_at_a_time(listener or (lambda event: None))
     with contextlib.ExitStack() as stack:
+        hold = stack.enter_context(held_folder(folder))
         helpers = None
         if devices:
             stack.enter_context(_seeing_only(devices[0]))
@@ -296,6 +300,7 @@ def run(
             folder,
             began,
             tell,
+            hold=hold,
             resume=resume,
             overwrite=overwrite,
             mllm=mllm,
@@ -334,6 +339,7 @@ def _run(
     began: float,
     tell: Listener,
     *,
+    hold: Hold,
     resume: bool,
     overwrite: bool,
     mllm: Mllm | None,
@@ -360,7 +366,9 @@ def _run(
     if resume:
         _check_manifest(folder / MANIFEST_FILE, held)
     check_samples(config, shared, dataset, held)
-    make_folder(folder, config, overwrite=overwrite)  # only now: bad input has lost nothing
+    hold.take()  # only now: bad input has made no folder and lost nothing
+    check_folder(folder, config, resume=resume, overwrite=overwrite)  # another may have made it
+    make_folder(folder, config, overwrite=overwrite)
     manifest.save(held, folder / MANIFEST_FILE)
     session = Session(
         config=config,
@@ -455,11 +463,17 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
 
 
 def make_folder(folder: Path, config: Config, *, overwrite: bool) -> None:
-    """Make the run folder, which `check_folder` has passed, and write the resolved config."""
+    """Make the run folder, which `check_folder` has passed, and write the resolved config.
+
+    Without its config nothing in it is gone on with: so that goes last, and checkpoints that lack
+    theirs go too.
+    """
     resolved = folder / CONFIG_FILE
     folder.mkdir(parents=True, exist_ok=True)
+    if not resolved.exists():
+        shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
     if overwrite:
-        for path in folder.iterdir():
+        for path in sorted(folder.iterdir(), key=lambda path: path == resolved):
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != VERDICTS_FILE:  # known by what was judged, so still true
@@ -679,7 +693,7 @@ def run_federation(
         mixtures = exchange.pool if exchange else None
         make = session.helpers.runner if session.helpers else local_runner
         runner = make(session, federation, known.weights, mixtures, fill)
-    folder = session.folder / "state" / federation.name
+    folder = session.folder / STATE_FOLDER / federation.name
     state = algorithm.init(session.mllm.init_adapter(config.seed))
     history: list[dict[str, Any]] = []
     found = checkpoint.load(folder)
@@ -1035,7 +1049,8 @@ def save_adapter(session: Session, outcomes: list[Outcome]) -> None:
         if outcome.name:
             folder = folder / outcome.name
         session.mllm.set_adapter(outcome.params)
-        session.mllm.save_adapter(folder)
+        with checkpoint.writing(folder):
+            session.mllm.save_adapter(folder)
         facts = {
             "model": session.config.model.model_dump(mode="json"),
             "lora": session.config.lora.model_dump(mode="json"),

@@ -119,10 +119,12 @@ def vqa_accuracy(
     predictions: Sequence[str], answers: Sequence[str], kinds: Sequence[str] | None = None
 ) -> dict[str, float]:
     """`accuracy` over ``all`` questions and over each group that a kind names (`groups_of`)."""
-    groups: dict[str, list[bool]] = {"all": _matches(predictions, answers)}
-    for kind, match in zip(kinds or (), groups["all"] if kinds else (), strict=True):
+    matches = _matches(predictions, answers)
+    groups: dict[str, list[bool]] = {}
+    for kind, match in zip(kinds or (), matches if kinds else (), strict=True):
         for group in groups_of(kind):
             groups.setdefault(group, []).append(match)
+    groups["all"] = matches
     return {name: float(np.mean(m)) if m else math.nan for name, m in groups.items()}
 
 

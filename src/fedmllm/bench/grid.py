@@ -229,6 +229,9 @@ def _axes(raw: Any) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
     axes: dict[str, dict[str, dict[str, Any]]] = {}
     problems = []
     for axis, values in raw.items():
+        if not isinstance(axis, str):
+            problems.append(f"axes: a key must be text, not {axis!r}: write it in quotes")
+            continue
         if axis == "setting" and values == "all":
             values = list(SETTINGS)
         if isinstance(values, list):
@@ -242,8 +245,20 @@ def _axes(raw: Any) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
         for name, change in values.items():
             if not isinstance(change, dict | None):
                 problems.append(f"axes.{axis}.{name}: must map config keys to values")
-        axes[str(axis)] = {_word(name): change or {} for name, change in values.items()}
+            elif (bad := _not_text(change or {})) is not None:
+                problems.append(f"axes.{axis}.{name}: a config key must be text, not {bad!r}")
+        axes[axis] = {_word(name): change or {} for name, change in values.items()}
     return axes, problems
+
+
+def _not_text(change: Mapping[Any, Any]) -> Any:
+    """A key of a config change, at any depth, that is no text; None if all are."""
+    for key, value in change.items():
+        if not isinstance(key, str):
+            return key
+        if isinstance(value, Mapping) and (bad := _not_text(value)) is not None:
+            return bad
+    return None
 
 
 def _word(value: Any) -> str:
