@@ -19,6 +19,7 @@ from synthetic_grid import result, write
 from fedmllm.cli import main
 from fedmllm.data.images import ImageFile
 from fedmllm.data.memes import SPEC
+from fedmllm.errors import needs_package
 from fedmllm.experiment import load_model
 from fedmllm.models.mllm import Mllm
 from fedmllm.parallel import Failure
@@ -445,4 +446,4 @@ def test_deploy_without_its_extra_says_what_to_install(cli, experiment, monkeypa
     more = ["--admin", "a", "--experiment", "x"] if command == "supervise" else []
     code, out, err = cli("deploy", command, experiment, *more)
     assert (code, out) == (2, "")
-    assert err == 'error: deploy needs NVFlare: pip install "fedmllm[nvflare]"\n'
+    assert err == f"error: {needs_package('deploy', 'NVFlare', 'nvflare')}\n"

@@ -71,7 +71,7 @@ def test_wrong_maxima_are_refused(option, value):
 
 def test_a_package_that_is_not_installed_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
-    with pytest.raises(UserError, match=r"pip install 'fedmllm\[easy-vqa\]'"):
+    with pytest.raises(UserError, match=r"pip install -c constraints.txt -e '.\[easy-vqa\]'"):
         load_dataset("easy-vqa")
 
 

@@ -201,12 +201,14 @@ def test_without_the_package_the_message_says_what_to_install(monkeypatch, tmp_p
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
     )
-    with pytest.raises(UserError, match=r"pip install 'fedmllm\[4bit\]'"):
+    with pytest.raises(UserError, match=r"install -c constraints.txt -e '.\[4bit\]'"):
         Mllm.load("embedded", Path(model_path("embedded")), quantization="nf4")
     settings = json.loads((Path(model_path("embedded")) / "config.json").read_text())
     settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"in 4 bit, needs .* pip install 'fedmllm\[4bit\]'"):
+    with pytest.raises(
+        UserError, match=r"in 4 bit, needs .* install -c constraints.txt -e '.\[4bit\]'"
+    ):
         Mllm.load("x", tmp_path)
 
 

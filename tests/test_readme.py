@@ -45,7 +45,7 @@ def test_make_targets_exist() -> None:
 def test_commands_parse_and_their_configs_are_good() -> None:
     found = commands(README)
     assert len(found) >= 16
-    assert ["deploy", "init", "FILE", "--sites", "3"] in found
+    assert ["deploy", "init", "FILE", "--sites", "3", "partition.clients=3"] in found
     for words in found:
         check_command(words)
 
@@ -119,6 +119,15 @@ def test_nobody_is_sent_to_an_index_for_fedmllm() -> None:
         assert not re.search(r"pip (install|download) [^`]*(?<![\w./-])fedmllm(?![\w-])", text), (
             page
         )
+
+
+def test_no_message_sends_to_an_index_either() -> None:
+    for file in (ROOT / "src" / "fedmllm").rglob("*.py"):
+        for line in file.read_text().splitlines():
+            assert not re.search(r"pip (install|download) .*(?<![\w./-])fedmllm(?![\w-])", line), (
+                file,
+                line,
+            )
 
 
 def test_links_lead_somewhere() -> None:

@@ -53,9 +53,12 @@ app.add_typer(cli_deploy.app, name="deploy")
 
 @app.command()
 def run(
-    experiment: Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")],
+    experiment: Annotated[
+        Path, typer.Argument(help="A YAML file, e.g. experiments/memes-fedavg.yaml.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, e.g. training.rounds=5 scenario=cross.")
+        list[str] | None,
+        typer.Argument(help="key=value, e.g. training.rounds=5 setting=cross-i5t5."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder. [default: runs/NAME]", show_default=False)
@@ -106,9 +109,11 @@ def run(
 
 @app.command()
 def plan(
-    experiment: Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")],
+    experiment: Annotated[
+        Path, typer.Argument(help="A YAML file, e.g. experiments/memes-fedavg.yaml.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, e.g. model.path=FOLDER lora.rank=16.")
+        list[str] | None, typer.Argument(help="key=value, e.g. training.rounds=5 lora.rank=16.")
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory to fit into, e.g. 24GB. [default: what is free]")

@@ -14,14 +14,16 @@ from typing import Annotated
 
 import typer
 
-from fedmllm.errors import UserError
+from fedmllm.errors import UserError, needs_package
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Run an experiment over several machines (needs the extra nvflare).",
+    help="Run an experiment over several machines (with the extra nvflare, or Flower).",
 )
 
-Experiment = Annotated[Path, typer.Argument(help="A YAML file, e.g. experiments/memes.yaml.")]
+Experiment = Annotated[
+    Path, typer.Argument(help="A YAML file, e.g. experiments/memes-fedavg.yaml.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. partition.clients=3.")]
 Sites = Annotated[str, typer.Option(help="How many, or their names: clinic-a,clinic-b.")]
 MinSites = Annotated[
@@ -34,7 +36,7 @@ Folder = Annotated[Path, typer.Argument(help="The folder that `deploy init` made
 
 def _needs_nvflare() -> None:
     if importlib.util.find_spec("nvflare") is None:
-        raise UserError('deploy needs NVFlare: pip install "fedmllm[nvflare]"')
+        raise UserError(needs_package("deploy", "NVFlare", "nvflare"))
 
 
 @app.command()

@@ -34,6 +34,16 @@ def unknown(kind: str, given: object, allowed: Iterable[str]) -> str:
     return f"unknown {kind} {str(given)!r}: choose {listed}{hint}"
 
 
+def needs_package(what: str, package: str, extra: str) -> str:
+    """One line for a package that is not installed. No index has FedMLLM, so pip is sent to the
+    clone.
+
+    >>> needs_package("4 bit", "bitsandbytes", "4bit")
+    "4 bit needs bitsandbytes: in a clone, pip install -c constraints.txt -e '.[4bit]'"
+    """
+    return f"{what} needs {package}: in a clone, pip install -c constraints.txt -e '.[{extra}]'"
+
+
 class HasOptions(Protocol):
     """What a registry holds: something that names its options."""
 

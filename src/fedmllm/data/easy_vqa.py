@@ -16,7 +16,7 @@ from types import ModuleType
 from fedmllm.data.dataset import Dataset, DatasetSpec
 from fedmllm.data.images import ImageFile
 from fedmllm.data.sample import Sample, Task
-from fedmllm.errors import UserError
+from fedmllm.errors import UserError, needs_package
 from fedmllm.rng import uniform
 
 TASK = Task(name="easy-vqa", kind="open", metric="accuracy")
@@ -43,7 +43,7 @@ def _package() -> ModuleType:
         import easy_vqa
     except ImportError as error:
         raise UserError(
-            "dataset 'easy-vqa' needs the package easy-vqa: pip install 'fedmllm[easy-vqa]'"
+            needs_package("dataset 'easy-vqa'", "the package easy-vqa", "easy-vqa")
         ) from error
     return easy_vqa
 

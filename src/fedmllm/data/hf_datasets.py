@@ -35,7 +35,7 @@ from fedmllm.data.rows import (
     dataset_of,
 )
 from fedmllm.data.sample import ImageSource
-from fedmllm.errors import UserError, unknown
+from fedmllm.errors import UserError, needs_package, unknown
 
 NONE = "none"
 _SAVED = "save it by dataset.save_to_disk(FOLDER)"
@@ -199,7 +199,7 @@ def _arrow(folder: Path) -> Any:
         import pyarrow as pa
     except ImportError as error:
         raise UserError(
-            "dataset 'hf-datasets' needs the package pyarrow: pip install 'fedmllm[datasets]'"
+            needs_package("dataset 'hf-datasets'", "the package pyarrow", "datasets")
         ) from error
     listed = _json(folder / "state.json").get("_data_files")
     files = listed if isinstance(listed, list) else []

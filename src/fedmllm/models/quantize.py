@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from fedmllm.errors import UserError
+from fedmllm.errors import UserError, needs_package
 from fedmllm.models.lora import decoder_of
 
 
@@ -68,7 +68,7 @@ def check_quantised(path: str | Path, config: Any) -> None:
 
 def _need_package(what: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{what} needs the package bitsandbytes: pip install 'fedmllm[4bit]'")
+        raise UserError(needs_package(what, "the package bitsandbytes", "4bit"))
 
 
 def kept_modules(base: Any) -> list[str]:
