@@ -35,20 +35,28 @@ def test_who_has_it_off_keeps_it_off() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["import fedmllm; fedmllm.run", "from fedmllm.cli import run; run('absent.yaml')"]
+    ("command", "frozen"),
+    [
+        ("import fedmllm; fedmllm.run", False),
+        ("from fedmllm.cli import run; run('absent.yaml')", True),
+        ("import torch; from fedmllm.cli import run; run('absent.yaml')", False),
+    ],
 )
-def test_the_library_and_the_command_import_by_it(command) -> None:
-    """In a new process no collection happens while torch is imported, and it is on at the end."""
+def test_the_library_and_the_command_import_by_it(command, frozen) -> None:
+    """In a new process no collection happens while torch is imported, and it is on at the end. What
+    the command imports is put aside for good; of a process that is somebody else's nothing is."""
     code = f"""
 import gc, sys
 runs = []
-gc.callbacks.append(lambda phase, info: runs.append("torch" in sys.modules))
+gc.callbacks.append(lambda phase, info: runs.append("transformers" in sys.modules))
 try:
     {command}
 except Exception as error:
     assert "absent.yaml" in str(error), error
 assert gc.isenabled()
-print(sum(runs))
+print(sum(runs), gc.get_freeze_count())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 10, "thousands, if it does not rest"
+    collections, put_aside = map(int, done.stdout.split())
+    assert collections < 10, "thousands, if it does not rest"
+    assert (put_aside > 100_000) is frozen

@@ -81,7 +81,7 @@ def run(
     ] = None,
 ) -> None:
     """Run one experiment and write its folder: result, curves, manifest, adapter."""
-    with collector_at_rest():
+    with collector_at_rest(our_process=True):
         from fedmllm.config import load_config
         from fedmllm.experiment import run as run_experiment
         from fedmllm.progress import RunProgress
@@ -132,7 +132,7 @@ def plan(
     """Say what an experiment will take: parameters, bytes, memory, time. Reads no weights."""
     import json
 
-    with collector_at_rest():
+    with collector_at_rest(our_process=True):
         from fedmllm.config import load_config
         from fedmllm.plan import make_plan, parse_size
 
@@ -185,7 +185,7 @@ def bench(
 
     Exit code 1 if a cell failed; the others have run.
     """
-    with collector_at_rest():
+    with collector_at_rest(our_process=True):
         from fedmllm.bench import load_grid, processes_for, run_grid
         from fedmllm.bench.table import ended_lines, plan_lines
 
@@ -237,7 +237,7 @@ def predict(
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
 ) -> None:
     """Answer for one image and/or text with a trained adapter."""
-    with collector_at_rest():
+    with collector_at_rest(our_process=True):
         from fedmllm.predict import predict as answer
 
     answer_, options = answer(adapter, image=image, text=text, question=question, device=device)
@@ -331,7 +331,7 @@ def rerun(
     ] = False,
 ) -> None:
     """Run a result's config again and say whether the numbers agree; exit code 1 if not."""
-    with collector_at_rest():
+    with collector_at_rest(our_process=True):
         from fedmllm.progress import RunProgress
         from fedmllm.report.compare import agreement_lines, load_one
         from fedmllm.rerun import run_again
@@ -366,7 +366,7 @@ def demo(
     processes: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
 ) -> None:
     """Six runs on the embedded model and meme task: what modality heterogeneity costs."""
-    with collector_at_rest():
+    with collector_at_rest(our_process=True):
         from fedmllm.demo import run_demo
 
     run_demo(out, processes=processes)

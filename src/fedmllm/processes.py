@@ -85,7 +85,7 @@ def _begin(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    with collector_at_rest():
+    with collector_at_rest(our_process=True):
         target, arguments = pickle.loads(work)  # which imports what they need
     target(pipe, *arguments)
 
