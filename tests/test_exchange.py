@@ -124,6 +124,8 @@ def test_sites_give_the_bits_and_facts_of_one_process(
         line["loss"] for line in result["history"]
     ]
     assert "not_in_exchange" not in found["network"]
+    told = [message.facts for _, task, message in link.sent if task in ("hits", "exchanged")]
+    assert {facts["clients"] for facts in told} == {3}
     for _, _, message in link.came:
         check_release(message, Reveal(features=True))
         facts = json.dumps(message.facts)
@@ -514,6 +516,34 @@ def test_what_a_site_is_given_is_checked_there(answers, mllm) -> None:
     with pytest.raises(UserError, match="was given mixtures, and it has images"):
         site.exchanged(Message(good.tensors, {"run": "r", "filled": ["image"], **good.facts}))
     assert not list(site.kit.glob("state/r/*"))
+
+
+def test_bounds_go_by_the_sites_that_there_are(answers, mllm) -> None:
+    """The experiment has 3 parties, which parties with data of their own may be more than."""
+    site, sums, _, made = answers
+    many = Message({name: value * 64 for name, value in sums.tensors.items()})
+    with pytest.raises(UserError, match="1 to 384 can be"):
+        site.hits(many)
+    assert site.hits(Message(many.tensors, {"clients": 64})).facts["hits"]
+    classes, groups = site.session.task.classes, wire.unpack_groups(made.tensors)
+    pool = {
+        ("mixture", str(i)): {name: value.clone() for name, value in groups["mixture", "0"].items()}
+        for i in range(13)
+    }
+    facts = {"filled": ["image"], "mixtures": made.facts["mixtures"][:1] * 13}
+
+    def given(**more: Any) -> Any:
+        message = Message(wire.pack_groups(pool), {**facts, **more})
+        return exchange.unpack_outcome(message, site.config, classes=classes, mllm=mllm)
+
+    with pytest.raises(UserError, match="more than 12 of a class"):
+        given()
+    assert [len(each) for each in given(clients=4)[1].values()] == [13]
+    for wrong in (0, -1, True, 1.0, "4", None, 10**9):
+        with pytest.raises(UserError, match="is no number of sites"):
+            given(clients=wrong)
+        with pytest.raises(UserError, match="is no number of sites"):
+            site.hits(Message(sums.tensors, {"clients": wrong}))
 
 
 # -- what may leave ------------------------------------------------------------------------------

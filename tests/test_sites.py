@@ -136,6 +136,29 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, shared_model) -> None:
         site.train(wire.pack_state(state, ("control",), facts))
 
 
+def test_what_a_site_keeps_of_late_rounds_pushes_nothing_out_that_is_needed(
+    tmp_path, shared_model
+) -> None:
+    """The server's state builds on round 1 while four later ones come too late; then on the last
+    of them, and the first may go."""
+    kits = make_kits(tmp_path, experiment(algorithm="scaffold"))
+    site = Site(kits[SITES[0]], hash_of(kits["server"]))
+    params = shared_model.get_adapter()
+
+    def train(round_: int, since: int) -> list[str]:
+        state = ServerState(round_ - 1, params, {"control": params})
+        facts = {"run": "r", "lr": 0.0, "clients": 3, "since": since}
+        site.train(wire.pack_state(state, ("control",), facts))
+        found = kits[SITES[0]].glob("state/r/memory-*.safetensors")
+        return sorted(file.stem[-1] for file in found)
+
+    train(1, 0)
+    for late in (2, 3, 4, 5):
+        kept = train(late, 1)
+    assert kept == ["1", "3", "4", "5"]
+    assert train(6, 5) == ["4", "5", "6"]
+
+
 def test_sites_with_files_of_their_own(tmp_path, shared_model, monkeypatch) -> None:
     """Each holds one conversation file; the server holds the test file. As in one process."""
     whole = make_config(experiment())
@@ -374,7 +397,7 @@ FACTS = {
     "manifest_sha256": None,
     "samples": 1,
     "held_out": False,
-    "task": {"name": "t"},
+    "task": {"name": "t", "kind": "open", "metric": "accuracy", "classes": [], "question": ""},
     "reveal": {"samples": True, "metrics": True},
 }
 
@@ -486,6 +509,32 @@ def test_a_lost_site_is_not_waited_for_and_two_lost_ones_are() -> None:
     assert told[-1]["doing"] == "waiting for sites"
 
 
+_SOME = {"client": SITES[1], "num_samples": 1, "delta": {"w": [1.0, 1.0]}}
+
+
+def test_a_site_that_dies_while_it_is_greeted_is_greeted_when_it_is_back() -> None:
+    """Its greeting is lost with its process, and no reply says so."""
+    slow = True
+
+    def script(site: str, task: str, times: int) -> Any:
+        late = site == SITES[2] and slow and (task == "train" or times > 1)
+        return None if late else ...
+
+    link = FakeLink(script)
+    runner, _ = network(link)
+    runner.greet_all()
+    one_round(runner)
+    runner.ready(SITES)  # it is greeted
+    link.lost = {SITES[2]}
+    link.queue = [item for item in link.queue if item[1] != SITES[2]]
+    runner.ready(SITES)
+    assert runner.away == {SITES[2]: "its process has ended"}
+    link.lost, slow = set(), False
+    for _ in range(3):
+        runner.ready(SITES)
+    assert list(runner.ready(SITES)) == list(SITES)
+
+
 def test_a_bad_update_is_a_failed_site_and_not_the_end() -> None:
     def packed(**change: Any) -> Message:
         update = replace(Update(SITES[1], 1, {"w": torch.ones(2)}), **change)
@@ -506,6 +555,15 @@ def test_a_bad_update_is_a_failed_site_and_not_the_end() -> None:
         "has torch.int64 at w, not floats": packed(delta={"w": torch.tensor([1, 2])}),
         "carries extras ['control']": packed(extra={"control": {"w": torch.ones(2)}}),
         "metric loss is 'low'": packed(metrics={"loss": "low"}),
+        "metric loss is 1000000": packed(metrics={"loss": 10**400}),
+        "metric loss is inf": packed(metrics={"loss": math.inf}),
+        "metric loss is nan": packed(metrics={"loss": math.nan}),
+        "dictionary update sequence": Message(facts={"update": "x"}),
+        "is not iterable": Message(facts={"update": 5}),
+        "not a mapping|no attribute": Message(facts={"update": {**_SOME, "metrics": 5}}),
+        "not support item assignment": Message(
+            {"extra|control|w": torch.ones(2)}, {"update": {**_SOME, "extra": "x"}}
+        ),
     }
     for words, message in bad.items():
         link = FakeLink(
@@ -517,6 +575,22 @@ def test_a_bad_update_is_a_failed_site_and_not_the_end() -> None:
         assert record.missing == (SITES[1],), words
         found = [line["failed"][SITES[1]] for line in told if line.get("failed")]
         assert any(any(w in why for w in words.split("|")) for why in found), (words, found)
+
+
+def test_numbers_that_only_their_sum_is_too_large_do_not_end_a_run() -> None:
+    """Whole numbers that a float holds each; a mean over sites is one of floats."""
+    large = {SITES[0]: 10**308, SITES[1]: 10**308, SITES[2]: 0.5}
+
+    def script(site: str, task: str, times: int) -> Any:
+        if task != "train":
+            return ...
+        told = {"loss": 1.0, "term": large[site]}
+        found = wire.pack_update(Update(site, 1, {"w": torch.ones(2)}, metrics=told))
+        return Message(found.tensors, {"update": found.facts})
+
+    runner, _ = network(FakeLink(script))
+    runner.greet_all()
+    assert one_round(runner)[1].cohort == SITES
 
 
 def test_extras_that_an_algorithm_asks_for_are_checked() -> None:
@@ -547,7 +621,8 @@ def test_extras_that_an_algorithm_asks_for_are_checked() -> None:
 
 def test_sites_that_disagree_among_themselves() -> None:
     """The server has no data: the second split and the second task are refused."""
-    for fact, value in {"task": {"name": "u"}, "manifest_sha256": "m2"}.items():
+    other = {**FACTS["task"], "name": "u"}
+    for fact, value in {"task": other, "manifest_sha256": "m2"}.items():
         first = {**FACTS, "manifest_sha256": "m1"}
         link = FakeLink(
             lambda site, task, times, f=fact, v=value, g=first: (
@@ -560,6 +635,38 @@ def test_sites_that_disagree_among_themselves() -> None:
         assert list(runner.ready(SITES)) == list(SITES[:2])
         with pytest.raises(UserError, match="1 of 3 sites were refused, and a round needs 3"):
             network(link, min_sites=3)[0].greet_all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"problems": 5}, "problems: 5 is no list"),
+        ({"layout": {"w": 7}}, "adapter: w is [2] at the server, 7 at the site"),
+        ({"layout": {"w": [2.0]}}, "adapter: w is [2] at the server, [2.0] at the site"),
+        ({"reveal": [1]}, "reveal: [1] does not say yes or no"),
+        ({"reveal": {"samples": True}}, "reveal: {'samples': True} does not say yes or no"),
+        ({"held_out": "all"}, "held_out: the site does not say"),
+        ({"manifest_sha256": ...}, "manifest: the site states no hash"),
+        ({"samples": ...}, "samples: the site does not say"),
+        ({"samples": True}, "samples: the site has True"),
+        ({"task": ...}, "task: the site states none"),
+        ({"task": {"name": "t"}}, "task: ['name'] are not the texts"),
+        ({"task": {**FACTS["task"], "classes": 3}}, "task: classes are 3"),
+        ({"task": {**FACTS["task"], "kind": 3}}, "are not the texts"),
+    ],
+)
+@pytest.mark.parametrize("bad", SITES[:2])
+def test_a_hello_in_a_wrong_form_is_a_refused_site_and_not_the_end(bad, change, words) -> None:
+    """Whether it is the first that answers, or is compared with another."""
+    odd = {key: value for key, value in {**FACTS, **change}.items() if value is not ...}
+    link = FakeLink(
+        lambda site, task, times: Message(facts=odd) if (site, task) == (bad, "hello") else ...
+    )
+    runner, _ = network(link, weighted=True)
+    runner.greet_all()
+    assert list(runner.refused) == [bad]
+    assert words in runner.refused[bad]
+    assert one_round(runner, runner.ready(SITES))[1].missing == ()
 
 
 @pytest.mark.parametrize(("fetches", "waited"), [(4.0, 4.0), (math.inf, 12.0), (None, 1.0)])
@@ -603,6 +710,8 @@ def test_a_site_that_gives_no_scores_in_the_end_is_named() -> None:
         ("out of memory", "out of memory"),
         (Message(facts={"metrics": {}}), "sent no scores"),
         (Message(facts={"metrics": {"accuracy": "high"}}), "sent no scores"),
+        (Message(facts={"metrics": {"accuracy": 10**400}}), "sent no scores"),
+        (Message(facts={"metrics": {"accuracy": math.inf}}), "sent no scores"),
     ]:
         runner, _ = network(FakeLink(answer(SITES[1], what)))
         runner.greet_all()
@@ -644,6 +753,19 @@ def test_updates_travel_to_the_bit(tmp_path) -> None:
     (tmp_path / "m").write_bytes(b"not a message")
     with pytest.raises(UserError, match="is not a message"):
         wire.read(tmp_path / "m")
+
+
+def test_numbers_of_a_site() -> None:
+    """A score may have no value (NaN); what no float holds is no number."""
+    told = {"a": 0.5, "b": 1, "c": True, "d": "1", "e": 10**400, "f": -math.inf, "g": math.nan}
+    found = wire.numbers(told)
+    assert list(found) == ["a", "b", "g"]
+    assert (found["a"], found["b"], math.isnan(found["g"])) == (0.5, 1.0, True)
+    assert wire.numbers([1.0]) == {}
+    for facts in ("[1]", "[" * 10**5):
+        header = json.dumps({"__metadata__": {"facts": facts}}).encode()
+        with pytest.raises(UserError, match="are not a message"):
+            wire.from_bytes(len(header).to_bytes(8, "little") + header)
 
 
 def test_what_may_not_leave() -> None:
@@ -799,7 +921,7 @@ def test_what_is_no_profile_is_refused(tmp_path) -> None:
     file = tmp_path / "network.json"
     file.write_text('{"run": "r"}')
     good = {"modalities": [1, 2, 3, 4], "labels": [1, 2]}
-    task = {"classes": ["no", "yes"]}
+    task = {**FACTS["task"], "classes": ["no", "yes"]}
     for facts, words in [
         ({"task": task}, "profile: none"),
         ({"task": task, "profile": [1, 2]}, "not one"),
@@ -944,7 +1066,10 @@ def test_settings_of_a_machine(tmp_path) -> None:
     kit = make_kits(tmp_path / "fusion", experiment(strategy={"fusion": 1.0}))[SITES[0]]
     with pytest.raises(UserError, match=r"strategy\.fusion works in one process only"):
         agreed.site_config(kit, settings.load_site(kit), kit / "experiments" / "x.yaml")
-    change_settings(kits["server"], min_sites=4)
+    change_settings(kits["server"], sites=["b", "a", "c", "a", "b"])
+    with pytest.raises(UserError, match="sites: a, b more than once"):
+        settings.load_server(kits["server"])
+    change_settings(kits["server"], sites=list(SITES), min_sites=4)
     with pytest.raises(UserError, match="min_sites is 4, and there are 3 sites"):
         settings.load_server(kits["server"])
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -160,6 +160,9 @@ class NetworkRunner:
         for ticket in [t for t, site in self._briefings.items() if site in self.link.gone()]:
             self.link.cancel(ticket)
             self._leave(self._briefings.pop(ticket), "its process has ended")
+        for ticket in [t for t, site in self._greetings.items() if site in self.link.gone()]:
+            self.link.cancel(ticket)
+            self._leave(self._greetings.pop(ticket), "its process has ended")
         greeted = {*self._greetings.values(), *self._briefings.values()}
         for site in self._awaited():
             if site not in greeted and self.clock() >= self._not_before.get(site, 0.0):
@@ -188,7 +191,8 @@ class NetworkRunner:
             self._refuse(reply.site, reply.error)
             return
         facts = reply.message.facts
-        problems = handshake.differences(self.server, facts) or list(facts.get("problems", ()))
+        problems = handshake.differences(self.server, facts) or handshake.malformed(facts)
+        problems = problems or list(facts.get("problems", ()))
         problems = problems or self._unlike_others(reply.site, facts)
         problems = problems or self.accept(reply.site, facts)
         if problems:
@@ -230,7 +234,7 @@ class NetworkRunner:
 
     def _unlike_others(self, site: str, facts: Mapping[str, Any]) -> list[str]:
         """What only the sites know: the task and, where the server has no data, the split."""
-        if self.weighted and not facts.get("reveal", {}).get("samples"):
+        if self.weighted and not facts["reveal"]["samples"]:
             return ["samples: it hides how many it has, and this run is weighted by samples"]
         for other, theirs in self.facts.items():
             if other == site:
@@ -330,7 +334,7 @@ class NetworkRunner:
                     if reply.message is None:
                         raise UserError(reply.error)
                     found[site] = take(site, reply.message)
-                except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+                except wire.BAD as error:
                     failed[site] = str(error)
                     pause = self.pauses[min(tries.get(site, 0), len(self.pauses) - 1)]
                     tries[site], again[site] = tries.get(site, 0) + 1, self.clock() + pause
@@ -447,7 +451,8 @@ class _Round:
             update = wire.unpack_update(Message(reply.message.tensors, facts["update"]))
             slots = {slot: self.state.slots[slot] for slot in self.broadcast}
             wire.check_update(update, site=reply.site, params=self.state.params, slots=slots)
-        except (UserError, KeyError, TypeError, AttributeError) as error:
+            update = replace(update, metrics={k: float(v) for k, v in update.metrics.items()})
+        except wire.BAD as error:
             self._fail(reply.site, f"sent what is no update: {error}")
             return None
         if facts.get("memory"):

@@ -47,12 +47,22 @@ _KEY = re.compile(r"mixture:[0-9a-f]{32}")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can hold
 _ANY_LENGTH = 2**30  # whether a text and a picture fit together is asked when they are encoded
 _LEVELS = 16  # of deepstack features: more than any model has
+_SITES = 2**16  # more than a federation has
 _LARGEST = float(torch.finfo(torch.float32).max)  # of a state, which is float32
 
 
 def used(config: Config) -> bool:
     """Whether the experiment has an exchange."""
     return bool(config.strategy.evidence or config.strategy.mixtures)
+
+
+def sites_of(message: Message, config: Config) -> int:
+    """How many sites there are, which bounds what everybody gave: as the server says (``clients``),
+    or the experiment's parties. Raises `UserError` if it cannot be."""
+    found = message.facts.get("clients", config.partition.clients)
+    if type(found) is not int or not 1 <= found <= _SITES:
+        raise UserError(f"clients: {found!r} is no number of sites: 1 to {_SITES} can be")
+    return found
 
 
 # -- sums and hits -------------------------------------------------------------------------------
@@ -264,9 +274,9 @@ def _reads(mllm: Mllm, prompted: Prompted) -> bool:
 # -- what came of it -----------------------------------------------------------------------------
 
 
-def pack_outcome(fill: Collection[str], pool: Mixtures, run: str) -> Message:
-    """What a site is given before it trains."""
-    return pack_mixtures(pool, {"run": run, "filled": sorted(fill)})
+def pack_outcome(fill: Collection[str], pool: Mixtures, run: str, clients: int) -> Message:
+    """What a site is given before it trains. clients: how many sites there are."""
+    return pack_mixtures(pool, {"run": run, "filled": sorted(fill), "clients": clients})
 
 
 def unpack_outcome(
@@ -279,7 +289,7 @@ def unpack_outcome(
         raise UserError(f"filled: {filled!r} are not some of {', '.join(MODALITIES)}")
     if not config.strategy.evidence and sorted(filled) != sorted(MODALITIES):
         raise UserError(f"filled: {filled!r}, and without strategy.evidence all are")
-    most = MOST * config.partition.clients if config.strategy.mixtures else 0
+    most = MOST * sites_of(message, config) if config.strategy.mixtures else 0
     max_length = config.training.max_length
     pool = unpack_mixtures(message, classes=classes, mllm=mllm, max_length=max_length, most=most)
     return tuple(filled), pool
@@ -324,7 +334,7 @@ class Exchanges:
         if pool and site not in self._takers():
             facts = json.loads(self.run_file.read_text())
             write_json(self.run_file, {**facts, "takers": sorted([*self._takers(), site])})
-        return pack_outcome(fill, pool, self.runner.run)
+        return pack_outcome(fill, pool, self.runner.run, len(self.runner.sites))
 
     def found(self) -> tuple[Evidence | None, Exchange | None]:
         """For the result; who came later and took mixtures is counted."""
@@ -357,7 +367,7 @@ class Exchanges:
                 ),
             )
             there = list(sums)
-            message = pack_sums(totals(sums))
+            message = Message(pack_sums(totals(sums)).tensors, {"clients": len(self.runner.sites)})
             hits = self._step(
                 "hits",
                 dict.fromkeys(there, message),

@@ -7,8 +7,10 @@ task, the site answers with its own and with what it finds wrong, and the server
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+from fedmllm.data.sample import Task
 from fedmllm.errors import UserError
 from fedmllm.sites.digests import layout_digest
 from fedmllm.sites.wire import PROTOCOL
@@ -53,9 +55,40 @@ def differences(server: Mapping[str, Any], site: Mapping[str, Any]) -> list[str]
             )
     found += layout_problem(server.get("layout"), site.get("layout"))
     samples = site.get("samples")
-    if samples is not None and (not isinstance(samples, int) or samples < 1):
+    if samples is not None and (type(samples) is not int or samples < 1):
         found.append(f"samples: the site has {samples}: at least 1 is needed to train")
     return found
+
+
+def malformed(site: Mapping[str, Any]) -> list[str]:
+    """What a site states of itself in a form that it cannot have, a sentence each."""
+    found = []
+    problems, reveal = site.get("problems", []), site.get("reveal")
+    if not isinstance(problems, list):
+        found.append(f"problems: {problems!r} is no list")
+    if not isinstance(reveal, Mapping) or any(
+        type(reveal.get(what)) is not bool for what in ("samples", "metrics")
+    ):
+        found.append(f"reveal: {reveal!r} does not say yes or no of samples and of metrics")
+    if type(site.get("held_out")) is not bool:
+        found.append("held_out: the site does not say whether it has held any samples out")
+    if not isinstance(site.get("manifest_sha256", 0), str | None):
+        found.append("manifest: the site states no hash of it, nor that it has none")
+    if "samples" not in site:
+        found.append("samples: the site does not say how many it has, nor that it hides that")
+    return found + _task_problem(site.get("task"))
+
+
+def _task_problem(task: Any) -> list[str]:
+    if not isinstance(task, Mapping):
+        return ["task: the site states none"]
+    texts = {item.name for item in fields(Task)} - {"classes"}
+    classes = task.get("classes")
+    if task.keys() != {*texts, "classes"} or not all(isinstance(task[t], str) for t in texts):
+        return [f"task: {sorted(task)} are not the texts and classes of one"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return [f"task: classes are {classes!r}, not a list of names"]
+    return []
 
 
 def layout_problem(ours: Any, theirs: Any) -> list[str]:
@@ -68,8 +101,8 @@ def layout_problem(ours: Any, theirs: Any) -> list[str]:
     if names:
         what = f"{len(names)} tensors are with one of the two only, e.g. {names[0]}"
     else:
-        name = next(n for n in sorted(ours) if list(ours[n]) != list(theirs[n]))
-        what = f"{name} is {list(ours[name])} at the server, {list(theirs[name])} at the site"
+        name = next(n for n in sorted(ours) if str(ours[n]) != str(theirs[n]))
+        what = f"{name} is {ours[name]} at the server, {theirs[name]} at the site"
     return [f"adapter: {what}: use the same lora and trained sections"]
 
 

@@ -107,6 +107,9 @@ def load_site(kit: Path) -> SiteFile:
 def load_server(kit: Path) -> ServerFile:
     """The server's file. Raises `UserError` that lists its problems."""
     found = _load(kit / FILE, ServerFile)
+    twice = sorted({site for site in found.sites if found.sites.count(site) > 1})
+    if twice:
+        raise UserError(f"{kit / FILE}: sites: {', '.join(twice)} more than once")
     if found.min_sites > len(found.sites):
         raise UserError(
             f"{kit / FILE}: min_sites is {found.min_sites}, and there are {len(found.sites)} sites"

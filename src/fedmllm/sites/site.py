@@ -53,7 +53,7 @@ from fedmllm.sites import agreed, digests, exchange, handshake, profiles, settin
 from fedmllm.sites.handshake import RefusedError
 from fedmllm.sites.wire import Message, pack_update, unpack_state
 
-KEEP = 3  # memories of a client
+KEEP = 3  # newest memories of a client; the one that the server builds on besides
 
 
 class Site:
@@ -137,13 +137,14 @@ class Site:
             self._take_given(str(facts["run"]))
         if self.config.strategy.weighs_by_profile:
             self.runner.weights = {self.name: self._weight(facts)}
-        kept = self._memory(run, int(facts["since"]))
+        since = int(facts["since"])
+        kept = self._memory(run, since)
         self.runner.memory = {} if kept is None else {self.name: kept}
         arrivals = self.runner.train(round_, [self.name], algorithm, state, lr=float(facts["lr"]))
         update = next(update for _, update in arrivals)
         memory = self.runner.memory.get(self.name)
         if memory is not None:
-            _keep(run, round_, memory)
+            _keep(run, round_, memory, since)
         packed = pack_update(self._revealed(update))
         return Message(packed.tensors, {"update": packed.facts, "memory": memory is not None})
 
@@ -170,7 +171,7 @@ class Site:
             message,
             classes=classes,
             width=self.session.mllm.width,
-            most=TESTED * self.config.partition.clients,
+            most=TESTED * exchange.sites_of(message, self.config),
         )
         for name, one in own.items():
             if name not in everybody or (everybody[name].counts < one.counts).any():
@@ -323,14 +324,17 @@ def session_of(config: Config, mllm: Mllm, dataset: Dataset, folder: Path) -> Se
     return Session(config, folder, shared, dataset.task, test, listener, time.perf_counter())
 
 
-def _keep(run: Path, round_: int, memory: Params) -> None:
+def _keep(run: Path, round_: int, memory: Params, since: int) -> None:
+    """Write a client's memory and delete old ones, but never that of round `since`, on which the
+    server's state builds: rounds that came too late may be many."""
     draft = run / "draft.safetensors"
     save_file(memory, draft)
     with draft.open("rb") as opened:
         os.fsync(opened.fileno())
     draft.replace(run / _name(round_))
     for old in sorted(run.glob("memory-*.safetensors"))[:-KEEP]:
-        old.unlink()
+        if old.name != _name(since):
+            old.unlink()
 
 
 def _name(round_: int) -> str:

@@ -11,6 +11,7 @@ a change here, and so does any slot of `Algorithm.broadcast`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -25,6 +26,8 @@ from fedmllm.alignment import ANSWERS, PROTOTYPES
 from fedmllm.errors import UserError
 
 PROTOCOL = 1
+# what reading a message of a site may raise, whatever the site put into it
+BAD = (UserError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 TASKS = ("hello", "sums", "hits", "mixtures", "exchanged", "train", "evaluate", "refused")
 SEP = "|"
 _FACTS = "facts"
@@ -125,8 +128,8 @@ def check_update(
             if not torch.isfinite(value.to(torch.float32)).all():
                 raise UserError(f"update of {site} is not finite at {name}")
     for name, number in update.metrics.items():
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise UserError(f"update of {site}: metric {name} is {number!r}, not a number")
+        if not _is_finite(number):
+            raise UserError(f"update of {site}: metric {name} is {number!r}, not a finite number")
 
 
 def _check_extras(update: Update, site: str, slots: Mapping[str, Params]) -> None:
@@ -143,9 +146,22 @@ def _check_extras(update: Update, site: str, slots: Mapping[str, Params]) -> Non
 
 
 def numbers(found: Any) -> dict[str, float]:
-    """The numbers by name of what should be nothing else."""
+    """The numbers by name of what should be nothing else: finite, or NaN where a score has no
+    value."""
     items = found.items() if isinstance(found, Mapping) else ()
-    return {str(k): v for k, v in items if type(v) in (int, float)}
+    return {str(k): v for k, v in items if _is_finite(v) or _is_nan(v)}
+
+
+def _is_finite(number: Any) -> bool:
+    """Whether it is a number that a float holds."""
+    try:
+        return type(number) in (int, float) and math.isfinite(float(number))
+    except OverflowError:
+        return False
+
+
+def _is_nan(number: Any) -> bool:
+    return isinstance(number, float) and math.isnan(number)
 
 
 def write(message: Message, file: Path) -> None:
@@ -174,8 +190,10 @@ def from_bytes(blob: bytes) -> Message:
     try:
         size = int.from_bytes(blob[:8], "little")
         facts = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"][_FACTS])
+        if not isinstance(facts, dict):
+            raise TypeError("its facts are no JSON object")
         return Message(load(blob), facts)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{len(blob)} bytes are not a message: {error}") from error
 
 

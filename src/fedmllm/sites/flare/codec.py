@@ -74,8 +74,9 @@ def to_message(shareable: Shareable) -> Message:
     try:
         dxo = from_shareable(shareable)
         facts: Any = json.loads(dxo.get_meta_prop(FACTS))
-    except (ValueError, TypeError, KeyError) as error:
+        tensors = dict(dxo.data or {})
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"not a message of fedmllm: {error}") from error
     if not isinstance(facts, dict):
         raise UserError("not a message of fedmllm: its facts are no JSON object")
-    return Message(dict(dxo.data or {}), facts)
+    return Message(tensors, facts)

@@ -13,7 +13,6 @@ from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid, ServerApp
 
 from fedmllm.config import config_hash, load_config
-from fedmllm.errors import UserError
 from fedmllm.sites import settings, wire
 from fedmllm.sites.central import Reply
 from fedmllm.sites.serving import serve
@@ -119,10 +118,10 @@ class FlowerLink:
     def _taken(self, found: Any) -> Reply | None:
         """What an arrived message is: who a node is, or a site's reply."""
         key = found.metadata.reply_to_message_id
-        facts = {} if found.has_error() else dict(found.content.config_records["reply"])
+        facts = {} if found.has_error() else found.content.config_records.get("reply")
         if key in self.asked:
             node, _ = self.asked.pop(key)
-            site = str(facts.get("site"))
+            site = str((facts or {}).get("site"))
             if site in self.sites:
                 self.nodes.setdefault(site, node)
             return None
@@ -131,11 +130,14 @@ class FlowerLink:
         ticket, site = self.open.pop(key)
         if found.has_error():
             return Reply(ticket, site, error=f"Flower: {found.error.reason or found.error.code}")
+        if facts is None:
+            return Reply(ticket, site, error="the site sent no reply")
         if "error" in facts:
-            return Reply(ticket, site, error=str(facts["error"]), final=bool(facts["final"]))
+            final = bool(facts.get("final"))
+            return Reply(ticket, site, error=str(facts["error"]), final=final)
         try:
             arrays = found.content.array_records.get("blob")
             blob = arrays["message"].data if arrays else b""
             return Reply(ticket, site, wire.from_bytes(blob))
-        except UserError as error:
+        except wire.BAD as error:
             return Reply(ticket, site, error=str(error))
