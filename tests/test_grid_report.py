@@ -329,6 +329,16 @@ def test_arms_of_one_name_are_told_apart() -> None:
     assert list(found.cells) == ["FedAvg (lr 0.001)", "FedAvg (lr 0.01)"]
 
 
+def test_arms_told_apart_by_config_are_not_by_the_parts_of_the_code_as_well() -> None:
+    """A part that only one of them passes through follows from the config."""
+    slow, fast = seeds("fedavg", [0.6, 0.6]), seeds("fedavg", [0.7, 0.7])
+    for one in fast:
+        one["config"]["training"]["lr"] = 0.01
+    fast = changed(fast, revisions={"core": 1, "strategy:profiles": 1})
+    found = table(changed(slow, revisions={"core": 1}) + fast)
+    assert list(found.cells) == ["FedAvg (lr 0.001)", "FedAvg (lr 0.01)"]
+
+
 def test_sizes_of_data_do_not_mix() -> None:
     small, large = seeds("fedavg", [0.6]), seeds("fedavg", [0.7])
     large[0]["config"]["data"]["train"] = 4000

@@ -262,9 +262,11 @@ def _board(name: str, group: Sequence[Result], problems: list[str]) -> Board:
     # an arm that is another's in all places was not run, and says nothing
     arms = [runs for runs in arms if not all(map(is_shared, runs))]
     labels = _distinct(
-        [_arm_name(runs[0]) for runs in arms],
-        [_arm_facts(runs[0]) | _code(runs[0]) for runs in arms],
+        [_arm_name(runs[0]) for runs in arms], [_arm_facts(runs[0]) for runs in arms]
     )
+    # which parts of the code a run passed through follows from its config: only where that is
+    # the same, their revisions tell arms apart
+    labels = _distinct(labels, [_code(runs[0]) for runs in arms])
     made = [
         Arm(label, facts.topology(runs[0]), _by_setting(runs, settings, problems))
         for label, runs in zip(labels, arms, strict=True)
