@@ -44,6 +44,7 @@ class Case:
     tokens: int
     dtype: str = "float32"
     dropout: float = 0.05
+    quantization: str = "none"
 
     @property
     def name(self) -> str:
@@ -51,6 +52,7 @@ class Case:
         if self.phase == "run":
             return f"{self.model}-run-{self.batch}"
         extra = ("-bf16" if self.dtype == "bfloat16" else "") + ("" if self.dropout else "-nodrop")
+        extra += "-nf4" if self.quantization == "nf4" else ""
         return f"{self.model}-{self.phase}-{self.batch}x{self.tokens}{extra}"
 
 
@@ -87,6 +89,7 @@ CASES = [
     Case("100M", "training", 1, 256),
     Case("100M", "training", 4, 256),
     Case("100M", "training", 2, 384, dtype="bfloat16"),
+    Case("100M", "training", 2, 384, dtype="bfloat16", quantization="nf4"),
     Case("100M", "testing", 16, 256),
 ]
 
@@ -166,12 +169,12 @@ def plan_of(case: Case, folder: Path, runtime: int) -> tuple[int, dict[str, Any]
         slices=1,
         batch=case.batch,
         test_batch=case.batch,
-        rank=8,
         dropout=case.dropout,
         itemsize=2 if case.dtype == "bfloat16" else 4,
         images=0,
         generates=False,
         answer=ANSWER,
+        four_bit=case.quantization == "nf4",
     )
     found = estimate(skeleton, load, runtime=runtime)
     terms = found.phases[case.phase]
@@ -186,7 +189,7 @@ def total(terms: dict[str, Any]) -> int:
 
 def samples(case: Case) -> list[Any]:
     """Two batches; the answers of a batch stand at different places, as the plan assumes."""
-    from fedmllm.models.mllm import Encoded
+    from fedmllm.models.passes import Encoded
 
     made = []
     for i in range(2 * case.batch):
@@ -210,7 +213,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     if case.phase == "run":
         return measure_run(case, folder, runtime)
     parameters, planned = plan_of(case, folder, runtime)
-    options = {"rank": 8, "alpha": 8, "dropout": case.dropout}
+    options = {"rank": 8, "alpha": 8, "dropout": case.dropout, "quantization": case.quantization}
     dtype = getattr(torch, case.dtype)
     mllm = fedmllm.experiment.Mllm.load(case.model, folder, dtype=dtype, **options)
     loaded = high_water()

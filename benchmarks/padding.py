@@ -32,7 +32,8 @@ from fedmllm.config import Config, make_config
 from fedmllm.data import load_dataset
 from fedmllm.experiment import federations, load_model, make_manifest
 from fedmllm.federation import InProcessRunner
-from fedmllm.models.mllm import Encoded, Mllm, Reading
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded, Reading
 from fedmllm.prompts import render
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "padding.json"

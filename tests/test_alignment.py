@@ -15,7 +15,8 @@ from fedmllm.client import Job, LocalPlan, train_client
 from fedmllm.errors import UserError
 from fedmllm.experiment import masked_views
 from fedmllm.models import model_path
-from fedmllm.models.mllm import Encoded, Mllm, Reading
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded, Reading
 from fedmllm.prompts import render
 from fedmllm.rng import uniform
 

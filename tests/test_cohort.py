@@ -596,8 +596,9 @@ def test_a_plan_counts_the_rows_of_all_clients() -> None:
         return plan.memory.phases["training"]["activations"]
 
     one = activations("training.clients_at_once=1")
-    assert activations() == 3 * one
-    assert activations("training.clients_at_once=9") == 3 * one  # of a cohort of three
+    three = activations()
+    assert 2.7 < three / one < 3.3
+    assert activations("training.clients_at_once=9") == three  # of a cohort of three
     assert activations("trained=reference") == activations(
         "trained=reference", "training.clients_at_once=1"
     )

@@ -30,7 +30,8 @@ from fedmllm.models import families, loading, model_path
 from fedmllm.models.families import FAMILIES, Family, by_tokens
 from fedmllm.models.features import FeatureCache, ImageFeatures
 from fedmllm.models.lfm2_images import Lfm2Images, Settings
-from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded
 from fedmllm.prompts import IMAGE, Prompted, render
 
 WIDE = MemoryImage("wide", lambda: Image.radial_gradient("L").resize((48, 32)).convert("RGB"))
@@ -814,6 +815,31 @@ def test_a_model_without_chat_template_is_refused(folders, tmp_path) -> None:
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="has no chat template"):
         Mllm.load("idefics3", folder)
+
+
+def test_a_template_beside_the_tokenizer_is_taken(tmp_path) -> None:
+    """As older checkpoints have it."""
+    folder = make_model("idefics3", tmp_path)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    assert Mllm.load("idefics3", folder).processor.chat_template == template
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('only strings') }}",
+        "{% for m in messages %}{{ m['content'] + 'x' }}{% endfor %}",
+        "{% for m in messages %}",
+    ],
+)
+def test_a_template_that_cannot_write_a_conversation_is_named(template, tmp_path) -> None:
+    folder = make_model("idefics3", tmp_path)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match="chat template of idefics3 cannot write"):
+        encoded(Mllm.load("idefics3", folder))
 
 
 def test_a_template_that_hides_the_image_is_refused(load, monkeypatch) -> None:

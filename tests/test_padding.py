@@ -12,7 +12,8 @@ import torch
 
 from fedmllm.algorithms.base import LocalObjective
 from fedmllm.client import Job, LocalPlan, LocalTraining, train_client
-from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded
 from fedmllm.prompts import render
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 from real_configs import CONFIGS
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from test_tracing import layer_by_hand
 
 from fedmllm.algorithms import ALGORITHMS
 from fedmllm.cli import main
@@ -20,19 +18,16 @@ from fedmllm.config import make_config
 from fedmllm.data.images import ImageFile
 from fedmllm.errors import UserError
 from fedmllm.experiment import run
-from fedmllm.models.mllm import Encoded
 from fedmllm.plan import make_plan, parse_size
+from fedmllm.plan import memory as memory_terms
 from fedmllm.plan.memory import (
     Load,
     Shapes,
-    activations,
     feature_cache,
-    saved_per_token,
     seen_in_training,
     shapes_of,
     tower,
 )
-from fedmllm.plan.memory import testing as terms_of_testing
 from fedmllm.plan.structure import build_skeleton, weight_bytes
 from fedmllm.plan.timing import read_besides, trained_samples
 from fedmllm.plan.timing import tested_samples as count_tested
@@ -158,6 +153,27 @@ REAL = {
 }
 
 
+TRACED: dict[Any, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def _remembered(monkeypatch) -> None:
+    """The same model and batch are traced once in all tests of this file."""
+
+    def once(trace: Any) -> Any:
+        def remembering(skeleton: Any, batch: Any, **options: Any) -> Any:
+            facts = (skeleton.config.to_json_string(), str(skeleton.policy), str(skeleton.model))
+            key = (trace.__name__, *facts, batch, *options.items())
+            if key not in TRACED:
+                TRACED[key] = trace(skeleton, batch, **options)
+            return TRACED[key]
+
+        return remembering
+
+    for name in ("trace_step", "trace_test"):
+        monkeypatch.setattr(memory_terms, name, once(getattr(memory_terms, name)))
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Makes a folder that holds nothing but a config.json."""
@@ -268,6 +284,34 @@ def test_only_scaffold_sends_more_than_the_adapter(algorithm) -> None:
     assert (each.client_up, each.client_down) == (twice * lora, twice * lora)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "parts"),
+    [
+        ({"recombine": 1, "mixtures": 2}, ["mixtures"]),
+        ({"recombine": 1, "evidence": 1.645}, ["evidence"]),
+        ({"recombine": 1, "mixtures": 2, "evidence": 0.01}, ["evidence", "mixtures"]),
+        ({"fusion": 1.0}, ["profiles"]),
+    ],
+)
+def test_bytes_before_the_first_round_are_those_of_a_run(strategy, parts, tmp_path, mllm) -> None:
+    raw = {
+        **SMALL,
+        "data": {"name": "crisis", "train": 120, "test": 8},
+        "partition": {"clients": 6},
+        "scenario": {"name": "cross", "images": 3},
+        "training": {"rounds": 1, "clients_per_round": 2},
+        "strategy": strategy,
+    }
+    config = make_config(raw)
+    plan = make_plan(config, tokens=60)
+    facts = run(config, out=tmp_path / "run", mllm=mllm)["bytes"]
+    said = plan.to_json()["bytes"]
+    assert said["once"] == facts["once"]
+    assert sorted(said["once"]["up"]) == parts
+    assert (said["up"], said["down"]) == (facts["up"], facts["down"])
+    assert any("most that may cross" in note for note in plan.notes) == ("mixtures" in parts)
+
+
 @pytest.mark.parametrize("topology", ["local", "centralised", "zero-shot"])
 def test_nothing_crosses_where_nothing_federates(topology) -> None:
     facts = make_plan(make_config({**SMALL, "topology": topology})).to_json()["bytes"]
@@ -350,82 +394,17 @@ def test_a_checkpoint_in_four_bit_says_so_itself(folder) -> None:
     assert (found["nf4"], found["scales"]) == nf4(every, nested=True)
 
 
-SHAPES = Shapes(
-    **{"D": 96, "F": 320, "L": 3, "H": 6, "K": 2, "d": 16, "V": 500},
-    **{"E": 8, "G": 16, "N": 4, "M": 2, "p": 1200, "image_tokens": 4},
-)
-
-
-def saved_bytes(kind: str, layers: int, load: Load) -> int:
-    """Bytes that autograd keeps in a forward pass of a real model, weights left out."""
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    }[kind]
-    base = model_class(
-        config_class(
-            hidden_size=96,
-            intermediate_size=320,
-            num_hidden_layers=layers,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            vocab_size=500,
-        )
-    ).to(torch.float32 if load.itemsize == 4 else torch.bfloat16)
-    base.requires_grad_(False)
-    targets = r".*self_attn\.(q|k|v|o)_proj"
-    config = LoraConfig(r=load.rank, lora_dropout=load.dropout, target_modules=targets)
-    model = get_peft_model(base, config)
-    if load.checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in own:
-            kept[place] = tensor
-        return tensor
-
-    ids = torch.zeros(load.batch, load.tokens, dtype=torch.long)
-    mask = torch.ones_like(ids)
-    mask[0, -5:] = 0
-    embeddings = base.get_input_embeddings()(ids).requires_grad_()  # as behind a trained layer
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, logits_to_keep=1)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize("itemsize", [4, 2])
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_a_layer_keeps_what_the_formula_says(kind, itemsize, dropout) -> None:
-    load = Load(
-        tokens=40, slices=1, batch=3, test_batch=1, rank=8, dropout=dropout, itemsize=itemsize
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        difference = saved_bytes(kind, 3, load) - saved_bytes(kind, 2, load)
-        frugal = replace(load, checkpointing=True)
-        inputs = saved_bytes(kind, 3, frugal) - saved_bytes(kind, 2, frugal)
-    assert difference == 3 * 40 * saved_per_token(SHAPES, load)
-    assert inputs == 3 * 40 * itemsize * 96
-    whole = activations(SHAPES, load)["activations"]
-    assert whole == 3 * difference
-    assert activations(SHAPES, frugal)["activations"] == 3 * inputs + difference
+SHAPES = Shapes(D=96, F=320, E=8, G=16, N=4, M=2, p=1200, image_tokens=4)
 
 
 def test_memory_grows_with_what_it_depends_on() -> None:
     config = make_config(SMALL)
     base = make_plan(config, tokens=100)
     more = make_plan(config, tokens=200)
-    assert more.memory.phases["training"]["activations"] > 2 * (
-        base.memory.phases["training"]["activations"] - 1
-    )
     one = make_plan(make_config(SMALL, ["training.micro_batch=1"]), tokens=100)
-    kept = [p.memory.phases["training"]["activations"] for p in (base, one)]
-    assert kept[0] == 8 * kept[1]
+    kept = [p.memory.phases["training"]["activations"] for p in (base, more, one)]
+    assert 1.9 < kept[1] / kept[0] < 2.1
+    assert 7 < kept[0] / kept[2] < 9  # alone a sample has no padding and needs no mask
     frugal = make_plan(make_config(SMALL, ["model.gradient_checkpointing=true"]), tokens=100)
     assert frugal.memory.peak < base.memory.peak
     pictures = 28  # each of the memes' stands with two texts
@@ -438,7 +417,7 @@ def test_memory_grows_with_what_it_depends_on() -> None:
 
 
 def test_features_stay_within_the_caches_budget() -> None:
-    load = Load(tokens=1, slices=1, batch=1, test_batch=1, rank=1, dropout=0.0)
+    load = Load(tokens=1, slices=1, batch=1, test_batch=1, dropout=0.0)
     assert feature_cache(SHAPES, load) == 512 * 2**20
     assert feature_cache(SHAPES, replace(load, images=10**9)) == 512 * 2**20
     assert feature_cache(SHAPES, replace(load, images=10**9, feature_memory=10**6)) == 10**6
@@ -455,21 +434,28 @@ def test_features_stay_within_the_caches_budget() -> None:
 
 
 def test_a_trained_connector_pays_for_itself_and_a_trained_tower_for_all() -> None:
-    load = Load(tokens=1, slices=2, batch=3, test_batch=1, rank=1, dropout=0.0, connector=True)
-    kept = 4 * (SHAPES.E + 5 * SHAPES.D) + 4 * SHAPES.E
-    assert seen_in_training(SHAPES, load) == 3 * 2 * SHAPES.N * kept
-    assert seen_in_training(SHAPES, replace(load, vision=True)) > 2 * seen_in_training(SHAPES, load)
+    load = Load(tokens=1, slices=2, batch=3, test_batch=1, dropout=0.0, connector=True)
+    patches, connector = 3 * 2 * 4, 4 * (8 + 5 * 96)
+    assert seen_in_training(SHAPES, load) == (patches * (connector + 4 * 8), 0)
+    tower = replace(load, vision=True)
+    layer = 4 * (6 * 8 + 16) + 4 * 4 * 8
+    assert seen_in_training(SHAPES, tower) == (patches * (connector + 2 * layer + 1200), 0)
+    dropped = replace(tower, dropout=0.1, cuda=True)
+    more = patches * 2 * 4 * 8  # a byte a number of four inputs, two layers
+    assert seen_in_training(SHAPES, dropped)[0] == seen_in_training(SHAPES, tower)[0] + more
+    frugal = seen_in_training(SHAPES, replace(tower, checkpointing=True))
+    assert frugal == (patches * (connector + 2 * 4 * 8 + 1200), patches * layer)
 
 
 def test_the_plan_is_within_a_fifth_of_the_committed_measurements(tmp_path) -> None:
     """Peaks as planned by this code against the measured ones; the arithmetic alone, too, where
-    lengths are known and a case takes more than 100 MB beside the libraries."""
+    lengths are known and a case takes more than 200 MB beside the libraries."""
     facts = json.loads((ROOT / "results" / "memory.json").read_text())
     assert {case["model"] for case in facts["cases"]} == {"embedded", "tiny", "100M"}
     assert len(facts["cases"]) >= 12
     folders = {name: folder_of(name, tmp_path) for name in memory_benchmark.MODELS}
     for row in facts["cases"]:
-        names = ("model", "phase", "batch", "tokens", "dtype", "dropout")
+        names = ("model", "phase", "batch", "tokens", "dtype", "dropout", "quantization")
         case = memory_benchmark.Case(**{name: row[name] for name in names})
         runtime = row["planned"]["runtime"]
         parameters, terms = memory_benchmark.plan_of(case, folders[case.model], runtime)
@@ -480,7 +466,7 @@ def test_the_plan_is_within_a_fifth_of_the_committed_measurements(tmp_path) -> N
         floor = runtime + row["planned_live_bytes"] - planned  # libraries, second measurement
         beside = row["measured_live_bytes"] - floor
         live = peak - terms.get("allocator", 0) - runtime
-        if case.phase != "run" and beside > 100e6:
+        if case.phase != "run" and beside > 200e6:
             assert abs(live / beside - 1) < 0.2, row["name"]
 
 
@@ -497,12 +483,14 @@ def test_terms_of_a_real_model_by_hand(folder) -> None:
     sizes = ("training.micro_batch=1", "evaluation.batch_size=8", "training.max_length=1200")
     found = planned(folder(REAL["MiniCPM-V-2.6"].config), *options, *sizes)
     training, tests = (found.memory.phases[name] for name in ("training", "testing"))
-    assert training["logits"] == 32 * 151_666 * (3 * 2 + 8)
-    assert training["backward"] == 1200 * 2 * (3 * 18_944 + 2 * 3584)
     assert training["unpacked 4-bit matrix"] == 2 * 3584 * 18_944
-    assert tests["logits"] == 2 * 2 * 8 * 151_666
-    assert tests["activations"] == 8 * 1200 * 2 * (3 * 18_944 + 4 * 3584 + 1200)
-    patch = 2 * (1152 + 5 * 3584) + 4 * 3 * 14 * 14  # the connector is the widest
+    kept = 1200 * 28 * layer_by_hand(3584, 18_944, 28, 28 * 128, itemsize=2, mask=1)
+    # alone a sample needs no mask, and the keys and values of 4 heads are not repeated to 28
+    kept -= 1200 * 28 * 2 * 2 * 24 * 128
+    assert 0.98 < training["activations"] / kept < 1
+    inner = 8 * 1200 * 2 * 3 * 18_944  # of the MLP, in which a test has most
+    assert inner < tests["activations"] < 1.3 * inner
+    patch = 2 * (1152 + 5 * 3584) + 3 * 4 * 3 * 14 * 14  # the connector is the widest
     assert found.memory.phases["image encoding"] == {"tower": 10_240 * patch}
     assert feature_cache(shapes_of(found.skeleton, tokens=1200), found.load) == 28 * (
         10 * 64 * 3584 * 2
@@ -511,32 +499,12 @@ def test_terms_of_a_real_model_by_hand(folder) -> None:
 
 def test_the_tower_by_hand() -> None:
     """Two slices of four patches; each of the three parts is once the widest."""
-    load = Load(tokens=1, slices=2, batch=3, test_batch=1, rank=1, dropout=0.0)
-    assert tower(SHAPES, load) == 8 * (4 * (8 + 5 * 96) + 1200)
-    assert tower(replace(SHAPES, D=1), load) == 8 * (4 * 7 * 8 + 1200)
-    assert tower(replace(SHAPES, D=1, G=100), load) == 8 * (4 * (2 * 8 + 2 * 100) + 1200)
-    assert tower(SHAPES, replace(load, itemsize=2)) == 8 * (2 * (8 + 5 * 96) + 1200)
-
-
-def test_choices_are_read_at_one_token_of_a_sample(mllm) -> None:
-    """What the head gives is B V, whatever B and T; planned is twice that."""
-    sizes = []
-    head = mllm.base.get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, args, made: sizes.append(made.nbytes))
-    options = ((20, 21), (20, 22))
-    items = [Encoded(str(i), (10,) * (5 + i), (20, 21), None, options) for i in range(6)]
-    try:
-        mllm.score_options(items, batch_size=6)
-    finally:
-        hook.remove()
-    width = mllm.base.config.get_text_config().vocab_size
-    assert sizes == [6 * width * 4]
-    load = Load(
-        tokens=12, slices=1, batch=1, test_batch=6, rank=1, dropout=0.0, generates=False, images=0
-    )
-    assert terms_of_testing(replace(SHAPES, V=width), load)["logits"] == 2 * sizes[0]
-    more = replace(load, tokens=100)
-    assert terms_of_testing(SHAPES, more)["logits"] == 2 * 4 * 6 * SHAPES.V
+    load = Load(tokens=1, slices=2, batch=3, test_batch=1, dropout=0.0)
+    assert tower(SHAPES, load) == 8 * (4 * (8 + 5 * 96) + 3600)
+    narrow = replace(SHAPES, D=1)
+    assert tower(narrow, load) == 8 * (4 * (5 * 8 + 2 * 16) + 3600)
+    assert tower(replace(narrow, rotates=True), load) == 8 * (4 * 5 * 8 + 4 * 6 * 8 + 3600)
+    assert tower(SHAPES, replace(load, itemsize=2)) == 8 * (2 * (8 + 5 * 96) + 3600)
 
 
 def test_on_a_gpu_main_memory_holds_the_rest(folder) -> None:

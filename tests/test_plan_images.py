@@ -84,7 +84,6 @@ def check_images(mllm: Mllm, skeleton: Any) -> None:
         slices=cut.slices,
         batch=1,
         test_batch=1,
-        rank=2,
         dropout=0.0,
         itemsize=next(mllm.base.parameters()).itemsize,
         images=1,

@@ -13,7 +13,8 @@ from fedmllm.config import make_config
 from fedmllm.data.sample import Sample
 from fedmllm.errors import UserError
 from fedmllm.experiment import Shared, run
-from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded
 from fedmllm.recombination import DONORS, check_composition, completions, compose
 
 WHERE = {"client": "c", "round_": 1, "epoch": 0, "seed": 0}

@@ -27,7 +27,8 @@ from fedmllm.data import load_dataset
 from fedmllm.experiment import load_model
 from fedmllm.federation import payload
 from fedmllm.models.features import FeatureCache
-from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded
 from fedmllm.prompts import render
 
 

@@ -13,7 +13,8 @@ from fedmllm.algorithms.base import LocalObjective, Params, Update
 from fedmllm.client import LocalPlan, learning_rate, train_client
 from fedmllm.data import load_dataset
 from fedmllm.experiment import federations, load_model, make_manifest
-from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded
 from fedmllm.prompts import render
 
 

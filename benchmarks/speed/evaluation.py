@@ -21,7 +21,8 @@ from fedmllm.config import make_config
 from fedmllm.data import load_dataset
 from fedmllm.experiment import load_model
 from fedmllm.models.features import FeatureCache, feature_inputs
-from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded
 from fedmllm.prompts import render
 
 WHOLE, LETTER = 32, 3  # new tokens at most

@@ -32,7 +32,8 @@ from fedmllm.data import load_dataset
 from fedmllm.experiment import federations, load_model, make_manifest
 from fedmllm.federation import InProcessRunner, cohort_of, run_round
 from fedmllm.models.features import FeatureCache
-from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded
 from fedmllm.prompts import Prompted, render
 from fedmllm.rng import stream
 

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from fedmllm.algorithms.base import Alignment, Params
 from fedmllm.errors import UserError, unknown
-from fedmllm.models.mllm import Encoded, Reading
+from fedmllm.models.passes import Encoded, Reading
 from fedmllm.rng import uniform
 
 PROTOTYPES = "prototypes"  # the slot's name, in broadcasts and in updates

@@ -26,7 +26,8 @@ from fedmllm.algorithms.base import (
 )
 from fedmllm.alignment import Terms
 from fedmllm.errors import UserError
-from fedmllm.models.mllm import Encoded, Mllm, Reading
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded, Reading
 from fedmllm.recombination import compose
 from fedmllm.rng import stream, stream_seed
 

@@ -17,7 +17,8 @@ import torch
 from fedmllm.algorithms.base import LocalObjective, Params, Update
 from fedmllm.client import Job, LocalPlan, LocalTraining, dropout_seed, whole_loss
 from fedmllm.models.cohort import Cohort
-from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded
 
 
 @dataclass(frozen=True)

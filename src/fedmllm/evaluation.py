@@ -15,7 +15,8 @@ from fedmllm import metrics
 from fedmllm.data.sample import Sample, Task
 from fedmllm.fusion import Fusion
 from fedmllm.heterogeneity import is_complete
-from fedmllm.models.mllm import Encoded, Mllm, batches_of
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded, batches_of
 from fedmllm.prompts import render
 
 CONDITIONS: dict[str, tuple[bool, bool]] = {

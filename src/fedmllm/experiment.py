@@ -64,7 +64,8 @@ from fedmllm.mixtures import Mixtures
 from fedmllm.models import model_path, weights_digest
 from fedmllm.models.components import COMPONENTS, make_policy
 from fedmllm.models.loading import resolve_dtype
-from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded
 from fedmllm.models.recent import Recent
 from fedmllm.parties import Evidence, Exchange, Parties, evidence_of, exchange_of, parties_of
 from fedmllm.partition import held_out

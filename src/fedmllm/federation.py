@@ -26,7 +26,8 @@ from fedmllm.errors import MemoryRanOutError
 from fedmllm.models.cohort import obstacle
 from fedmllm.models.components import COMPONENTS
 from fedmllm.models.device import out_of_memory, release_memory
-from fedmllm.models.mllm import Encoded, Mllm
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded
 from fedmllm.rng import stream
 
 

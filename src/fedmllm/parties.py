@@ -187,11 +187,22 @@ def judged(
         client: {name: found.get(name, evidence.Hits()) for name in evidence.MODALITIES}
         for client, found in hits.items()
     }
-    size = sum(4 * one.numbers for each in sums.values() for one in each.values())
-    # up: its sums; hits, expected and variance. down: all sums to who tests, the scores to all
-    up = size + sum(4 * 3 * len(found) for found in hits.values())
-    down = size + 4 * len(evidence.MODALITIES) * len(hits)
+    numbers = {client: [one.numbers for one in each.values()] for client, each in sums.items()}
+    up, down = evidence_traffic(numbers, {client: len(found) for client, found in hits.items()})
     return Evidence(config.strategy.evidence, tests, up, down)
+
+
+def evidence_traffic(
+    numbers: Mapping[str, Sequence[int]], tested: Mapping[str, int]
+) -> tuple[int, int]:
+    """Bytes up and down of all parties together, in float32. numbers: of each sum that a party
+    sends, by client. tested: the modalities that a party tested.
+
+    Up: its sums; hits, expected and variance. Down: all sums to who tests, the scores to all.
+    """
+    size = sum(4 * count for each in numbers.values() for count in each)
+    up = size + sum(4 * 3 * count for count in tested.values())
+    return up, size + 4 * len(evidence.MODALITIES) * len(tested)
 
 
 @dataclass(frozen=True)

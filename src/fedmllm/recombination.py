@@ -22,7 +22,7 @@ from fedmllm.algorithms.base import Composition
 from fedmllm.data.sample import ImageSource, Sample
 from fedmllm.errors import UserError
 from fedmllm.evidence import MODALITIES
-from fedmllm.models.mllm import Encoded
+from fedmllm.models.passes import Encoded
 from fedmllm.rng import stream, uniform
 
 T = TypeVar("T")

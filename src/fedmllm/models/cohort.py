@@ -25,7 +25,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fedmllm.models.lora import decoder_of
-from fedmllm.models.mllm import Encoded, Mllm, Reading
+from fedmllm.models.mllm import Mllm
+from fedmllm.models.passes import Encoded, Reading
 
 _NAME = "default"  # of the adapter in PEFT
 

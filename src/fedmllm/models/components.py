@@ -24,6 +24,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedmllm.errors import UserError, unknown
 from fedmllm.models.families import Family
@@ -308,7 +309,8 @@ def components_of(model: PeftModel, names: Mapping[str, nn.Parameter]) -> dict[s
 def train_only_what_is_trained(model: PeftModel) -> None:
     """Training mode, but not of the frozen tower: its dropout must not be felt.
 
-    LoRA's own dropout and copied modules inside it do train.
+    LoRA's own dropout and copied modules inside it do train. So do the layers themselves, without
+    what is in them, where activations are computed again: transformers asks them for it.
     """
     model.train()
     found = tower_of(model.base_model.model)
@@ -320,3 +322,5 @@ def train_only_what_is_trained(model: PeftModel) -> None:
             module.lora_dropout.train()
         elif isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.train()
+        elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True

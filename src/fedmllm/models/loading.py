@@ -309,7 +309,8 @@ def _check_tokenizer(path: str | Path, model: Any, processor: Any) -> None:
 
 
 def _processor(path: str | Path, config: Any, trust: bool) -> Any:
-    """The processor, without its video part, with the family's template if it has none."""
+    """The processor, without its video part; if it has no template, with its tokenizer's, as older
+    checkpoints have it, or the family's."""
     entry = family(config)
     known: Any = PROCESSOR_MAPPING.get(type(config), None)
     if entry.processor is not None:
@@ -322,7 +323,8 @@ def _processor(path: str | Path, config: Any, trust: bool) -> Any:
             # it takes torchvision's where that is installed, whose pixels differ from Pillow's
             processor.image_processor = _on_pillow(path, trust)
     if not getattr(processor, "chat_template", None):
-        processor.chat_template = entry.chat_template
+        own = getattr(getattr(processor, "tokenizer", None), "chat_template", None)
+        processor.chat_template = own if isinstance(own, str) else entry.chat_template
     return processor
 
 

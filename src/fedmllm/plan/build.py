@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,16 @@ from fedmllm.algorithms.gathered import BLOCK
 from fedmllm.config import Config, options_of
 from fedmllm.data import DATASETS, load_dataset
 from fedmllm.data.images import ArchiveImage, ImageFile
-from fedmllm.data.sample import ImageSource
+from fedmllm.data.sample import ImageSource, Sample, Task
 from fedmllm.errors import UserError
-from fedmllm.experiment import apply_strategy, make_manifest, torch_dtype
-from fedmllm.heterogeneity import profile_of
-from fedmllm.heterogeneity import traffic as profile_traffic
+from fedmllm.experiment import apply_strategy, make_manifest, own_samples, torch_dtype
 from fedmllm.models import model_path
 from fedmllm.models.components import make_policy
 from fedmllm.models.loading import resolve_dtype
 from fedmllm.plan.capacity import Capacity, find_capacity, resident_now
-from fedmllm.plan.images import largest_image
+from fedmllm.plan.images import is_cut, largest_image
 from fedmllm.plan.memory import Estimate, Load, estimate, shapes_of
+from fedmllm.plan.once import Once, count_once
 from fedmllm.plan.structure import Skeleton, build_skeleton
 from fedmllm.plan.timing import Duration, estimate_time
 from fedmllm.plan.traffic import Traffic, count_traffic
@@ -51,14 +50,19 @@ _KNOBS = {
 
 @dataclass(frozen=True)
 class Parties:
-    """What the data say: samples by client, test samples, different images, kind of task, and
-    the number of its classes."""
+    """What the data say. sizes: samples by client. test: test samples. images: different ones.
+    samples: by client, those that it trains on."""
 
     sizes: Mapping[str, int]
     test: int
     images: int
-    open: bool
-    classes: int
+    task: Task
+    samples: Mapping[str, Sequence[Sample]]
+
+    @property
+    def classes(self) -> int:
+        """Their number."""
+        return len(self.task.classes)
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,8 @@ def make_plan(
         config.algorithm["name"], num_clients=clients, **options_of(config.algorithm)
     )
     text = skeleton.config.get_text_config()
+    load = _load(config, skeleton, parties, tokens=tokens, slices=slices)
+    once = _once(config, skeleton, load, parties)
     traffic = count_traffic(
         apply_strategy(
             config,
@@ -143,9 +149,8 @@ def make_plan(
         clients=clients,
         cohort=config.training.clients_per_round,
         rounds=config.training.rounds,
-        once=_once(config, clients, parties.classes if parties else 0),
+        once=once.parts,
     )
-    load = _load(config, skeleton, parties, tokens=tokens, slices=slices)
     slots = len(algorithm.init({}).slots)
     load = replace(
         load,
@@ -167,7 +172,7 @@ def make_plan(
         warnings=tuple(_warnings(config, skeleton, load, estimated, capacity)),
         notes=(
             *notes,
-            *_strategy_notes(config, parties),
+            *_strategy_notes(config, parties, once),
             *_disk_notes(config, 4 * skeleton.trainable * traffic.cohort),
             *_unknown_quantisation(skeleton),
             *_image_notes(skeleton, load),
@@ -210,8 +215,8 @@ def _parties(config: Config) -> tuple[Parties | None, list[str]]:
             sizes={client.id: len(client.rows) for client in held.clients},
             test=len(dataset.test),
             images=len({_picture(sample.image) for sample in samples if sample.image is not None}),
-            open=dataset.task.kind == "open",
-            classes=len(dataset.task.classes),
+            task=dataset.task,
+            samples=own_samples(config, dataset, held)[0],
         ),
         [],
     )
@@ -241,26 +246,34 @@ def _load(
         slices=slices or largest_image(skeleton.config, skeleton.images, limit=longest).slices,
         batch=training.micro_batch * _at_once(config),
         test_batch=config.evaluation.batch_size,
-        rank=config.lora.rank,
         dropout=config.lora.dropout,
         adam=training.optimizer == "adamw",
         checkpointing=config.model.gradient_checkpointing,
         cuda=config.model.device.startswith("cuda"),
         itemsize=torch_dtype(config).itemsize,
         images=parties.images if parties else None,
-        generates=parties.open if parties else True,
+        generates=parties.task.kind == "open" if parties else True,
         connector=config.trained["connector"] == "full",
         vision=config.trained["vision"] == "lora",
         feature_memory=round(config.model.feature_memory_gb * 1e9),
     )
 
 
-def _once(config: Config, clients: int, classes: int) -> tuple[int, int]:
-    """Bytes of all clients before the first round."""
-    if not config.strategy.uses_profiles or config.topology != "federated":
-        return 0, 0
-    profiles = [profile_of((), classes)] * clients
-    return profile_traffic(profiles, weighted=config.strategy.weighs_by_profile)
+def _once(config: Config, skeleton: Skeleton, load: Load, parties: Parties | None) -> Once:
+    """What crosses before the first round; nothing if the data are unknown."""
+    if parties is None:
+        return Once()
+    shapes = shapes_of(skeleton, tokens=load.tokens)
+    cut = largest_image(skeleton.config, skeleton.images, limit=load.tokens)
+    return count_once(
+        config,
+        parties.task,
+        parties.samples,
+        width=shapes.D,
+        numbers=load.slices * shapes.image_tokens * shapes.levels * shapes.D,
+        same_size=cut.slices == 1 and not is_cut(skeleton.config),
+        picture=_picture,
+    )
 
 
 def _at_once(config: Config) -> int:
@@ -356,22 +369,21 @@ def _image_notes(skeleton: Skeleton, load: Load) -> list[str]:
     return [cut.note] if cut.note and cut.slices == load.slices else []
 
 
-def _strategy_notes(config: Config, parties: Parties | None) -> list[str]:
+def _strategy_notes(config: Config, parties: Parties | None, once: Once) -> list[str]:
     strategy, lines = config.strategy, []
     if strategy.uses_views:
         lines.append(
             "masked views: a second pass for every sample with both modalities; memory is that of "
             "one pass"
         )
-    if strategy.mixtures:
-        lines.append("mixed features: their bytes, once before the first round, are not counted")
-    if strategy.evidence:
-        lines.append(
-            "evidence: before the first round each party reads its samples through either "
-            "modality; bytes of that are not counted"
-        )
-    if parties is None and (strategy.prototypes or strategy.uses_profiles):
-        lines.append("the classes are not known: prototypes are counted for one, labels for none")
+    if once.bound:
+        lines.append(f"bytes of {' and '.join(once.bound)} are the most that may cross")
+    exchanges = strategy.uses_profiles or strategy.mixtures or strategy.evidence
+    if parties is None and config.topology == "federated":
+        if exchanges:
+            lines.append("the data are not known: bytes before the first round are not counted")
+        if strategy.prototypes:
+            lines.append("the classes are not known: prototypes are counted for one")
     return lines
 
 

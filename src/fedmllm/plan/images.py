@@ -84,6 +84,11 @@ def largest_image(config: Any, settings: Settings, *, limit: int) -> Cut:
     )
 
 
+def is_cut(config: Any) -> bool:
+    """Whether images of different sizes may become different numbers of tokens."""
+    return config.model_type in CUTS
+
+
 # -- families --------------------------------------------------------------------------------
 
 

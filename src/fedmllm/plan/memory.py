@@ -1,13 +1,12 @@
-"""Estimated peak memory of a run: arithmetic, term by term. `docs/memory.md` says it in full.
+"""Estimated peak memory of a run, term by term. `docs/memory.md` says it in full.
 
-Legend: B samples of a forward pass, T tokens of a sample, L layers, D width, F inner width of the
-MLP, H heads of width d, K key-value heads, V vocabulary, r LoRA rank, b bytes of the model's
-dtype (4 or 2), S slices of an image, N patches of a slice, p bytes of a patch's pixels in float32,
-E, G and M width, inner width and layers of the tower. All results are bytes.
+What a step and a test batch take is counted by running them on shapes (`plan.tracing`). The rest is
+arithmetic, with D the width of the language model and F the inner width of its MLP, b bytes of the
+model's dtype (4 or 2), S slices of an image, N patches of a slice, p bytes of a patch's pixels in
+float32, E, G and M width, inner width and layers of the tower. All results are bytes.
 
-Exact are the weights, the adapter and its optimiser; `saved_per_token` is what autograd keeps of
-a Llama or Qwen2 layer on a CPU, to the byte (tested against autograd). The rest are bounds or
-rules of thumb, and the sum is an estimate: allocators keep more than they are asked for.
+Exact are the weights, the adapter and its optimiser, and what autograd keeps of texts. The rest are
+bounds or rules of thumb, and the sum is an estimate: allocators keep more than they are asked for.
 
 Training keeps no key-value cache. A frozen tower sees an image once, without gradient, and its
 features are kept in main memory: in the training phase it takes nothing. Where the connector is
@@ -22,32 +21,29 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedmllm.errors import UserError
+from fedmllm.models.components import tower_of
 from fedmllm.models.features import MEMORY_BYTES
 from fedmllm.plan.images import largest_image
 from fedmllm.plan.structure import Skeleton, weight_bytes
+from fedmllm.plan.tracing import Batch, trace_step, trace_test
 
 CUDA_RUNTIME = 800 * 2**20  # context, kernels, cuBLAS workspace: an assumption, not measured here
-HEAP_HOLES = 0.6  # of training: holes that freed tensors leave in glibc's heap, where tensors are
+HEAP_HOLES = 0.6  # of a phase: holes that freed tensors leave in glibc's heap, where tensors are
 # below its 32 MB; one allowance for all, chosen on the embedded model (results/memory.json)
 ANSWER_TOKENS = 32  # of a sample, where nothing else is said
-NEW_TOKENS = 16  # that are generated for an open question
 
 
 @dataclass(frozen=True)
 class Shapes:
     """Sizes of the language model and the tower, from the config; see the module's legend.
 
-    image_tokens: of one slice, in the language model. levels: features of each, more than one
-    where layers of the decoder are given their own (Qwen3-VL).
+    image_tokens: of one slice, in the language model. levels: features of each, more than one where
+    layers of the decoder are given their own (Qwen3-VL). rotates: whether the tower has rotary
+    position embeddings.
     """
 
     D: int
     F: int
-    L: int
-    H: int
-    K: int
-    d: int
-    V: int
     E: int
     G: int
     N: int
@@ -55,6 +51,7 @@ class Shapes:
     p: int
     image_tokens: int
     levels: int = 1
+    rotates: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,6 @@ class Load:
     slices: int
     batch: int
     test_batch: int
-    rank: int
     dropout: float
     adam: bool = True
     checkpointing: bool = False
@@ -131,15 +127,9 @@ def shapes_of(skeleton: Skeleton, *, tokens: int) -> Shapes:
         vision = config.vision_config
         tower = getattr(vision, "embed_dim", None) or vision.hidden_size
         inner = getattr(vision, "intermediate_size", None) or getattr(vision, "mlp_dim", None)
-        heads = text.num_attention_heads
         shapes = Shapes(
             D=text.hidden_size,
             F=text.intermediate_size,
-            L=text.num_hidden_layers,
-            H=heads,
-            K=getattr(text, "num_key_value_heads", None) or heads,
-            d=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            V=text.vocab_size,
             E=tower,
             G=inner or int(tower * vision.mlp_ratio),
             N=cut.patches,
@@ -147,6 +137,7 @@ def shapes_of(skeleton: Skeleton, *, tokens: int) -> Shapes:
             p=_pixel_bytes(vision),
             image_tokens=cut.tokens,
             levels=1 + len(getattr(vision, "deepstack_visual_indexes", None) or ()),
+            rotates=_rotates(skeleton.base),
         )
     except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"the config of a {config.model_type!r} lacks a size: {error}") from error
@@ -156,6 +147,12 @@ def shapes_of(skeleton: Skeleton, *, tokens: int) -> Shapes:
             f"the config of a {config.model_type!r} has sizes that are no numbers: {odd}"
         )
     return shapes
+
+
+def _rotates(base: Any) -> bool:
+    _, tower = tower_of(base) or ("", None)
+    parts = tower.modules() if tower is not None else ()
+    return any("Rotary" in type(part).__name__ for part in parts)
 
 
 def _pixel_bytes(vision: Any) -> int:
@@ -168,90 +165,34 @@ def _pixel_bytes(vision: Any) -> int:
 # -- terms -----------------------------------------------------------------------------------
 
 
-def saved_per_token(shapes: Shapes, load: Load) -> int:
-    """What autograd keeps of one decoder layer with LoRA on q, k, v and o, a token.
-
-        b (4 H d + 3 F + T)         q, k, v repeated to H heads, attention's output; gate, its
-                                    activation, up; the padding mask as one row of the layer's own
-        4 (H + 4 r + 2 D + 2)       attention's normaliser; A x four times; two norms in float32
-        (4 + m) (3 D + H d)         inputs of the four A after dropout in float32, with its mask
-
-    Frozen matrices keep no input. m = 4 bytes a number on a CPU (the mask is a float), 1 on a
-    GPU. Without dropout q, k, v share one input, which in half precision is cast three times.
-    """
-    b, wide = load.itemsize, shapes.H * shapes.d
-    layer = b * (4 * wide + 3 * shapes.F + load.tokens)
-    layer += 4 * (shapes.H + 4 * load.rank + 2 * shapes.D + 2)
-    if load.dropout:
-        return layer + (4 + (1 if load.cuda else 4)) * (3 * shapes.D + wide)
-    return layer + (4 * shapes.D if b == 4 else 4 * (3 * shapes.D + wide))
-
-
-def activations(shapes: Shapes, load: Load) -> dict[str, int]:
-    """Kept for the backward pass of B samples, and what its busiest layer needs beside that.
-
-    Kept: B T L `saved_per_token`; with gradient checkpointing b D a token and layer (its input)
-    and one layer in full. Beside it: gradients in the MLP, b (3 F + 2 D) a token.
-    """
-    tokens, b = load.batch * load.tokens, load.itemsize
-    layer = saved_per_token(shapes, load)
-    kept = (b * shapes.D * shapes.L + layer) if load.checkpointing else shapes.L * layer
-    return {
-        "activations": tokens * kept,
-        "backward": tokens * b * (3 * shapes.F + 2 * shapes.D),
-    }
-
-
-def train_logits(shapes: Shapes, load: Load) -> int:
-    """The head runs over the tokens of answers only: B answer V (3 b + 8).
-
-    Logits, their gradient by sample and joined (3 b), the float32 copy and its log-softmax (8).
-    """
-    answer = min(load.answer, load.tokens)
-    return load.batch * answer * shapes.V * (3 * load.itemsize + 8)
-
-
 def tower(shapes: Shapes, load: Load) -> int:
-    """The tower on one image of S slices, without gradient: the larger of an MLP (input, its
-    norm, inner width twice) and the connector (five matrices of width D), a patch, and the
-    pixels in float32."""
-    patches = load.slices * shapes.N
-    widest = max(2 * shapes.E + 2 * shapes.G, 7 * shapes.E, shapes.E + 5 * shapes.D)
-    return patches * (load.itemsize * widest + shapes.p)
+    """The tower on one image of S slices, without gradient, a patch: five matrices of width E with
+    an MLP's two of inner width, or with rotated queries and keys, six of width E in float32; or one
+    of width E and the connector's five of width D, whichever is largest. Beside them the pixels
+    three times: as the processor gives them, as the tower takes them, and their masks."""
+    b, E = load.itemsize, shapes.E
+    widest = max(b * (5 * E + 2 * shapes.G), b * (E + 5 * shapes.D))
+    if shapes.rotates:
+        widest = max(widest, b * 5 * E + 4 * 6 * E)
+    return load.slices * shapes.N * (widest + 3 * shapes.p)
 
 
-def seen_in_training(shapes: Shapes, load: Load) -> int:
-    """What a step keeps of B images where tower or connector are trained: of the connector
-    4 (E + 5 D) a patch and its input, b E. Of a tower with LoRA, beside one image's forward pass
-    and the pixels, as much as `saved_per_token` says of a decoder layer, with its own widths and an
-    MLP of two matrices, a patch and layer. A rule of thumb: it was compared with no measurement."""
+def seen_in_training(shapes: Shapes, load: Load) -> tuple[int, int]:
+    """What a step keeps of B images where tower or connector are trained, and what it has beside
+    that while a layer is computed again.
+
+    Kept of the connector: 4 (E + 5 D) a patch and its input, b E. Of a tower with LoRA the pixels
+    and, a patch and layer, b (6 E + G) and the inputs of four A in float32 after dropout with its
+    mask, of a byte on a GPU; with checkpointing a layer's input, b E. A rule of thumb.
+    """
     patches = load.batch * load.slices * shapes.N
     kept = 4 * (shapes.E + 5 * shapes.D)
     if not load.vision:
-        return patches * (kept + load.itemsize * shapes.E)
-    mask = 1 if load.cuda else 4
-    layer = load.itemsize * (4 * shapes.E + 2 * shapes.G) + 8 * shapes.E
-    layer += (4 + mask) * 4 * shapes.E if load.dropout else 16 * shapes.E
-    inputs = load.itemsize * shapes.E * shapes.M
-    kept += inputs + layer if load.checkpointing else shapes.M * layer
-    return patches * (kept + shapes.p) + tower(shapes, load)
-
-
-def testing(shapes: Shapes, load: Load) -> dict[str, int]:
-    """A test batch, without gradient, in the MLP of a layer: the embeddings, the layer's input, the
-    residual, the MLP's input and its three products, and the mask, b (3 F + 4 D + T) a token; the
-    logits of each sample's last token, at which alone the head runs, and as much again, 2 b B V;
-    or, where answers are generated, (b + 4) B V and the key-value cache, 2 b L K d a token.
-    """
-    b, tokens = load.itemsize, load.test_batch * load.tokens
-    terms = {"activations": tokens * b * (3 * shapes.F + 4 * shapes.D + load.tokens)}
-    if load.generates:
-        kept = tokens + NEW_TOKENS * load.test_batch
-        terms["logits"] = load.test_batch * shapes.V * (b + 4)
-        terms["key-value cache"] = 2 * b * shapes.L * shapes.K * shapes.d * kept
-    else:
-        terms["logits"] = 2 * b * load.test_batch * shapes.V
-    return terms
+        return patches * (kept + load.itemsize * shapes.E), 0
+    number = 4 + (1 if load.cuda else 4) if load.dropout else 4
+    layer = load.itemsize * (6 * shapes.E + shapes.G) + number * 4 * shapes.E
+    layers = shapes.M * (load.itemsize * shapes.E if load.checkpointing else layer)
+    return patches * (kept + layers + shapes.p), patches * layer if load.checkpointing else 0
 
 
 def feature_cache(shapes: Shapes, load: Load) -> int:
@@ -279,25 +220,47 @@ def estimate(skeleton: Skeleton, load: Load, *, runtime: int) -> Estimate:
     }
     if load.blocks:
         main["updates side by side"] = load.blocks
-    training = {
-        **activations(shapes, load),
-        "logits": train_logits(shapes, load),
-        "gradients": 4 * trainable,
-        "optimiser": 8 * trainable if load.adam else 0,
-    }
+    training = _training(skeleton, load)
     if load.sees:
-        training["tower and connector"] = seen_in_training(shapes, load)
+        kept, beside = seen_in_training(shapes, load)
+        training["tower and connector"] = kept + max(0, beside - training["backward"])
     if weights["nf4"]:  # a layer's matrices are unpacked one at a time
         training["unpacked 4-bit matrix"] = load.itemsize * shapes.D * shapes.F
     phases = {
         "image encoding": {"tower": tower(shapes, load)},
         "training": training,
-        "testing": testing(shapes, load),
+        "testing": _testing(skeleton, load),
     }
     if not load.cuda:
-        training["allocator"] = int(HEAP_HOLES * sum(training.values()))
-    if not load.cuda:
+        for phase in ("training", "testing"):
+            phases[phase]["allocator"] = int(HEAP_HOLES * sum(phases[phase].values()))
         return Estimate(runtime, {**resident, **main}, phases, host=None)
     # a base is read into main memory first and moved from there
     host = runtime + resident["weights"] + sum(main.values())
     return Estimate(CUDA_RUNTIME, resident, phases, host=host)
+
+
+def _training(skeleton: Skeleton, load: Load) -> dict[str, int]:
+    """A step over texts, and the optimiser's moments. The gradients of what no text passes, such as
+    a trained connector's, come on top."""
+    step = trace_step(
+        skeleton,
+        Batch(
+            load.batch,
+            load.tokens,
+            load.answer,
+            checkpointing=load.checkpointing,
+            byte_masks=load.cuda,
+        ),
+    )
+    return {
+        "activations": step.kept,
+        "backward": step.beside,
+        "gradients": max(0, 4 * skeleton.trainable - step.gradients),
+        "optimiser": 8 * skeleton.trainable if load.adam else 0,
+    }
+
+
+def _testing(skeleton: Skeleton, load: Load) -> dict[str, int]:
+    batch = Batch(load.test_batch, load.tokens, load.answer)
+    return {"activations": trace_test(skeleton, batch, generates=load.generates)}

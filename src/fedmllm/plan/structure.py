@@ -44,7 +44,8 @@ PARTS = ("vision tower", "connector", "embeddings", "language model", "output he
 class Skeleton:
     """A base and its adapter, shapes only.
 
-    base: the frozen base with PEFT's layers inside, on the meta device. components: base
+    model, base: PEFT's model and within it the frozen base, on the meta device; policy: what of
+    it is trained. components: base
     parameters by part, in the order of `PARTS`. adapter: what clients and server exchange,
     under PEFT's names, as meta tensors. component_of: the trained component of each. layer_targets:
     adapter parameters by adapted or copied module, with ``*`` for the layer. quantization: the
@@ -53,7 +54,9 @@ class Skeleton:
     """
 
     config: Any
+    model: Any
     base: Any
+    policy: Policy
     components: dict[str, int]
     adapter: Params
     component_of: dict[str, str]
@@ -99,7 +102,7 @@ def build_skeleton(
     Raises `UserError` if there is no such file, if it makes no image-text model, or if no LoRA
     targets are found in it.
     """
-    config = _read_config(path)
+    config, policy = _read_config(path), policy or Policy()
     quantization = _mapping(getattr(config, "quantization_config", None))
     try:
         with warnings.catch_warnings(), torch.device("meta"):
@@ -111,7 +114,7 @@ def build_skeleton(
             adapted = add_adapter(
                 base,
                 entry,
-                policy or Policy(),
+                policy,
                 rank=rank,
                 alpha=alpha,
                 dropout=dropout,
@@ -124,7 +127,9 @@ def build_skeleton(
     adapter = {name: torch.empty(p.shape, device="meta") for name, p in trained.items()}
     return Skeleton(
         config=config,
+        model=adapted,
         base=base,
+        policy=policy,
         components=_count(owner),
         adapter=adapter,
         component_of=components_of(adapted, trained),

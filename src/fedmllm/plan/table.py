@@ -68,11 +68,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _once(traffic: Traffic) -> dict[str, Any]:
-    """Bytes before the first round, where there are any."""
-    if not traffic.once_up:
+    """Bytes before the first round, where there are any, as a run's result has them."""
+    if not traffic.once:
         return {}
-    once = {"up": traffic.once_up, "down": traffic.once_down}
-    return {"once": {way: {"profiles": count} for way, count in once.items()}}
+    parts = {name: dict(zip(WAYS, amount, strict=True)) for name, amount in traffic.once.items()}
+    return {"once": {way: {name: part[way] for name, part in parts.items()} for way in WAYS}}
 
 
 def as_table(plan: Plan) -> RenderableType:
@@ -91,6 +91,7 @@ def as_table(plan: Plan) -> RenderableType:
 
 
 Rows = list[tuple[str, str, str]]
+WAYS = ("up", "down")
 
 
 def _plain(text: str) -> str:
@@ -128,7 +129,12 @@ def _bytes(plan: Plan) -> Rows:
         *_parts(traffic.parts["down"]),
         ("", f"{clients}, up", f"{traffic.round_up:,}"),
         ("", f"{clients}, down", f"{traffic.round_down:,}"),
-        *([("", "profiles, once, up", f"{traffic.once_up:,}")] if traffic.once_up else []),
+        *(
+            ("", f"{name}, once, {way}", f"{count:,}")
+            for name, amount in traffic.once.items()
+            for way, count in zip(WAYS, amount, strict=True)
+            if count
+        ),
         ("", f"{rounds}, up", f"{traffic.up:,}"),
         ("", f"{rounds}, down", f"{traffic.down:,}"),
     ]

@@ -9,7 +9,7 @@ float32. Only tensors count, as in a run's result: no headers, no retries. Where
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedmllm.algorithms.base import Algorithm, Params
 from fedmllm.federation import message_parts
@@ -19,14 +19,13 @@ from fedmllm.models.components import COMPONENTS
 @dataclass(frozen=True)
 class Traffic:
     """Bytes. parts: of one client in one round, ``up`` (to the server) and ``down``, by part.
-    cohort: clients of a round. once_up, once_down: of all clients before the first round
-    (profiles)."""
+    cohort: clients of a round. once: of all clients before the first round, up and down, by what
+    they are for."""
 
     parts: Mapping[str, Mapping[str, int]]
     cohort: int
     rounds: int
-    once_up: int = 0
-    once_down: int = 0
+    once: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def client_up(self) -> int:
@@ -51,12 +50,12 @@ class Traffic:
     @property
     def up(self) -> int:
         """All rounds together."""
-        return self.round_up * self.rounds + self.once_up
+        return self.round_up * self.rounds + sum(up for up, _ in self.once.values())
 
     @property
     def down(self) -> int:
         """All rounds together."""
-        return self.round_down * self.rounds + self.once_down
+        return self.round_down * self.rounds + sum(down for _, down in self.once.values())
 
 
 def count_traffic(
@@ -68,16 +67,15 @@ def count_traffic(
     clients: int,
     cohort: int,
     rounds: int,
-    once: tuple[int, int] = (0, 0),
+    once: Mapping[str, tuple[int, int]],
 ) -> Traffic:
     """Bytes of a run. adapter: tensors of the exchanged shapes, which may lie on the meta device.
 
     component_of: the trained component of each. clients: of the federation. cohort: how many are
-    asked for a round; fewer take part if there are fewer. once: bytes up and down of all clients
-    before the first round.
+    asked for a round; fewer take part if there are fewer. once: as of `Traffic`.
     """
     if topology != "federated":
         nothing = {way: dict.fromkeys(COMPONENTS, 0) for way in ("up", "down")}
         return Traffic(nothing, cohort=0, rounds=0 if topology == "zero-shot" else rounds)
     parts = message_parts(algorithm, adapter, component_of)
-    return Traffic(parts, min(cohort, clients), rounds, once_up=once[0], once_down=once[1])
+    return Traffic(parts, min(cohort, clients), rounds, once)
