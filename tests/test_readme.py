@@ -97,7 +97,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys) -> None:
         "text_withheld",
         "neither",
     ]
-    assert (tmp_path / "runs" / "mine" / "result.json").exists()
+    assert (tmp_path / "runs" / "python" / "result.json").exists()
 
 
 def test_numbers_are_generated_from_the_committed_results() -> None:
